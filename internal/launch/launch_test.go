@@ -1,0 +1,58 @@
+package launch
+
+import (
+	"errors"
+	"os"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+func TestStartRunsToTheExec(t *testing.T) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	var p Program
+	d := p.Call("open /", unix.SYS_OPENAT, Int(unix.AT_FDCWD), p.String("/"), Int(unix.O_PATH|unix.O_DIRECTORY))
+	p.Call("change to /", unix.SYS_FCHDIR, d.Result())
+	p.Fork("fork")
+	p.Call("open what is not there", unix.SYS_OPENAT, Int(unix.AT_FDCWD), p.String("/nowhere"), Int(0)).Then(func() {
+		p.Call("fail", unix.SYS_OPENAT, Int(-1), Int(0))
+	}, unix.ENOENT)
+	p.Created()
+	p.Exec([]string{"/nowhere/sh", "/bin/sh"}, []string{"sh", "-c", "echo $X; pwd; exit 7"}, []string{"X=hello"})
+	created := 0
+	proc, err := Start(&p, Options{Stdout: w, Created: func(pid int) error { created = pid; return nil }})
+	w.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	st, _, err := proc.Wait()
+	if err != nil || !st.Exited() || st.ExitStatus() != 7 {
+		t.Errorf("Wait = %v, %v, want exit 7", st, err)
+	}
+	if created != proc.PID {
+		t.Errorf("Created was called with %d, want %d", created, proc.PID)
+	}
+	buf := make([]byte, 100)
+	n, _ := r.Read(buf)
+	if got := string(buf[:n]); got != "hello\n/\n" {
+		t.Errorf("output %q", got)
+	}
+}
+
+func TestStartNamesTheStepThatFailed(t *testing.T) {
+	var p Program
+	p.Call("open the moon", unix.SYS_OPENAT, Int(unix.AT_FDCWD), p.String("/moon"), Int(0))
+	p.Exec([]string{"/bin/true"}, []string{"true"}, nil)
+	_, err := Start(&p, Options{})
+	var se *StepError
+	if !errors.As(err, &se) || se.Exec || err.Error() != "open the moon: no such file or directory" {
+		t.Errorf("Start = %v", err)
+	}
+	if _, err := unix.Wait4(-1, nil, unix.WNOHANG, nil); !errors.Is(err, unix.ECHILD) {
+		t.Errorf("a child is left: %v", err)
+	}
+}

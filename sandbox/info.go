@@ -1,0 +1,66 @@
+package sandbox
+
+import (
+	"time"
+
+	"github.com/sandboxd/sandboxd/internal/namespace"
+)
+
+// Info is what `sandboxd inspect` shows of a sandbox. Its JSON form is stable:
+// fields are added, never renamed or removed. It is made from the state
+// directory and from the kernel, with or without a daemon ([Dir.Sandbox]).
+type Info struct {
+	ID          string                           `json:"id"`
+	Name        string                           `json:"name"`
+	State       string                           `json:"state"` // Ready, NotReady, Stopped; Creating, Unclean
+	CreatedAt   time.Time                        `json:"createdAt"`
+	PausePID    int                              `json:"pausePid"` // 0 if there is none
+	Hostname    string                           `json:"hostname"`
+	Network     NetworkInfo                      `json:"network"`
+	Namespaces  map[namespace.Kind]NamespaceInfo `json:"namespaces"` // the kinds that the sandbox holds
+	Labels      map[string]string                `json:"labels"`
+	Annotations map[string]string                `json:"annotations"`
+	Cgroup      string                           `json:"cgroup"` // relative to each hierarchy's mount point
+	Reason      string                           `json:"reason,omitempty"`
+	Members     []MemberInfo                     `json:"members"`
+}
+
+// NetworkInfo is the network part of [Info].
+type NetworkInfo struct {
+	Mode NetworkMode `json:"mode"`
+}
+
+// NamespaceInfo shows one namespace.
+type NamespaceInfo struct {
+	Source string `json:"source,omitempty"` // members only: sandbox, private, host, member:NAME
+	Inode  uint64 `json:"inode"`            // 0 if it is gone
+	Path   string `json:"path"`             // /proc/PID/ns/KIND or /proc/PID/fd/N; empty if it is gone
+}
+
+// MemberInfo is what `sandboxd inspect` shows of a member.
+type MemberInfo struct {
+	ID         string                           `json:"id"`
+	Name       string                           `json:"name"`
+	Sandbox    string                           `json:"sandbox"` // id
+	State      string                           `json:"state"`   // Created, Running, Exited, Collected; Creating, Unclean
+	PID        int                              `json:"pid"`     // of init; 0 if there is none
+	MonitorPID int                              `json:"monitorPid"`
+	CreatedAt  time.Time                        `json:"createdAt"`
+	StartedAt  time.Time                        `json:"startedAt,omitzero"`
+	Command    []string                         `json:"command"`
+	TTY        bool                             `json:"tty"`
+	Namespaces map[namespace.Kind]NamespaceInfo `json:"namespaces"`
+	Root       string                           `json:"root"` // /proc/MONITOR/fd/N; empty without custody
+	LogPath    string                           `json:"logPath"`
+	Cgroup     string                           `json:"cgroup"`
+	Custody    CustodyInfo                      `json:"custody"`
+	Labels     map[string]string                `json:"labels"`
+	Exit       *Exit                            `json:"exit,omitempty"` // nil until init has exited
+}
+
+// CustodyInfo says whether a member's root and namespaces are held.
+type CustodyInfo struct {
+	Policy Custody   `json:"policy"`
+	Held   bool      `json:"held"`
+	Since  time.Time `json:"since,omitzero"`
+}

@@ -1,0 +1,156 @@
+package sandbox
+
+import (
+	"context"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/internal/namespace"
+	"github.com/sandboxd/sandboxd/internal/procid"
+)
+
+// Node does to the host what a [Manager] decides. Package cmd/sandboxd makes
+// one of the packages pause, member and internal/cgroup; tests make one that
+// fails on demand.
+//
+// Records are shown, not given: a Node neither changes nor keeps them. Every
+// method that takes something down succeeds if it is not there, finds it from
+// the ids in the record alone (a crash may have come before pids were noted),
+// and may be called again after it failed.
+type Node interface {
+	PauseNode
+	MemberNode
+}
+
+// PauseNode is the part of a [Node] that concerns a whole sandbox.
+type PauseNode interface {
+	// CheckSandbox refuses what could not be created, before anything is
+	// recorded: sysctls outside the sandbox's namespaces, kinds the kernel
+	// does not have. Its errors wrap [ErrInvalid].
+	CheckSandbox(c *Config) error
+	// MakeCgroup makes the sandbox's cgroup in every hierarchy that needs it.
+	MakeCgroup(ctx context.Context, r *Record) error
+	// RemoveCgroup kills every process in the cgroup and removes it and what
+	// is below it.
+	RemoveCgroup(ctx context.Context, r *Record) error
+	// StartPause starts pause with the namespaces of r.Config.Share, sets host
+	// name and sysctls, and brings lo up.
+	StartPause(ctx context.Context, r *Record) (PauseFacts, error)
+	// ReanchorPause starts a new pause in the namespaces of one that died. They
+	// are taken from what the node still holds, or from a living member of ms.
+	// It fails if there is no such source or if the sandbox holds a pid
+	// namespace, which died with its pause.
+	ReanchorPause(ctx context.Context, r *Record, ms []*MemberRecord) (PauseFacts, error)
+	// AdoptPause makes the node hold the namespaces of a pause that an earlier
+	// daemon started. It fails with [procid.ErrGone] if that pause is gone.
+	AdoptPause(ctx context.Context, r *Record) error
+	// WatchPause returns a channel that is closed when the pause has died. The
+	// watch ends, without the channel being closed, with ctx.
+	WatchPause(ctx context.Context, r *Record) (<-chan struct{}, error)
+	// KillPause kills the pause and drops what the node holds of it.
+	KillPause(ctx context.Context, r *Record) error
+	// RemoveSandboxData removes the sandbox's directory under the root directory.
+	RemoveSandboxData(ctx context.Context, r *Record) error
+}
+
+// PauseFacts is what is known once a pause runs.
+type PauseFacts struct {
+	Pause  procid.ID
+	Inodes map[namespace.Kind]uint64
+}
+
+// MemberNode is the part of a [Node] that concerns one member. dir is the
+// member's own directory under the state directory; it exists.
+type MemberNode interface {
+	// ResolveMember turns a request into the OCI configuration that will be
+	// run, and the source of every namespace kind. It changes nothing. What is
+	// wrong with the request is reported here: errors wrap [ErrInvalid].
+	// siblings are the sandbox's other members, for member:NAME.
+	ResolveMember(ctx context.Context, r *Record, m *MemberRecord, siblings []*MemberRecord) (*specs.Spec, namespace.Selection, error)
+	// MakeMemberCgroup makes the member's cgroup and sets its limits.
+	MakeMemberCgroup(ctx context.Context, m *MemberRecord, spec *specs.Spec) error
+	// KillMemberCgroup kills every process in the member's cgroup and returns
+	// when none is left.
+	KillMemberCgroup(ctx context.Context, m *MemberRecord) error
+	// RemoveMemberCgroup is KillMemberCgroup, and removes it.
+	RemoveMemberCgroup(ctx context.Context, m *MemberRecord) error
+	// MakeMemberData makes the member's directories under the root directory.
+	MakeMemberData(ctx context.Context, m *MemberRecord) error
+	// RemoveMemberData removes them.
+	RemoveMemberData(ctx context.Context, m *MemberRecord) error
+	// StartMonitor starts the monitor and returns when init is created: it has
+	// done everything but its execve. On error nothing runs any more.
+	StartMonitor(ctx context.Context, r *Record, m *MemberRecord, siblings []*MemberRecord, spec *specs.Spec, dir string) (Monitor, error)
+	// AdoptMonitor connects to a monitor that an earlier daemon started. It
+	// fails with [procid.ErrGone] if that monitor is gone.
+	AdoptMonitor(ctx context.Context, m *MemberRecord, dir string) (Monitor, error)
+	// ReplaceMonitor starts a monitor for an init whose monitor was killed. If
+	// init is gone too, it fails with [procid.ErrGone].
+	ReplaceMonitor(ctx context.Context, r *Record, m *MemberRecord, spec *specs.Spec, dir string) (Monitor, error)
+	// KillMonitor ends the monitor, and with it the custody, and an init that
+	// has not been started yet. It finds it without m.Monitor too.
+	KillMonitor(ctx context.Context, m *MemberRecord) error
+	// MonitorStatus reads what the monitor, alive or not, has left in dir.
+	MonitorStatus(m *MemberRecord, dir string) (MonitorStatus, error)
+	// SignalInit sends sig to init. It fails with [procid.ErrGone].
+	SignalInit(m *MemberRecord, sig unix.Signal) error
+	// Orphaned is told of an init whose monitor died, to learn its wait status
+	// if this process has become its parent. It returns at once; a status that
+	// is learned is written to dir as the exit record if there is none.
+	Orphaned(m *MemberRecord, dir string)
+}
+
+// Monitor is the daemon's connection to one member's monitor. It is safe for
+// concurrent use. Close drops the connection; the monitor goes on.
+type Monitor interface {
+	Facts() MonitorFacts
+	// Start lets init run its execve and returns when that has succeeded. A
+	// [*StartError] says why it did not; the member has exited then.
+	Start(ctx context.Context) error
+	// Done is closed when the exit record is on disk, or the monitor is gone.
+	Done() <-chan struct{}
+	// ReopenLog makes the monitor open the log's path anew.
+	ReopenLog(ctx context.Context) error
+	Close() error
+}
+
+// MonitorFacts is what is known once init is created.
+type MonitorFacts struct {
+	Monitor procid.ID
+	Init    procid.ID
+	Inodes  map[namespace.Kind]uint64
+}
+
+// MonitorStatus is what a monitor leaves in a member's directory.
+type MonitorStatus struct {
+	Phase     MonitorPhase
+	Init      procid.ID
+	StartedAt int64 // Unix nanoseconds; 0 if it did not start
+	StartErr  string
+	Exit      *Exit // nil if there is no exit record
+	LogBytes  int64
+}
+
+// MonitorPhase is how far a monitor has come. The numbers are on disk.
+type MonitorPhase uint32
+
+// The phases of a monitor.
+const (
+	PhaseNone    MonitorPhase = 0 // init is not created yet, or there never was a monitor
+	PhaseCreated MonitorPhase = 1
+	PhaseRunning MonitorPhase = 2
+	PhaseExited  MonitorPhase = 3 // the exit record is on disk
+	PhaseFailed  MonitorPhase = 4 // init could not be created
+)
+
+// StartError reports that a created init could not run its command.
+type StartError struct {
+	Text  string // names the command and the reason
+	Errno unix.Errno
+}
+
+func (e *StartError) Error() string { return e.Text }
+
+// Unwrap returns the errno, for errors.Is(err, os.ErrNotExist) and the like.
+func (e *StartError) Unwrap() error { return e.Errno }

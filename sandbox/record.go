@@ -1,0 +1,68 @@
+package sandbox
+
+import (
+	"time"
+
+	"github.com/sandboxd/sandboxd/internal/namespace"
+	"github.com/sandboxd/sandboxd/internal/procid"
+)
+
+// recordVersion is written into every record. A record with another version is
+// set aside, like one that cannot be read.
+const recordVersion = 1
+
+// Record is what is on disk about a sandbox, as STATE/sandboxes/ID/sandbox.json.
+// It is written before anything that it implies is done to the host. The
+// Manager alone changes it; a [Node] is shown it and must not keep it.
+type Record struct {
+	Version   int                       `json:"version"`
+	ID        string                    `json:"id"` // 16 hex digits
+	State     State                     `json:"state"`
+	CreatedAt time.Time                 `json:"createdAt"`
+	Config    Config                    `json:"config"` // every default filled in
+	Cgroup    string                    `json:"cgroup"` // PARENT/ID
+	IDs       *IDRange                  `json:"ids,omitempty"`
+	Pause     procid.ID                 `json:"pause,omitzero"`
+	Inodes    map[namespace.Kind]uint64 `json:"inodes,omitempty"` // of the namespaces that pause holds
+	Reason    string                    `json:"reason,omitempty"` // why it is NotReady or Unclean
+}
+
+// IDRange maps ids 0..Size-1 of a user namespace to Start... of the host.
+type IDRange struct {
+	Start uint32 `json:"start"`
+	Size  uint32 `json:"size"`
+}
+
+// Holds reports whether the sandbox's pause holds a namespace of kind k for
+// members to join.
+func (r *Record) Holds(k namespace.Kind) bool {
+	for _, s := range r.Config.Share {
+		if s == k {
+			return true
+		}
+	}
+	return false
+}
+
+// MemberRecord is what is on disk about a member, as
+// STATE/sandboxes/SANDBOX/m/ID/member.json. Beside it are config.json (the
+// resolved OCI configuration, written once), and the files of the monitor:
+// status, exit.json, stdin, stdout, stderr, monitor.sock.
+type MemberRecord struct {
+	Version    int                       `json:"version"`
+	ID         string                    `json:"id"` // 16 hex digits
+	Sandbox    string                    `json:"sandbox"`
+	State      MemberState               `json:"state"`
+	CreatedAt  time.Time                 `json:"createdAt"`
+	Config     MemberConfig              `json:"config"`     // as asked, defaults filled in
+	Namespaces namespace.Selection       `json:"namespaces"` // every kind
+	Cgroup     string                    `json:"cgroup"`     // PARENT/SANDBOX/ID
+	LogPath    string                    `json:"logPath"`
+	Monitor    procid.ID                 `json:"monitor,omitzero"`
+	Init       procid.ID                 `json:"init,omitzero"`
+	Inodes     map[namespace.Kind]uint64 `json:"inodes,omitempty"`
+	Exit       *Exit                     `json:"exit,omitempty"`
+	StartError string                    `json:"startError,omitempty"`
+	HeldSince  time.Time                 `json:"heldSince,omitzero"`
+	Reason     string                    `json:"reason,omitempty"`
+}
