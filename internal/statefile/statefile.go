@@ -1,0 +1,84 @@
+// Package statefile replaces small JSON files in such a way that a reader, and
+// a daemon that is started after a power cut, finds the old contents or the new
+// ones, and never a part of either.
+package statefile
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path"
+)
+
+// TempSuffix ends the names of the files that a crash in [Write] may leave.
+const TempSuffix = ".tmp"
+
+// Write makes the JSON form of v the contents of the file name under dir.
+//
+// When it returns nil, contents and name are on disk. When it returns an error,
+// the old contents are there, or, if only the last fsync failed, the new ones.
+// Two writers of one name must not overlap.
+func Write(dir *os.Root, name string, v any) (err error) {
+	data, err := json.Marshal(v)
+	if err != nil {
+		return fmt.Errorf("encode %s: %w", name, err)
+	}
+	tmp := name + TempSuffix
+	// Without O_EXCL: as writers do not overlap, a file that is there already
+	// was left by a crash.
+	f, err := dir.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	if err := fill(f, append(data, '\n')); err != nil {
+		dir.Remove(tmp)
+		return err
+	}
+	if err := dir.Rename(tmp, name); err != nil {
+		dir.Remove(tmp)
+		return err
+	}
+	return SyncDir(dir, path.Dir(name))
+}
+
+// fill writes data, forces it to disk and closes f. The data must be there
+// before the rename is: otherwise a power cut can leave the new name with
+// nothing in it.
+func fill(f *os.File, data []byte) error {
+	_, err := f.Write(data)
+	if err == nil {
+		err = f.Sync()
+	}
+	return errors.Join(err, f.Close())
+}
+
+// Read decodes the file name under dir into v. A field that v does not have and
+// anything after the value are errors: nobody else writes these files, so that
+// either comes from a newer daemon or from a damaged disk.
+func Read(dir *os.Root, name string, v any) error {
+	f, err := dir.Open(name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	d := json.NewDecoder(f)
+	d.DisallowUnknownFields()
+	if err := d.Decode(v); err != nil {
+		return fmt.Errorf("decode %s: %w", name, err)
+	}
+	if _, err := d.Token(); !errors.Is(err, io.EOF) {
+		return fmt.Errorf("decode %s: data after the value", name)
+	}
+	return nil
+}
+
+// SyncDir makes durable which names are in the directory name under dir.
+func SyncDir(dir *os.Root, name string) error {
+	f, err := dir.Open(name)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
+}
