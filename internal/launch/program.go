@@ -71,6 +71,7 @@ type op struct {
 	ignore  [4]uint16
 	arg     [6]uint64
 	step    string
+	command bool
 }
 
 type reloc struct{ at, target uint32 }
@@ -119,6 +120,13 @@ func (o Op) Ignore(errs ...unix.Errno) Op {
 		}
 		ig[n] = uint16(e)
 	}
+	return o
+}
+
+// Command marks a call as one that looks for the command: its failure means what
+// a failure of the execve would.
+func (o Op) Command() Op {
+	o.p.ops[o.i].command = true
 	return o
 }
 
@@ -301,15 +309,17 @@ func (p *Program) Explain(i int, errno unix.Errno) error {
 	e := &StepError{Step: p.Step(i), Errno: errno}
 	if i >= 0 && i < len(p.ops) {
 		e.Exec = p.ops[i].nr == unix.SYS_EXECVE
+		e.Command = e.Exec || p.ops[i].command
 	}
 	return e
 }
 
 // StepError says which call of a launch program failed.
 type StepError struct {
-	Step  string
-	Exec  bool // it was the execve: everything before had succeeded
-	Errno unix.Errno
+	Step    string
+	Exec    bool // it was the execve: everything before had succeeded
+	Command bool // the command is missing or may not be executed, found out by the execve or before
+	Errno   unix.Errno
 }
 
 func (e *StepError) Error() string { return e.Step + ": " + e.Errno.Error() }
