@@ -45,6 +45,10 @@ func Open(name string, elf []byte, fallbackDir string) (*Program, error) {
 // Close releases the program. Processes that run it are not affected.
 func (p *Program) Close() error { return p.file.Close() }
 
+// File is the executable, for a launch program that ends in execveat(2). It
+// belongs to p.
+func (p *Program) File() *os.File { return p.file }
+
 // Files says which file each descriptor number of a child is. Numbers that are
 // absent are closed in the child.
 type Files map[int]*os.File
@@ -68,13 +72,26 @@ func (p *Program) Start(argv, env []string, files Files, attr *syscall.ProcAttr)
 			fds[i] = f.Fd()
 		}
 	}
+	// Package syscall uses numbers right above the highest of fds in the child
+	// while it shuffles them; the program's own must be higher still.
+	high := minFD
+	for _, fd := range fds {
+		if fd != ^uintptr(0) {
+			high = max(high, int(fd))
+		}
+	}
+	exe, err := unix.FcntlInt(p.file.Fd(), unix.F_DUPFD_CLOEXEC, high+len(fds)+2)
+	if err != nil {
+		return 0, os.NewSyscallError("fcntl F_DUPFD_CLOEXEC", err)
+	}
+	defer unix.Close(exe)
 	a := *attr
 	a.Files = fds
 	a.Env = env
 	if env == nil {
 		a.Env = []string{}
 	}
-	pid, err = syscall.ForkExec("/proc/self/fd/"+strconv.Itoa(int(p.file.Fd())), argv, &a)
+	pid, err = syscall.ForkExec("/proc/self/fd/"+strconv.Itoa(exe), argv, &a)
 	if err != nil {
 		return 0, fmt.Errorf("start %s: %w", p.name, err)
 	}

@@ -1,0 +1,102 @@
+// Package nsthread runs code on an OS thread that sits in other namespaces.
+//
+// It is the only package that may call setns, unshare or
+// [runtime.LockOSThread]; the linter enforces it.
+package nsthread
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/internal/namespace"
+)
+
+func init() {
+	// /proc/self shows the state of the process's first thread. Pin main to it,
+	// so that no goroutine started by Do can ever move it to another namespace.
+	// The runtime would park that thread rather than end it.
+	runtime.LockOSThread()
+}
+
+// errExited is what Do returns if fn left by runtime.Goexit (t.FailNow does).
+var errExited = errors.New("function exited its goroutine")
+
+// joinable are the kinds that a thread of a multi-threaded process can join and
+// leave again. The file system root that setns(2) changes with mnt is shared by
+// threads, and user and time want a single-threaded process; pid is about children.
+var joinable = []namespace.Kind{namespace.Net, namespace.IPC, namespace.UTS, namespace.Cgroup}
+
+// Do runs fn on a thread in the namespaces of files and waits for it. Kinds
+// other than net, ipc, uts and cgroup are an error. The files are lent.
+//
+// Only the goroutine that fn runs on is in the namespaces. Goroutines that fn
+// starts are not, so fn must not dial, resolve names or call anything that
+// might: open sockets inside fn, and use them outside freely. Files under
+// /proc/sys that fn opens are those of the namespaces.
+//
+// fn must not call runtime.UnlockOSThread, nor start a child with Pdeathsig set:
+// the thread may end when Do returns, and the kernel would signal the child.
+func Do(files map[namespace.Kind]*os.File, fn func() error) error {
+	kinds := make([]namespace.Kind, 0, len(joinable))
+	for _, k := range joinable {
+		if files[k] != nil {
+			kinds = append(kinds, k)
+		}
+	}
+	if len(kinds) != len(files) {
+		return fmt.Errorf("join %d namespaces: a thread can join only %v", len(files), joinable)
+	}
+	done := make(chan error, 1)
+	go func() {
+		err := errExited
+		defer func() { done <- err }() // runs last, Goexit or not
+
+		runtime.LockOSThread()
+		homes := make([]*os.File, 0, len(kinds))
+		defer func() {
+			for _, f := range homes {
+				f.Close()
+			}
+		}()
+		for _, k := range kinds {
+			// /proc/self/ns would name the first thread's namespace, not ours.
+			f, oerr := os.Open("/proc/thread-self/ns/" + string(k))
+			if oerr != nil {
+				runtime.UnlockOSThread() // nothing changed yet
+				err = fmt.Errorf("save %s namespace: %w", k, oerr)
+				return
+			}
+			homes = append(homes, f)
+		}
+
+		joined := 0
+		defer func() {
+			for i := range joined {
+				if rerr := setns(homes[i], kinds[i]); rerr != nil {
+					// Stay locked: the runtime ends the thread with the goroutine
+					// instead of lending it, in the wrong namespace, to another.
+					err = errors.Join(err, fmt.Errorf("leave %s namespace: %w", kinds[i], rerr))
+					return
+				}
+			}
+			runtime.UnlockOSThread()
+		}()
+		for _, k := range kinds {
+			if serr := setns(files[k], k); serr != nil {
+				err = fmt.Errorf("enter %s namespace %s: %w", k, files[k].Name(), serr)
+				return
+			}
+			joined++
+		}
+		err = fn()
+	}()
+	return <-done
+}
+
+func setns(ns *os.File, k namespace.Kind) error {
+	return os.NewSyscallError("setns", unix.Setns(int(ns.Fd()), int(k.Flag())))
+}

@@ -1,0 +1,275 @@
+package pause
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/internal/namespace"
+	"github.com/sandboxd/sandboxd/internal/nsthread"
+	"github.com/sandboxd/sandboxd/internal/procid"
+)
+
+// Pause is a pause process, alive or dead, and the namespaces it has or had.
+type Pause struct {
+	id    procid.ID
+	pidfd *os.File // non-blocking, so that the runtime's poller waits on it
+	ns    map[namespace.Kind]*os.File
+	ino   map[namespace.Kind]uint64
+	done  chan struct{}
+	watch sync.WaitGroup
+}
+
+// ID identifies the process.
+func (p *Pause) ID() procid.ID { return p.id }
+
+// Namespaces returns the namespaces, the mount namespace among them. The files
+// belong to p; they are good until Close, whether or not the process lives.
+func (p *Pause) Namespaces() map[namespace.Kind]*os.File { return maps.Clone(p.ns) }
+
+// Inodes returns the inode numbers by which the namespaces are known
+// (namespaces(7)), without the mount namespace's.
+func (p *Pause) Inodes() map[namespace.Kind]uint64 {
+	m := maps.Clone(p.ino)
+	delete(m, namespace.Mnt)
+	return m
+}
+
+// Done is closed when the process has died. It is not closed by Close.
+func (p *Pause) Done() <-chan struct{} { return p.done }
+
+// Kill kills the process and waits until it is gone, or ctx ends. It succeeds
+// if the process is gone already. It must not be called after Close.
+func (p *Pause) Kill(ctx context.Context) error {
+	err := p.signal(unix.SIGKILL)
+	if err != nil && !errors.Is(err, unix.ESRCH) {
+		return fmt.Errorf("kill pause %v: %w", p.id, err)
+	}
+	select {
+	case <-p.done:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("wait for the end of pause %v: %w", p.id, context.Cause(ctx))
+	}
+}
+
+// Close lets go of the process, which goes on, and of the namespaces. A second
+// call does nothing.
+func (p *Pause) Close() error {
+	err := p.pidfd.Close()
+	if errors.Is(err, os.ErrClosed) {
+		return nil
+	}
+	p.watch.Wait()
+	for _, f := range p.ns {
+		err = errors.Join(err, f.Close())
+	}
+	return err
+}
+
+// Adopt returns the pause with the given identity, which an earlier process has
+// started with the shared kinds. It fails with [procid.ErrGone] if it is gone.
+func Adopt(_ context.Context, id procid.ID, kinds []namespace.Kind) (*Pause, error) {
+	f, err := id.Open()
+	if err != nil {
+		return nil, fmt.Errorf("adopt pause %v: %w", id, err)
+	}
+	defer f.Close()
+	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, os.NewSyscallError("fcntl F_DUPFD_CLOEXEC", err)
+	}
+	pidfd, err := pollable(fd)
+	if err != nil {
+		return nil, err
+	}
+	p := newPause(pidfd)
+	p.id = id
+	err = p.open(id.PID, kinds)
+	// What was opened by pid belongs to this process if it still is there.
+	if !id.Alive() {
+		err = procid.ErrGone
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("adopt pause %v: %w", id, err), p.Close())
+	}
+	return p, nil
+}
+
+// newPause makes a Pause that owns pidfd and watches the process.
+func newPause(pidfd *os.File) *Pause {
+	p := &Pause{pidfd: pidfd, ns: make(map[namespace.Kind]*os.File), ino: make(map[namespace.Kind]uint64), done: make(chan struct{})}
+	p.watch.Go(func() {
+		if p.wait() == nil {
+			close(p.done)
+		}
+	})
+	return p
+}
+
+// wait returns when the process is dead and, if it was a child of this one,
+// reaped. It fails when the pidfd is closed.
+func (p *Pause) wait() error {
+	rc, err := p.pidfd.SyscallConn()
+	if err != nil {
+		return err
+	}
+	return rc.Read(func(fd uintptr) bool {
+		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		if n, _ := unix.Poll(fds, 0); n == 0 {
+			return false
+		}
+		// By pidfd, so that another child of this process is never meant. ECHILD
+		// says that somebody else is the parent, and reaps it.
+		for unix.Waitid(unix.P_PIDFD, int(fd), nil, unix.WEXITED, nil) == unix.EINTR {
+		}
+		return true
+	})
+}
+
+func (p *Pause) signal(sig unix.Signal) error {
+	rc, err := p.pidfd.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var serr error
+	err = rc.Control(func(fd uintptr) { serr = unix.PidfdSendSignal(int(fd), sig, nil, 0) })
+	return errors.Join(err, serr)
+}
+
+// finish waits until the process is ready and sets its namespaces up.
+func (p *Pause) finish(ctx context.Context, s *Spec, pid int, ready *os.File) error {
+	deadline := time.Now().Add(startTimeout)
+	if d, ok := ctx.Deadline(); ok && d.Before(deadline) {
+		deadline = d
+	}
+	if err := ready.SetReadDeadline(deadline); err != nil {
+		return err
+	}
+	stop := context.AfterFunc(ctx, func() { ready.SetReadDeadline(time.Unix(1, 0)) })
+	defer stop()
+	if err := readReady(ready); err != nil {
+		return errors.Join(err, context.Cause(ctx))
+	}
+	var err error
+	if p.id, err = procid.Of(pid); err != nil {
+		return err
+	}
+	for _, path := range s.CgroupProcs {
+		if err := os.WriteFile(path, strconv.AppendInt(nil, int64(pid), 10), 0); err != nil {
+			return fmt.Errorf("put pause into its cgroup: %w", err)
+		}
+	}
+	if err := p.open(pid, s.Kinds); err != nil {
+		return err
+	}
+	if s.From != nil {
+		return nil
+	}
+	return p.setUp(s)
+}
+
+// open opens the namespaces of process pid.
+func (p *Pause) open(pid int, kinds []namespace.Kind) error {
+	for _, k := range held(kinds) {
+		name := string(k)
+		if k == namespace.Time {
+			// Before Linux 6.3 a process that was made by vfork enters its new
+			// time namespace only for its children.
+			name = "time_for_children"
+		}
+		f, err := os.Open(fmt.Sprintf("/proc/%d/ns/%s", pid, name))
+		if err != nil {
+			return err
+		}
+		p.ns[k] = f
+		var st unix.Stat_t
+		if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+			return os.NewSyscallError("fstat", err)
+		}
+		p.ino[k] = st.Ino
+	}
+	return nil
+}
+
+// setUp sets host name, sysctls and lo.
+func (p *Pause) setUp(s *Spec) error {
+	if s.Hostname == "" && s.Domainname == "" && len(s.Sysctls) == 0 && !s.Loopback {
+		return nil
+	}
+	files := make(map[namespace.Kind]*os.File)
+	for _, k := range []namespace.Kind{namespace.Net, namespace.IPC, namespace.UTS} {
+		if f := p.ns[k]; f != nil {
+			files[k] = f
+		}
+	}
+	// What is not the sandbox's would be changed for the host.
+	switch {
+	case (s.Hostname != "" || s.Domainname != "") && files[namespace.UTS] == nil:
+		return errors.New("set host name: the sandbox holds no uts namespace")
+	case s.Loopback && files[namespace.Net] == nil:
+		return errors.New("bring lo up: the sandbox holds no net namespace")
+	}
+	for name := range s.Sysctls {
+		if k, ok := SysctlKind(name); !ok || files[k] == nil {
+			return fmt.Errorf("set sysctl %s: it is not of a namespace that the sandbox holds", name)
+		}
+	}
+	return nsthread.Do(files, func() error {
+		if s.Hostname != "" {
+			if err := unix.Sethostname([]byte(s.Hostname)); err != nil {
+				return fmt.Errorf("set host name %q: %w", s.Hostname, err)
+			}
+		}
+		if s.Domainname != "" {
+			if err := unix.Setdomainname([]byte(s.Domainname)); err != nil {
+				return fmt.Errorf("set domain name %q: %w", s.Domainname, err)
+			}
+		}
+		if s.Loopback {
+			if err := loopbackUp(); err != nil {
+				return fmt.Errorf("bring lo up: %w", err)
+			}
+		}
+		for _, name := range slices.Sorted(maps.Keys(s.Sysctls)) {
+			if err := setSysctl(name, s.Sysctls[name], s); err != nil {
+				return fmt.Errorf("set sysctl %s to %q: %w", name, s.Sysctls[name], err)
+			}
+		}
+		return nil
+	})
+}
+
+// pollable makes a file of a pidfd that the runtime's poller can wait on. It
+// takes fd over.
+func pollable(fd int) (*os.File, error) {
+	if err := unix.SetNonblock(fd, true); err != nil {
+		unix.Close(fd)
+		return nil, os.NewSyscallError("fcntl O_NONBLOCK", err)
+	}
+	return os.NewFile(uintptr(fd), "pidfd"), nil
+}
+
+// loopbackUp brings lo up in the network namespace of the calling thread
+// (netdevice(7)).
+func loopbackUp() error {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return os.NewSyscallError("socket", err)
+	}
+	defer unix.Close(fd)
+	ifr, err := unix.NewIfreq("lo")
+	if err != nil {
+		return err
+	}
+	ifr.SetUint16(unix.IFF_UP | unix.IFF_RUNNING)
+	return os.NewSyscallError("ioctl SIOCSIFFLAGS", unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, ifr))
+}
