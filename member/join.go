@@ -1,0 +1,332 @@
+package member
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strconv"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/internal/launch"
+	"github.com/sandboxd/sandboxd/internal/namespace"
+	"github.com/sandboxd/sandboxd/internal/procid"
+)
+
+// ErrDeadPID means that a pid namespace was to be joined whose first process is
+// gone. The kernel lets nobody enter it any more (pid_namespaces(7)).
+var ErrDeadPID = errors.New("pid namespace is dead")
+
+// JoinSpec says what a process that joins others is: in which namespaces and
+// under which root it runs, and what it is there. It serves exec and join, with
+// members that run and with members that have exited.
+type JoinSpec struct {
+	// Namespaces are joined. They are lent until the program has been started.
+	// Kinds that are neither here nor in Private stay the caller's own.
+	Namespaces map[namespace.Kind]*os.File
+	// Private are made anew. A user namespace cannot be.
+	Private []namespace.Kind
+	// Root is an O_PATH descriptor of the directory that becomes the root, in
+	// the mount namespace of the process; lent like the namespaces. nil is the
+	// root of that namespace, or with the caller's mount namespace its own root.
+	Root *os.File
+	// NewProc gives the process a copy of its mount namespace and a pid
+	// namespace of its own with its own /proc, for members whose pid namespace
+	// is dead. Nobody else sees these mounts. The new /proc shows processes only
+	// (subset=pid): what the member's own /proc masked must not come back.
+	NewProc bool
+	// CgroupProcs are the cgroup.procs files of the cgroups to join, as paths of
+	// the caller's.
+	CgroupProcs []string
+	Process     *specs.Process // Terminal asks for one: see CompileJoin
+	Seccomp     []unix.SockFilter
+	SeccompFlag uintptr // SECCOMP_FILTER_FLAG_*
+}
+
+// enterPID is the step that fails with ENOMEM if the pid namespace is dead.
+const enterPID = "enter the pid namespace"
+
+// CompileJoin makes the launch program of s. It changes nothing.
+//
+// With a terminal, the process gets one from the /dev/pts that it will see, and
+// where there is none, from the caller's; its master is at [launch.MasterFD] from
+// when the program reports that the process is created.
+//
+// The caller's privileges are kept as long as something needs them: the user
+// namespace is joined last. No descriptor of the caller's but the report pipes,
+// stdio, the terminal and the user namespace is open any more when the pid
+// namespace is entered, and the process is not dumpable until its execve.
+func CompileJoin(s *JoinSpec) (*launch.Program, error) {
+	if err := s.check(); err != nil {
+		return nil, err
+	}
+	p := new(launch.Program)
+	user := s.Namespaces[namespace.User]
+	if user != nil {
+		p.File(user) // the first, so that its number is known: it is kept open longest
+	}
+	at, cloexec := launch.Int(unix.AT_FDCWD), launch.Int(unix.O_WRONLY|unix.O_CLOEXEC)
+
+	// By paths and with the privileges of the caller.
+	for _, procs := range s.CgroupProcs {
+		step := "join the cgroup of " + procs
+		fd := p.Call(step, unix.SYS_OPENAT, at, p.String(procs), cloexec)
+		p.Call(step, unix.SYS_WRITE, fd.Result(), p.String("0"), launch.Int(1))
+		p.Call(step, unix.SYS_CLOSE, fd.Result())
+	}
+	if adj := s.Process.OOMScoreAdj; adj != nil {
+		addOOMScoreAdj(p, *adj)
+	}
+	if err := addLimits(p, s.Process); err != nil {
+		return nil, err
+	}
+	if s.Process.Terminal {
+		addHostPty(p)
+	}
+
+	// mnt last: it changes the root, and what is left needs no path of ours.
+	for _, k := range []namespace.Kind{namespace.Net, namespace.IPC, namespace.UTS, namespace.Time, namespace.Cgroup, namespace.PID, namespace.Mnt} {
+		if f := s.Namespaces[k]; f != nil {
+			p.Call(fmt.Sprintf("join the %s namespace", k), unix.SYS_SETNS, p.File(f), launch.Int(k.Flag()))
+		}
+	}
+	if s.Root != nil {
+		p.Call("change to the root", unix.SYS_FCHDIR, p.File(s.Root))
+		p.Call("change the root", unix.SYS_CHROOT, p.String("."))
+	}
+	// These belong to the caller's user namespace also if another is joined:
+	// else the kernel would not let proc be mounted where a part of it is
+	// masked already (mount_namespaces(7)).
+	var early, late uintptr
+	for _, k := range s.Private {
+		switch k {
+		case namespace.PID, namespace.Mnt, namespace.Time:
+			early |= k.Flag()
+		default:
+			late |= k.Flag()
+		}
+	}
+	if s.NewProc {
+		early |= unix.CLONE_NEWPID | unix.CLONE_NEWNS
+	}
+	if early != 0 {
+		p.Call("make the private namespaces", unix.SYS_UNSHARE, launch.Int(early))
+	}
+	if early&unix.CLONE_NEWNS != 0 {
+		p.Call("make mounts private", unix.SYS_MOUNT, launch.Int(0), p.String("/"), launch.Int(0),
+			launch.Int(unix.MS_REC|unix.MS_PRIVATE), launch.Int(0))
+	}
+	if s.Process.Terminal {
+		addPty(p)
+	}
+
+	closeRange := func(first, last uint32) {
+		p.Call("close descriptors", unix.SYS_CLOSE_RANGE, launch.Int(first), launch.Int(last), launch.Int(0))
+	}
+	first := uint32(5)
+	if s.Process.Terminal {
+		closeRange(5, 5)
+		first = launch.MasterFD + 1
+	}
+	if user != nil {
+		closeRange(first, launch.FirstFD-1)
+		first = launch.FirstFD + 1
+	}
+	closeRange(first, ^uint32(0))
+	p.Call("be not dumpable", unix.SYS_PRCTL, launch.Int(unix.PR_SET_DUMPABLE), launch.Int(0), launch.Int(0), launch.Int(0), launch.Int(0))
+	p.Fork(enterPID)
+	// A session of its own also without a terminal: a process with the caller's
+	// controlling terminal could type into it (TIOCSTI).
+	p.Call("make a session", unix.SYS_SETSID)
+	if s.Process.Terminal {
+		p.Call("take the terminal", unix.SYS_IOCTL, launch.Int(0), launch.Int(unix.TIOCSCTTY), launch.Int(0))
+	}
+	if s.NewProc {
+		addNewProc(p)
+	}
+	if user != nil {
+		p.Call("join the user namespace", unix.SYS_SETNS, p.File(user), launch.Int(unix.CLONE_NEWUSER))
+		p.Call("become root of the user namespace", unix.SYS_SETRESGID, launch.Int(0), launch.Int(0), launch.Int(0))
+		p.Call("become root of the user namespace", unix.SYS_SETRESUID, launch.Int(0), launch.Int(0), launch.Int(0))
+	}
+	if late != 0 {
+		p.Call("make the private namespaces", unix.SYS_UNSHARE, launch.Int(late))
+	}
+	if s.Process.Terminal {
+		// As login(1) does, so that the terminal can be opened again by its name.
+		p.Call("own the terminal", unix.SYS_FCHOWN, launch.Int(0), launch.Int(s.Process.User.UID), launch.Int(-1)).
+			Ignore(unix.EPERM, unix.EINVAL, unix.EROFS)
+	}
+	if err := addProcess(p, s.Process, s.Seccomp, s.SeccompFlag); err != nil {
+		return nil, err
+	}
+	p.Created()
+	addExec(p, s.Process)
+	return p, nil
+}
+
+func (s *JoinSpec) check() error {
+	if s.Process == nil {
+		return errors.New("no process to join with")
+	}
+	for k, f := range s.Namespaces {
+		switch {
+		case k.Index() < 0:
+			return fmt.Errorf("unknown namespace type %q", k)
+		case f == nil:
+			return fmt.Errorf("no %s namespace is given", k)
+		case slices.Contains(s.Private, k):
+			return fmt.Errorf("the %s namespace is to be joined and private", k)
+		}
+	}
+	for _, k := range s.Private {
+		if k == namespace.User {
+			return errors.New("a join cannot have a private user namespace")
+		}
+		if k.Index() < 0 {
+			return fmt.Errorf("unknown namespace type %q", k)
+		}
+	}
+	if s.NewProc && s.Namespaces[namespace.PID] != nil {
+		return errors.New("a process with its own /proc cannot join a pid namespace")
+	}
+	return nil
+}
+
+// addHostPty opens a terminal of the caller's mount namespace, for a target
+// without a devpts of its own.
+func addHostPty(p *launch.Program) {
+	const step = "open a terminal"
+	fd := p.Call(step, unix.SYS_OPENAT, launch.Int(unix.AT_FDCWD), p.String("/dev/ptmx"), launch.Int(unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC)).
+		Ignore(unix.ENOENT, unix.ENXIO, unix.EIO)
+	p.Call(step, unix.SYS_DUP3, fd.Result(), launch.Int(launch.MasterFD), launch.Int(unix.O_CLOEXEC)).Ignore(unix.EBADF)
+}
+
+// addPty replaces that terminal by one of the devpts under the present root, if
+// there is one, and makes the other end stdio.
+func addPty(p *launch.Program) {
+	const step = "open a terminal in /dev/pts"
+	// No symbolic link is followed, and a FIFO that is put there opens at once:
+	// it is no terminal, which the next call finds out.
+	fd := p.Call(step, unix.SYS_OPENAT2, launch.Int(unix.AT_FDCWD), p.String("/dev/pts/ptmx"),
+		openHow(p, unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC, unix.RESOLVE_NO_SYMLINKS), launch.Int(unix.SizeofOpenHow)).
+		Ignore(unix.ENOENT, unix.ENOTDIR, unix.ELOOP, unix.EACCES)
+	// EBADF: it was not opened, the caller's stays.
+	p.Call(step, unix.SYS_DUP3, fd.Result(), launch.Int(launch.MasterFD), launch.Int(unix.O_CLOEXEC)).Ignore(unix.EBADF)
+	master := launch.Int(launch.MasterFD)
+	p.Call("unlock the terminal", unix.SYS_IOCTL, master, launch.Int(unix.TIOCSPTLCK), p.Bytes(make([]byte, 4)))
+	tty := p.Call("open the terminal's other end", unix.SYS_IOCTL, master, launch.Int(unix.TIOCGPTPEER), launch.Int(unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC))
+	for n := range 3 {
+		p.Call("make the terminal stdio", unix.SYS_DUP3, tty.Result(), launch.Int(n), launch.Int(0))
+	}
+}
+
+// addNewProc mounts proc over /proc, if there is a directory of that name. It is
+// run in the new pid namespace.
+func addNewProc(p *launch.Program) {
+	null := launch.Int(0)
+	dir := p.Call("open /proc", unix.SYS_OPENAT2, launch.Int(unix.AT_FDCWD), p.String("/proc"),
+		openHow(p, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, unix.RESOLVE_NO_SYMLINKS), launch.Int(unix.SizeofOpenHow))
+	dir.Then(func() {
+		const step = "mount proc on /proc"
+		fs := p.Call(step, unix.SYS_FSOPEN, p.String("proc"), launch.Int(unix.FSOPEN_CLOEXEC))
+		p.Call(step, unix.SYS_FSCONFIG, fs.Result(), launch.Int(unix.FSCONFIG_SET_STRING), p.String("subset"), p.String("pid"), null)
+		p.Call(step, unix.SYS_FSCONFIG, fs.Result(), launch.Int(unix.FSCONFIG_CMD_CREATE), null, null, null)
+		m := p.Call(step, unix.SYS_FSMOUNT, fs.Result(), launch.Int(unix.FSMOUNT_CLOEXEC),
+			launch.Int(unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV|unix.MOUNT_ATTR_NOEXEC))
+		p.Call(step, unix.SYS_MOVE_MOUNT, m.Result(), p.String(""), dir.Result(), p.String(""),
+			launch.Int(unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_EMPTY_PATH))
+	}, unix.ENOENT, unix.ENOTDIR, unix.ELOOP)
+}
+
+// openHow is a struct open_how (openat2(2)).
+func openHow(p *launch.Program, flags, resolve uint64) launch.Arg {
+	b := binary.NativeEndian.AppendUint64(nil, flags)
+	b = binary.NativeEndian.AppendUint64(b, 0)
+	return p.Bytes(binary.NativeEndian.AppendUint64(b, resolve))
+}
+
+// OpenNamespaces opens the namespaces of these kinds of the process id; the
+// caller closes them. It fails with [procid.ErrGone] if the process is gone,
+// whether or not another has its pid.
+func OpenNamespaces(id procid.ID, kinds []namespace.Kind) (map[namespace.Kind]*os.File, error) {
+	files := make(map[namespace.Kind]*os.File)
+	err := whileAlive(id, func(proc string) error {
+		for _, k := range kinds {
+			f, err := os.Open(proc + "/ns/" + string(k))
+			if err != nil {
+				return err
+			}
+			files[k] = f
+		}
+		return nil
+	})
+	if err != nil {
+		closeAll(files)
+		return nil, err
+	}
+	return files, nil
+}
+
+// OpenCustody opens what the monitor holds of a member, exited or not: its root
+// (O_PATH) and those of its namespaces that it holds. The caller closes them. It
+// fails with [procid.ErrGone] if the monitor is gone, and with [os.ErrNotExist]
+// if it holds nothing.
+func OpenCustody(monitor procid.ID) (root *os.File, ns map[namespace.Kind]*os.File, err error) {
+	const rootFD, firstNS = 16, 17 // docs/ARCHITECTURE.md
+	ns = make(map[namespace.Kind]*os.File)
+	err = whileAlive(monitor, func(proc string) error {
+		var err error
+		root, err = os.OpenFile(proc+"/fd/"+strconv.Itoa(rootFD), unix.O_PATH|unix.O_DIRECTORY, 0)
+		if err != nil {
+			return err
+		}
+		for i, k := range namespace.Kinds() {
+			f, err := os.Open(proc + "/fd/" + strconv.Itoa(firstNS+i))
+			if errors.Is(err, os.ErrNotExist) {
+				continue
+			}
+			if err != nil {
+				return err
+			}
+			ns[k] = f
+			if t, err := unix.IoctlRetInt(int(f.Fd()), unix.NS_GET_NSTYPE); err != nil || uintptr(t) != k.Flag() {
+				return fmt.Errorf("%s is not a %s namespace", f.Name(), k)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		if root != nil {
+			root.Close()
+		}
+		closeAll(ns)
+		return nil, nil, err
+	}
+	return root, ns, nil
+}
+
+// whileAlive calls open with the /proc directory of id. A process that is
+// reaped meanwhile may be followed by another with its pid; what was opened is
+// of id only if id is still there afterwards.
+func whileAlive(id procid.ID, open func(proc string) error) error {
+	pidfd, err := id.Open()
+	if err != nil {
+		return err
+	}
+	defer pidfd.Close()
+	err = open("/proc/" + strconv.Itoa(id.PID))
+	if serr := unix.PidfdSendSignal(int(pidfd.Fd()), 0, nil, 0); errors.Is(serr, unix.ESRCH) {
+		return procid.ErrGone
+	}
+	return err
+}
+
+func closeAll(files map[namespace.Kind]*os.File) {
+	for _, f := range files {
+		f.Close()
+	}
+}

@@ -1,0 +1,332 @@
+package member
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/internal/launch"
+	"github.com/sandboxd/sandboxd/internal/namespace"
+	"github.com/sandboxd/sandboxd/internal/procid"
+	"github.com/sandboxd/sandboxd/internal/testenv"
+)
+
+func process(args ...string) *specs.Process {
+	caps := []string{"CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_KILL", "CAP_SETUID", "CAP_SETGID"}
+	return &specs.Process{
+		Args: args, Cwd: "/", Env: []string{"PATH=/bin:/usr/bin"},
+		Capabilities: &specs.LinuxCapabilities{Bounding: caps, Effective: caps, Permitted: caps},
+	}
+}
+
+// joinSteps are the steps of a program up to those of every process.
+func joinSteps(t *testing.T, s *JoinSpec) []string {
+	t.Helper()
+	p, err := CompileJoin(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var steps []string
+	for i := range p.Len() {
+		if p.Step(i) == "make a session keyring" {
+			return steps
+		}
+		if n := len(steps); n == 0 || steps[n-1] != p.Step(i) {
+			steps = append(steps, p.Step(i))
+		}
+	}
+	t.Fatal("the program does not set up a process")
+	return nil
+}
+
+func TestCompileJoinOrder(t *testing.T) {
+	f := func() *os.File { return new(os.File) } // only told apart, never used
+	adj := 100
+	tty := process("/bin/true")
+	tty.Terminal = true
+	tty.OOMScoreAdj = &adj
+	tests := []struct {
+		name string
+		spec JoinSpec
+		want []string
+	}{
+		{"a member with a user namespace", JoinSpec{
+			Namespaces: map[namespace.Kind]*os.File{
+				namespace.User: f(), namespace.Mnt: f(), namespace.PID: f(), namespace.Net: f(), namespace.Cgroup: f(),
+			},
+			Root: f(), CgroupProcs: []string{"/c/cgroup.procs"}, Process: tty,
+		}, []string{
+			"join the cgroup of /c/cgroup.procs", "set oom_score_adj to 100", "open a terminal",
+			"join the net namespace", "join the cgroup namespace", "join the pid namespace", "join the mnt namespace",
+			"change to the root", "change the root",
+			"open a terminal in /dev/pts", "unlock the terminal", "open the terminal's other end", "make the terminal stdio",
+			"close descriptors", "be not dumpable", "enter the pid namespace", "make a session", "take the terminal",
+			"join the user namespace", "become root of the user namespace", "own the terminal", "close descriptor 5", "close descriptors",
+		}},
+		{"a dead member", JoinSpec{
+			Namespaces: map[namespace.Kind]*os.File{namespace.Mnt: f()}, Root: f(), NewProc: true,
+			Private: []namespace.Kind{namespace.UTS}, Process: process("/bin/true"),
+		}, []string{
+			"join the mnt namespace", "change to the root", "change the root", "make the private namespaces", "make mounts private",
+			"close descriptors", "be not dumpable", "enter the pid namespace", "make a session", "open /proc", "mount proc on /proc",
+			"make the private namespaces", "close descriptors",
+		}},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			if diff := cmp.Diff(tt.want, joinSteps(t, &tt.spec)); diff != "" {
+				t.Errorf("steps (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestCompileJoinRefuses(t *testing.T) {
+	f := new(os.File)
+	tests := []struct {
+		spec JoinSpec
+		want string
+	}{
+		{JoinSpec{}, "no process"},
+		{JoinSpec{Process: process("x"), Private: []namespace.Kind{namespace.User}}, "private user namespace"},
+		{JoinSpec{Process: process("x"), Private: []namespace.Kind{"moon"}}, `"moon"`},
+		{JoinSpec{Process: process("x"), Namespaces: map[namespace.Kind]*os.File{"moon": f}}, `"moon"`},
+		{JoinSpec{Process: process("x"), Namespaces: map[namespace.Kind]*os.File{namespace.Net: nil}}, "no net namespace"},
+		{JoinSpec{Process: process("x"), Namespaces: map[namespace.Kind]*os.File{namespace.Net: f}, Private: []namespace.Kind{namespace.Net}}, "joined and private"},
+		{JoinSpec{Process: process("x"), Namespaces: map[namespace.Kind]*os.File{namespace.PID: f}, NewProc: true}, "own /proc"},
+	}
+	for _, tt := range tests {
+		if _, err := CompileJoin(&tt.spec); err == nil || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("CompileJoin(%+v) = %v, want an error with %q", tt.spec, err, tt.want)
+		}
+	}
+}
+
+// target is a process with namespaces of its own, in a root with busybox, a
+// tmpfs on /tmp that holds "kept", /proc and /dev/pts.
+type target struct {
+	id   procid.ID
+	root *os.File
+	ns   map[namespace.Kind]*os.File
+	kill func()
+}
+
+func startTarget(t *testing.T) *target {
+	t.Helper()
+	rootfs := testenv.Busybox(t)
+	script := `set -e
+r=$1
+mount --make-rprivate /
+mount --bind $r $r
+mkdir -p $r/proc $r/tmp $r/dev $r/old
+mount -t proc proc $r/proc
+mount -t tmpfs tmpfs $r/tmp
+mount -t tmpfs tmpfs $r/dev
+mkdir $r/dev/pts
+mount -t devpts -o newinstance,ptmxmode=0666,mode=0620 devpts $r/dev/pts
+echo content >$r/tmp/kept
+hostname target
+cd $r
+pivot_root . old
+umount -l /old
+echo ready
+exec /bin/busybox sleep 1000`
+	cmd := exec.Command("/bin/sh", "-c", script, "sh", rootfs)
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWUTS | unix.CLONE_NEWNET | unix.CLONE_NEWIPC,
+	}
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.StdoutPipe()
+	if err == nil {
+		err = cmd.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	var once bool
+	tg := &target{kill: func() {
+		if !once {
+			once = true
+			cmd.Process.Kill()
+			cmd.Wait()
+		}
+	}}
+	t.Cleanup(tg.kill)
+	if _, err := io.ReadFull(out, make([]byte, len("ready\n"))); err != nil {
+		tg.kill()
+		t.Fatalf("target: %v: %s", err, stderr.String())
+	}
+	if tg.id, err = procid.Of(cmd.Process.Pid); err != nil {
+		t.Fatal(err)
+	}
+	kinds := []namespace.Kind{namespace.Mnt, namespace.PID, namespace.UTS, namespace.Net, namespace.IPC}
+	if tg.ns, err = OpenNamespaces(tg.id, kinds); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { closeAll(tg.ns) })
+	if tg.root, err = os.OpenFile(fmt.Sprintf("/proc/%d/root", tg.id.PID), unix.O_PATH, 0); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { tg.root.Close() })
+	return tg
+}
+
+func runJoin(t *testing.T, s *JoinSpec, stdin io.Reader) (stdout string, code int, err error) {
+	t.Helper()
+	p, err := CompileJoin(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	var out, errOut bytes.Buffer
+	c := Command{Program: p, Stdin: stdin, Stdout: &out, Stderr: &errOut, TTY: s.Process.Terminal}
+	code, err = c.Run(ctx)
+	if errOut.Len() > 0 {
+		t.Logf("stderr: %s", errOut.String())
+	}
+	return out.String(), code, err
+}
+
+func TestExecIntoTheLiving(t *testing.T) {
+	testenv.Root(t)
+	tg := startTarget(t)
+	run := func(stdin io.Reader, args ...string) (string, int, error) {
+		return runJoin(t, &JoinSpec{Namespaces: tg.ns, Root: tg.root, Process: process(args...)}, stdin)
+	}
+	out, code, err := run(strings.NewReader("in\n"), "sh", "-c", "cat; hostname; cat /tmp/kept; cat /proc/1/comm; ls /proc/self/fd | wc -l; exit 7")
+	// The fourth descriptor is that of ls for the directory.
+	if want := "in\ntarget\ncontent\nbusybox\n4\n"; out != want && out != strings.Replace(want, "busybox", "sleep", 1) || code != 7 || err != nil {
+		t.Errorf("exec = %q, %d, %v, want %q, 7", out, code, err, want)
+	}
+	for k, f := range tg.ns {
+		want, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", f.Fd()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if out, _, err := run(nil, "readlink", "/proc/self/ns/"+string(k)); strings.TrimSpace(out) != want || err != nil {
+			t.Errorf("%s namespace is %q, %v, want %q", k, out, err, want)
+		}
+	}
+	if _, code, err := run(nil, "sh", "-c", "kill -TERM $$"); code != 128+15 || err != nil {
+		t.Errorf("a killed command: %d, %v, want 143", code, err)
+	}
+	if _, code, err := run(nil, "nowhere"); code != ExitNotFound || !errors.Is(err, unix.ENOENT) {
+		t.Errorf("a missing command: %d, %v, want 127", code, err)
+	}
+	if _, code, err := run(nil, "/tmp/kept"); code != ExitNotExecutable || !errors.Is(err, unix.EACCES) {
+		t.Errorf("a file that is not executable: %d, %v, want 126", code, err)
+	}
+}
+
+func TestExecWithTerminal(t *testing.T) {
+	testenv.Root(t)
+	tg := startTarget(t)
+	for _, tt := range []struct {
+		name string
+		spec JoinSpec
+		want string
+	}{
+		{"the target's", JoinSpec{Namespaces: tg.ns, Root: tg.root}, "/dev/pts/0\r\n"},
+		{"the caller's", JoinSpec{}, "/dev/pts/"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s := tt.spec
+			s.Process = process("sh", "-c", "tty; stty size; read x; echo got $x; exit 3")
+			s.Process.Terminal = true
+			p, err := CompileJoin(&s)
+			if err != nil {
+				t.Fatal(err)
+			}
+			sizes := make(chan unix.Winsize, 1)
+			sizes <- unix.Winsize{Row: 33, Col: 77}
+			var out bytes.Buffer
+			c := Command{Program: p, Stdin: strings.NewReader("word\n"), Stdout: &out, TTY: true, Sizes: sizes}
+			code, err := c.Run(t.Context())
+			if got := out.String(); !strings.Contains(got, tt.want) || !strings.Contains(got, "33 77\r\n") || !strings.Contains(got, "got word\r\n") || code != 3 || err != nil {
+				t.Errorf("Run = %q, %d, %v", got, code, err)
+			}
+		})
+	}
+}
+
+func TestJoinTheDead(t *testing.T) {
+	testenv.Root(t)
+	tg := startTarget(t)
+	tg.kill()
+	_, code, err := runJoin(t, &JoinSpec{Namespaces: tg.ns, Root: tg.root, Process: process("true")}, nil)
+	if !errors.Is(err, ErrDeadPID) || code != ExitFailed {
+		t.Errorf("join of a dead pid namespace = %d, %v, want ErrDeadPID", code, err)
+	}
+
+	ns := map[namespace.Kind]*os.File{namespace.Mnt: tg.ns[namespace.Mnt]}
+	// The first joiner stays while the second looks at the mounts.
+	const look = "cat /tmp/kept; grep -c ' /proc ' /proc/self/mountinfo; echo $$; ls /proc | grep -cx sys"
+	hold, err := CompileJoin(&JoinSpec{Namespaces: ns, Root: tg.root, NewProc: true, Process: process("sleep", "1000")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	held, err := launch.Start(hold, launch.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer held.Wait()
+	defer held.Signal(unix.SIGKILL)
+	for range 2 {
+		// Two mounts on /proc: the dead member's, and its own; not the other's.
+		out, _, err := runJoin(t, &JoinSpec{Namespaces: ns, Root: tg.root, NewProc: true, Process: process("sh", "-c", look)}, nil)
+		if want := "content\n2\n1\n0\n"; out != want || err != nil {
+			t.Errorf("join = %q, %v, want %q", out, err, want)
+		}
+	}
+	// Without a /proc of its own it sees the dead one's, which is unchanged.
+	out, _, err := runJoin(t, &JoinSpec{Namespaces: ns, Root: tg.root, Process: process("sh", "-c", "cat /tmp/kept; ls /proc/1 2>&1 | wc -l; ls -d /proc/sys")}, nil)
+	if want := "content\n1\n/proc/sys\n"; out != want || err != nil {
+		t.Errorf("join without a new /proc = %q, %v, want %q", out, err, want)
+	}
+	if _, err := OpenNamespaces(tg.id, []namespace.Kind{namespace.Mnt}); !errors.Is(err, procid.ErrGone) {
+		t.Errorf("OpenNamespaces of the dead = %v, want ErrGone", err)
+	}
+}
+
+func TestRunEndsWithItsContextAndForwardsSignals(t *testing.T) {
+	testenv.Root(t)
+	p, err := CompileJoin(&JoinSpec{Process: process("sh", "-c", "trap 'exit 9' USR1; echo ready; while :; do sleep 1; done")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ready, w := io.Pipe()
+	signals := make(chan unix.Signal)
+	go func() {
+		io.ReadFull(ready, make([]byte, 6))
+		go io.Copy(io.Discard, ready)
+		signals <- unix.SIGUSR1
+	}()
+	c := Command{Program: p, Stdout: w, Signals: signals}
+	if code, err := c.Run(t.Context()); code != 9 || err != nil {
+		t.Errorf("Run = %d, %v, want 9", code, err)
+	}
+	p, err = CompileJoin(&JoinSpec{Process: process("sleep", "1000")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	c = Command{Program: p}
+	if code, err := c.Run(ctx); code != ExitFailed || !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("Run = %d, %v, want the context's error", code, err)
+	}
+}
