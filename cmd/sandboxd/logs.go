@@ -1,0 +1,105 @@
+package main
+
+import (
+	"context"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/sandboxd/sandboxd/internal/crilog"
+	"github.com/sandboxd/sandboxd/sandbox"
+)
+
+func (a *app) logsCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "logs [-f] [--tail N] [--timestamps] SANDBOX/MEMBER",
+		Short: "Show what a member has written",
+		Long: `Show what a member has written: its stdout on stdout, its stderr on stderr.
+Works without the daemon, from the state directory.`,
+		Example:           "  sandboxd logs web/redis\n  sandboxd logs -f --tail 20 --timestamps web/redis",
+		Args:              argsBetween(1, 1),
+		ValidArgsFunction: a.completeRefs(1, false, true),
+	}
+	follow := cmd.Flags().BoolP("follow", "f", false, "go on until the member has exited, across rotations of the file")
+	tail := cmd.Flags().Int("tail", -1, "begin with the last `N` lines (default all)")
+	stamps := cmd.Flags().Bool("timestamps", false, "show when each line was written")
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if err := wantMember(cmd, args[0]); err != nil {
+			return err
+		}
+		if cmd.Flags().Changed("tail") && *tail < 0 {
+			return usageError(cmd, "--tail %d is negative", *tail)
+		}
+		d, err := a.dir()
+		if err != nil {
+			return err
+		}
+		m, err := d.Member(args[0])
+		if err != nil {
+			return err
+		}
+		o := crilog.Options{Tail: *tail, Follow: *follow, Bad: func(e *crilog.LineError) { a.report(e) }}
+		ctx, cancel := context.WithCancel(cmd.Context())
+		defer cancel()
+		if *follow {
+			done := make(chan struct{})
+			o.Done = done
+			go func() {
+				defer close(done)
+				awaitExit(ctx, d, m)
+			}()
+		}
+		var j crilog.Joiner
+		err = crilog.Read(ctx, m.LogPath, o, func(l crilog.Line) error {
+			whole, ok := j.Add(l)
+			if !ok {
+				return nil
+			}
+			return a.writeLog(whole, *stamps)
+		})
+		for _, l := range j.Rest() {
+			if err == nil {
+				err = a.writeLog(l, *stamps)
+			}
+		}
+		return err
+	}
+	return cmd
+}
+
+// writeLog writes one line of a log to the stream that it was written to.
+func (a *app) writeLog(l crilog.Line, stamp bool) error {
+	w := a.out
+	if l.Stream == "stderr" {
+		w = a.err
+	}
+	var b []byte
+	if stamp {
+		b = append(l.Time.AppendFormat(b, time.RFC3339Nano), ' ')
+	}
+	b = append(b, l.Content...)
+	if !l.Partial {
+		b = append(b, '\n')
+	}
+	_, err := w.Write(b)
+	return err
+}
+
+// awaitExit returns when m has exited or been removed, or ctx ends. It looks at
+// the state directory, so that it works without the daemon.
+func awaitExit(ctx context.Context, d *sandbox.Dir, m sandbox.MemberInfo) {
+	ref := m.Sandbox + "/" + m.ID
+	tick := time.NewTicker(pollInterval)
+	defer tick.Stop()
+	for m.Exit == nil {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		var err error
+		if m, err = d.Member(ref); err != nil {
+			return
+		}
+	}
+}

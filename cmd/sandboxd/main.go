@@ -1,0 +1,88 @@
+// Command sandboxd manages pod sandboxes on one Linux host. `sandboxd serve` is
+// the daemon; the other subcommands are its clients, or work from the state
+// directory without it.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/sandbox"
+)
+
+// Exit codes beside those of the processes that are run (docker-run(1) has the
+// same).
+const (
+	exitFailed     = 125 // sandboxd itself failed
+	exitCannotExec = 126 // the command cannot be executed
+	exitNotFound   = 127 // the command is not found
+	exitSignal     = 128 // plus the signal that ended the process
+)
+
+func main() {
+	os.Exit(run(context.Background(), os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
+}
+
+// run is the program without its process: it returns the exit code. Only if
+// the streams are files can terminals be used.
+func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
+	a := &app{in: stdin, out: stdout, err: stderr, lookupEnv: os.LookupEnv}
+	defer a.close()
+	root := a.rootCommand()
+	root.SetArgs(args)
+	return a.report(root.ExecuteContext(ctx))
+}
+
+// report writes err as one line, unless it is only a process's exit code, and
+// returns the exit code that it stands for.
+func (a *app) report(err error) int {
+	if err == nil {
+		return 0
+	}
+	if code, ok := errors.AsType[exitCode](err); ok {
+		return int(code)
+	}
+	fmt.Fprintf(a.err, "sandboxd: %s\n", oneLine(err.Error()))
+	if se, ok := errors.AsType[*sandbox.StartError](err); ok {
+		return startErrorCode(se.Errno)
+	}
+	return exitFailed
+}
+
+// startErrorCode is what shells exit with if execve failed with errno.
+func startErrorCode(errno unix.Errno) int {
+	if errno == unix.ENOENT {
+		return exitNotFound
+	}
+	return exitCannotExec
+}
+
+// exitCode is the exit code of a process that was run, as an error.
+type exitCode int
+
+func (c exitCode) Error() string { return fmt.Sprintf("exit code %d", int(c)) }
+
+// asExit returns the exit code as an error; 0 is nil.
+func asExit(code int) error {
+	if code == 0 {
+		return nil
+	}
+	return exitCode(code)
+}
+
+// oneLine keeps messages to one line whatever a path or a foreign program's
+// output holds.
+func oneLine(s string) string {
+	return strings.Map(func(r rune) rune {
+		if r < ' ' || r == 0x7f {
+			return ' '
+		}
+		return r
+	}, strings.TrimSpace(s))
+}

@@ -1,0 +1,107 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/sandboxd/sandboxd/internal/namespace"
+	"github.com/sandboxd/sandboxd/sandbox"
+)
+
+// outputFlag adds -o to cmd and returns whether JSON is asked for.
+func outputFlag(cmd *cobra.Command) *bool {
+	isJSON := new(bool)
+	cmd.Flags().VarP(&value[bool]{p: isJSON, typ: "table|json", parse: func(s string) (bool, error) {
+		switch s {
+		case "json", "table":
+			return s == "json", nil
+		}
+		return false, fmt.Errorf("unknown output format %q (one of table, json)", s)
+	}}, "output", "o", "output format (default table)")
+	cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"json", "table"}, cobra.ShellCompDirectiveNoFileComp))
+	return isJSON
+}
+
+// writeJSON writes v, indented, with a line feed at the end.
+func writeJSON(w io.Writer, v any) error {
+	e := json.NewEncoder(w)
+	e.SetEscapeHTML(false)
+	e.SetIndent("", "  ")
+	return e.Encode(v)
+}
+
+// writeTable writes rows in aligned columns; the first row is the head.
+func writeTable(w io.Writer, rows [][]string) error {
+	tw := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
+	for _, r := range rows {
+		for i := range r {
+			r[i] = oneLine(strings.ReplaceAll(r[i], "\t", " "))
+			if r[i] == "" {
+				r[i] = "-"
+			}
+		}
+		fmt.Fprintln(tw, strings.Join(r, "\t"))
+	}
+	return tw.Flush()
+}
+
+// age shows how long ago t was, to two digits of precision or so.
+func age(now, t time.Time) string {
+	if t.IsZero() {
+		return ""
+	}
+	d := max(now.Sub(t), 0)
+	switch {
+	case d < time.Minute:
+		return fmt.Sprintf("%ds", d/time.Second)
+	case d < 10*time.Minute:
+		return fmt.Sprintf("%dm%ds", d/time.Minute, d%time.Minute/time.Second)
+	case d < time.Hour:
+		return fmt.Sprintf("%dm", d/time.Minute)
+	case d < 10*time.Hour:
+		return fmt.Sprintf("%dh%dm", d/time.Hour, d%time.Hour/time.Minute)
+	case d < 48*time.Hour:
+		return fmt.Sprintf("%dh", d/time.Hour)
+	}
+	return fmt.Sprintf("%dd", d/(24*time.Hour))
+}
+
+// memberStatus shows a member's state and how it ended.
+func memberStatus(m sandbox.MemberInfo) string {
+	switch e := m.Exit; {
+	case e == nil:
+		return m.State
+	case !e.Known:
+		return m.State + " (?)"
+	case e.OOMKilled:
+		return fmt.Sprintf("%s (%d, OOM)", m.State, e.Code)
+	default:
+		return fmt.Sprintf("%s (%d)", m.State, e.Code)
+	}
+}
+
+// holds lists the kinds that a sandbox holds, in the usual order.
+func holds(i sandbox.Info) string {
+	var out []string
+	for _, k := range namespace.Kinds() {
+		if _, ok := i.Namespaces[k]; ok {
+			out = append(out, string(k))
+		}
+	}
+	return strings.Join(out, ",")
+}
+
+// command shows a member's command, cut to n characters.
+func command(args []string, n int) string {
+	s := strings.Join(args, " ")
+	if r := []rune(s); len(r) > n {
+		return string(r[:n-1]) + "…"
+	}
+	return s
+}

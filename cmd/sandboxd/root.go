@@ -1,0 +1,262 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/sandboxd/sandboxd/api"
+	"github.com/sandboxd/sandboxd/sandbox"
+)
+
+const defaultState = "/run/sandboxd"
+
+// app is what the subcommands share.
+type app struct {
+	in        io.Reader
+	out, err  io.Writer
+	lookupEnv func(string) (string, bool)
+
+	address string // flag; empty means the environment, then the default
+	state   string
+
+	conn *api.Client // made by client
+}
+
+func (a *app) close() {
+	if a.conn != nil {
+		a.conn.Close()
+	}
+}
+
+// Groups of subcommands in the help.
+const (
+	groupSandbox = "sandbox"
+	groupMember  = "member"
+	groupInside  = "inside"
+	groupShow    = "show"
+	groupHost    = "host"
+)
+
+func (a *app) rootCommand() *cobra.Command {
+	root := &cobra.Command{
+		Use:   "sandboxd",
+		Short: "Pod sandboxes that outlive their members",
+		Long: `sandboxd manages pod sandboxes on one Linux host.
+
+A sandbox holds namespaces. Members are containers that join any subset of them.
+What a member leaves behind (its root with every mount in it, its namespaces)
+stays reachable after it has exited, until you remove it.
+
+Refer to a sandbox by its name, its id, or a unique prefix of its id, and to a
+member as SANDBOX/MEMBER.
+
+exec, join, cp, logs, ls, ps and inspect also work while no daemon runs.
+
+Exit codes: that of the process for run, exec, join and wait, 128+N if signal N
+ended it; 125 if sandboxd itself failed; 126 if the command cannot be executed,
+127 if it is not found.`,
+		Example: `  sandboxd serve &
+  sandboxd create web
+  sandboxd run web --rootfs /srv/alpine --name shell -i -t -- sh
+  sandboxd cp web/shell:/tmp/core .
+  sandboxd rm -f web`,
+		SilenceErrors:     true,
+		SilenceUsage:      true,
+		Args:              cobra.ArbitraryArgs,
+		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: false},
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				msg := fmt.Sprintf("unknown command %q", args[0])
+				if s := cmd.SuggestionsFor(args[0]); len(s) > 0 {
+					return usageError(cmd, "%s, did you mean %s?", msg, strings.Join(s, " or "))
+				}
+				return usageError(cmd, "%s", msg)
+			}
+			return cmd.Help()
+		},
+	}
+	root.SuggestionsMinimumDistance = 2
+	root.SetIn(a.in)
+	root.SetOut(a.out)
+	root.SetErr(a.err)
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return usageError(cmd, "%s", err) })
+	f := root.PersistentFlags()
+	f.StringVar(&a.address, "address", "", "the daemon's socket, unix:///`PATH` (default $SANDBOXD_ADDRESS, or STATE/sandboxd.sock)")
+	f.StringVar(&a.state, "state", "", "state `directory` (default $SANDBOXD_STATE, or "+defaultState+")")
+	root.AddGroup(
+		&cobra.Group{ID: groupSandbox, Title: "Sandboxes:"},
+		&cobra.Group{ID: groupMember, Title: "Members:"},
+		&cobra.Group{ID: groupInside, Title: "Inside members, running or exited:"},
+		&cobra.Group{ID: groupShow, Title: "Look:"},
+		&cobra.Group{ID: groupHost, Title: "Host:"},
+	)
+	root.SetHelpCommandGroupID(groupHost)
+	root.SetCompletionCommandGroupID(groupHost)
+	for _, g := range []struct {
+		id   string
+		cmds []*cobra.Command
+	}{
+		{groupSandbox, []*cobra.Command{a.createCommand(), a.stopCommand(), a.rmCommand()}},
+		{groupMember, []*cobra.Command{a.addCommand(), a.startCommand(), a.waitCommand(), a.killCommand()}},
+		{groupInside, []*cobra.Command{a.logsCommand()}},
+		{groupShow, []*cobra.Command{a.lsCommand(), a.psCommand(), a.inspectCommand()}},
+		{groupHost, []*cobra.Command{a.serveCommand(), a.versionCommand()}},
+	} {
+		for _, c := range g.cmds {
+			c.GroupID = g.id
+			c.DisableFlagsInUseLine = true
+			c.Flags().SortFlags = false
+			root.AddCommand(c)
+		}
+	}
+	return root
+}
+
+// usageError is a mistake of the caller: one line, with a hint.
+func usageError(cmd *cobra.Command, format string, args ...any) error {
+	return fmt.Errorf("%s (try: %s --help)", fmt.Sprintf(format, args...), cmd.CommandPath())
+}
+
+// argsBetween refuses calls with fewer than least or more than most arguments;
+// most < 0 is no limit.
+func argsBetween(least, most int) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		_, want, _ := strings.Cut(cmd.Use, " ")
+		switch {
+		case len(args) < least:
+			return usageError(cmd, "%s needs arguments: %s", cmd.Name(), want)
+		case most == 0 && len(args) > 0:
+			return usageError(cmd, "%s takes no arguments, but got %q", cmd.Name(), args[0])
+		case most >= 0 && len(args) > most:
+			return usageError(cmd, "%s does not take the argument %q", cmd.Name(), args[most])
+		}
+		return nil
+	}
+}
+
+// stateDir returns the state directory that flags and environment name.
+func (a *app) stateDir() string {
+	if a.state != "" {
+		return a.state
+	}
+	if s, ok := a.lookupEnv("SANDBOXD_STATE"); ok && s != "" {
+		return s
+	}
+	return defaultState
+}
+
+// socketAddress returns the address that flags and environment name.
+func (a *app) socketAddress() string {
+	if a.address != "" {
+		return a.address
+	}
+	if s, ok := a.lookupEnv("SANDBOXD_ADDRESS"); ok && s != "" {
+		return s
+	}
+	return "unix://" + a.stateDir() + "/sandboxd.sock"
+}
+
+// client returns the connection to the daemon. [app.close] closes it.
+func (a *app) client() (*api.Client, error) {
+	if a.conn == nil {
+		c, err := api.Dial(a.socketAddress())
+		if err != nil {
+			return nil, err
+		}
+		a.conn = c
+	}
+	return a.conn, nil
+}
+
+// dir opens the state directory for reading.
+func (a *app) dir() (*sandbox.Dir, error) { return sandbox.OpenDir(a.stateDir(), statusReader{}) }
+
+// list returns all sandboxes: from the daemon, or if none answers from the
+// state directory.
+func (a *app) list(ctx context.Context) ([]sandbox.Info, error) {
+	return fallBack(a,
+		func(c *api.Client) ([]sandbox.Info, error) { return c.List(ctx) },
+		func(d *sandbox.Dir) ([]sandbox.Info, error) { return d.List() })
+}
+
+func (a *app) inspectSandbox(ctx context.Context, ref string) (sandbox.Info, error) {
+	return fallBack(a,
+		func(c *api.Client) (sandbox.Info, error) { return c.Inspect(ctx, ref) },
+		func(d *sandbox.Dir) (sandbox.Info, error) { return d.Sandbox(ref) })
+}
+
+func (a *app) inspectMember(ctx context.Context, ref string) (sandbox.MemberInfo, error) {
+	return fallBack(a,
+		func(c *api.Client) (sandbox.MemberInfo, error) { return c.InspectMember(ctx, ref) },
+		func(d *sandbox.Dir) (sandbox.MemberInfo, error) { return d.Member(ref) })
+}
+
+// fallBack asks the daemon, or if none answers the state directory.
+func fallBack[T any](a *app, daemon func(*api.Client) (T, error), local func(*sandbox.Dir) (T, error)) (T, error) {
+	var none T
+	c, err := a.client()
+	if err != nil {
+		return none, err
+	}
+	v, err := daemon(c)
+	if !errors.Is(err, api.ErrUnavailable) {
+		return v, err
+	}
+	d, derr := a.dir()
+	if derr != nil {
+		return none, errors.Join(err, derr)
+	}
+	return local(d)
+}
+
+// isMember reports whether ref names a member rather than a sandbox.
+func isMember(ref string) bool { return strings.Contains(ref, "/") }
+
+// wantMember refuses a reference that names no member.
+func wantMember(cmd *cobra.Command, ref string) error {
+	if !isMember(ref) {
+		return usageError(cmd, "%q is not SANDBOX/MEMBER", ref)
+	}
+	return nil
+}
+
+// completion of references. Errors are not shown: there is just nothing to
+// complete then.
+type completion func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective)
+
+// completeRefs completes names of sandboxes, of members, or both; for the first
+// n arguments, n < 0 for all.
+func (a *app) completeRefs(n int, sandboxes, members bool) completion {
+	return func(_ *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
+		if n >= 0 && len(args) >= n {
+			return nil, cobra.ShellCompDirectiveDefault
+		}
+		d, err := a.dir()
+		if err != nil {
+			return nil, cobra.ShellCompDirectiveNoFileComp
+		}
+		infos, err := d.List()
+		if err != nil {
+			return nil, cobra.ShellCompDirectiveNoFileComp
+		}
+		var out []string
+		for _, i := range infos {
+			if sandboxes {
+				out = append(out, cobra.CompletionWithDesc(i.Name, i.State))
+			}
+			if members {
+				for _, m := range i.Members {
+					out = append(out, cobra.CompletionWithDesc(i.Name+"/"+m.Name, m.State))
+				}
+			}
+		}
+		slices.Sort(out)
+		return out, cobra.ShellCompDirectiveNoFileComp
+	}
+}

@@ -1,0 +1,153 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/sandboxd/sandboxd/internal/namespace"
+	"github.com/sandboxd/sandboxd/sandbox"
+)
+
+func writeLine(w io.Writer, s string) { fmt.Fprintln(w, s) }
+
+func (a *app) createCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "create [OPTION]… [NAME]",
+		Short: "Create a sandbox and print its id",
+		Long: `Create a sandbox: a pause process that holds namespaces for members to join, a
+cgroup, and a /dev/shm. It lives until rm, whether or not anything runs in it.`,
+		Example: `  sandboxd create web
+  sandboxd create --share net,ipc,uts,pid --hostname db --label app=shop db
+  sandboxd create --net host --share ipc,uts tools`,
+		Args:              argsBetween(0, 1),
+		ValidArgsFunction: cobra.NoFileCompletions,
+	}
+	var (
+		c           sandbox.Config
+		sysctls     []string
+		labels      []string
+		annotations []string
+		network     string
+	)
+	f := cmd.Flags()
+	f.StringVar(&network, "net", "", "network: none|host (default none)")
+	f.Var(&value[[]namespace.Kind]{p: &c.Share, typ: "kinds", parse: parseShare}, "share", "namespaces to hold: any of net,ipc,uts,pid,user,cgroup,time (default net,ipc,uts)")
+	f.StringVar(&c.Hostname, "hostname", "", "host `name` (default the sandbox's name)")
+	f.StringArrayVar(&sysctls, "sysctl", nil, "set a sysctl of the sandbox's namespaces, `KEY=VALUE`")
+	f.StringArrayVar(&labels, "label", nil, "label, `KEY=VALUE`")
+	f.StringArrayVar(&annotations, "annotation", nil, "annotation, `KEY=VALUE`")
+	f.Var(&value[int64]{p: &c.ShmSize, typ: "size", parse: parseSize}, "shm-size", "size of /dev/shm, such as 128m (default 64m)")
+	cmd.RegisterFlagCompletionFunc("net", cobra.FixedCompletions([]string{"none", "host"}, cobra.ShellCompDirectiveNoFileComp))
+	cmd.RunE = func(cmd *cobra.Command, args []string) (err error) {
+		if len(args) > 0 {
+			if args[0] == "" {
+				return usageError(cmd, "the name is empty")
+			}
+			c.Name = args[0]
+		}
+		c.Network = sandbox.NetworkMode(network)
+		if c.Sysctls, err = parsePairs("sysctl", sysctls); err != nil {
+			return usageError(cmd, "%s", err)
+		}
+		if c.Labels, err = parsePairs("label", labels); err != nil {
+			return usageError(cmd, "%s", err)
+		}
+		if c.Annotations, err = parsePairs("annotation", annotations); err != nil {
+			return usageError(cmd, "%s", err)
+		}
+		d, err := a.client()
+		if err != nil {
+			return err
+		}
+		i, err := d.Create(cmd.Context(), c)
+		if err != nil {
+			return err
+		}
+		writeLine(a.out, i.ID)
+		return nil
+	}
+	return cmd
+}
+
+func (a *app) stopCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "stop [--time 10s] SANDBOX[/MEMBER]…",
+		Short: "Stop a member, or a sandbox with all its members",
+		Long: `Stop a member: send its stop signal and, if it has not exited in time, SIGKILL.
+Of a sandbox, stop every member; none can be added then.
+
+What members left behind stays reachable until rm. It is no error if they have
+stopped already.`,
+		Example:           "  sandboxd stop web/redis\n  sandboxd stop --time 1m web",
+		Args:              argsBetween(1, -1),
+		ValidArgsFunction: a.completeRefs(-1, true, true),
+	}
+	timeout := cmd.Flags().Duration("time", sandbox.DefaultStopTimeout, "how long to wait before SIGKILL")
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if *timeout < 0 {
+			return usageError(cmd, "--time %s is negative", *timeout)
+		}
+		return a.eachRef(args, func(ref string) error {
+			if isMember(ref) {
+				return a.conn.StopMember(cmd.Context(), ref, *timeout)
+			}
+			return a.conn.Stop(cmd.Context(), ref, *timeout)
+		})
+	}
+	return cmd
+}
+
+func (a *app) rmCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:     "rm [-f] SANDBOX[/MEMBER]…",
+		Aliases: []string{"remove", "delete"},
+		Short:   "Remove members, or sandboxes with all their members",
+		Long: `Remove members, or sandboxes with all their members: end custody, and delete
+their writable layers, logs and records.`,
+		Example:           "  sandboxd rm web/redis\n  sandboxd rm -f web",
+		Args:              argsBetween(1, -1),
+		ValidArgsFunction: a.completeRefs(-1, true, true),
+	}
+	force := cmd.Flags().BoolP("force", "f", false, "kill what still runs; no error if there is nothing of that name")
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		return a.eachRef(args, func(ref string) error {
+			var err error
+			if isMember(ref) {
+				err = a.conn.RemoveMember(cmd.Context(), ref, *force)
+			} else {
+				err = a.conn.Remove(cmd.Context(), ref, *force)
+			}
+			if *force && errors.Is(err, sandbox.ErrNotFound) {
+				return nil
+			}
+			return err
+		})
+	}
+	return cmd
+}
+
+// eachRef connects, then calls fn for each reference. Those after one that
+// fails are still handled.
+func (a *app) eachRef(refs []string, fn func(ref string) error) error {
+	if _, err := a.client(); err != nil {
+		return err
+	}
+	var failed int
+	var last error
+	for _, ref := range refs {
+		if err := fn(ref); err != nil {
+			if failed > 0 {
+				a.report(last)
+			}
+			failed, last = failed+1, err
+		}
+	}
+	return last
+}
+
+// pollInterval is how often something that cannot be watched is looked at.
+const pollInterval = 200 * time.Millisecond

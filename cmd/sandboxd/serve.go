@@ -1,0 +1,168 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/api"
+	"github.com/sandboxd/sandboxd/api/server"
+	"github.com/sandboxd/sandboxd/sandbox"
+)
+
+// shutdownTimeout bounds how long calls in progress may go on after SIGTERM.
+// What is cut off then, the next start undoes or finishes.
+const shutdownTimeout = 10 * time.Second
+
+type serveOptions struct {
+	root         string
+	cgroupParent string
+	level        slog.Level
+	json         bool
+}
+
+func (a *app) serveCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "serve [OPTION]…",
+		Short: "Run the daemon",
+		Long: `Run the daemon. It takes up what an earlier one left, then opens its socket
+(mode 0600), tells systemd that it is ready (sd_notify) and logs "Ready".
+
+SIGTERM and SIGINT end the daemon and nothing else: sandboxes and their members
+go on, and so do their logs.`,
+		Example: `  sandboxd serve
+  sandboxd serve --state /run/test --root /var/lib/test --cgroup-parent /test --log-format json`,
+		Args: argsBetween(0, 0),
+	}
+	var o serveOptions
+	f := cmd.Flags()
+	f.StringVar(&o.root, "root", "/var/lib/sandboxd", "`directory` for what outlives a reboot")
+	f.StringVar(&o.cgroupParent, "cgroup-parent", "/sandboxd", "cgroup `path` above those of sandboxes, the same in every hierarchy")
+	f.Var(&value[slog.Level]{p: &o.level, typ: "level", parse: parseLevel}, "log-level", "one of debug, info, warn, error (default info)")
+	f.Var(&value[bool]{p: &o.json, typ: "text|json", parse: parseLogFormat}, "log-format", "form of the log on stderr (default text)")
+	cmd.RegisterFlagCompletionFunc("log-level", cobra.FixedCompletions([]string{"debug", "info", "warn", "error"}, cobra.ShellCompDirectiveNoFileComp))
+	cmd.RegisterFlagCompletionFunc("log-format", cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp))
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if os.Geteuid() != 0 {
+			return errors.New("serve must be run as root")
+		}
+		ctx, stop := signal.NotifyContext(cmd.Context(), unix.SIGTERM, unix.SIGINT)
+		defer stop()
+		return a.serve(ctx, o)
+	}
+	return cmd
+}
+
+// serve runs the daemon until ctx ends.
+func (a *app) serve(ctx context.Context, o serveOptions) (err error) {
+	state, err := filepath.Abs(a.stateDir())
+	if err != nil {
+		return err
+	}
+	root, err := filepath.Abs(o.root)
+	if err != nil {
+		return err
+	}
+	socket, err := api.SocketPath(a.socketAddress())
+	if err != nil {
+		return err
+	}
+	log := newLogger(a.err, o.level, o.json)
+	node, err := newNode(nodeOptions{State: state, Root: root, CgroupParent: o.cgroupParent, Log: log})
+	if err != nil {
+		return err
+	}
+	if c, ok := node.(io.Closer); ok {
+		defer c.Close()
+	}
+	m, err := sandbox.Open(ctx, state, node, sandbox.Options{
+		Log: log, CgroupParent: o.cgroupParent, LogDir: filepath.Join(root, "sandboxes"),
+	})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, m.Close()) }()
+	return serveAPI(ctx, m, socket, log)
+}
+
+// serveAPI answers calls on socket until ctx ends. m is lent and has recovered.
+func serveAPI(ctx context.Context, m server.Manager, socket string, log *slog.Logger) error {
+	l, err := server.Listen(ctx, socket)
+	if err != nil {
+		return err
+	}
+	srv := server.New(m, log)
+	stopped := make(chan struct{})
+	defer func() { <-stopped }()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() {
+		defer close(stopped)
+		<-ctx.Done()
+		log.Info("Shutting down")
+		bounded, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownTimeout)
+		defer cancel()
+		srv.Shutdown(bounded)
+	}()
+	if err := notifyReady(os.Getenv("NOTIFY_SOCKET")); err != nil {
+		log.Warn("Readiness not reported", "err", err)
+	}
+	log.Info("Ready", "socket", socket)
+	return srv.Serve(l)
+}
+
+// notifyReady tells the service manager that the daemon is ready (sd_notify(3)).
+// socket is $NOTIFY_SOCKET; if it is empty nobody wants to know.
+func notifyReady(socket string) error {
+	if socket == "" {
+		return nil
+	}
+	// A leading @ is an abstract socket for package net too.
+	c, err := net.Dial("unixgram", socket)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	_, err = c.Write([]byte("READY=1"))
+	return err
+}
+
+func newLogger(w io.Writer, level slog.Level, json bool) *slog.Logger {
+	o := &slog.HandlerOptions{Level: level}
+	if json {
+		return slog.New(slog.NewJSONHandler(w, o))
+	}
+	return slog.New(slog.NewTextHandler(w, o))
+}
+
+func parseLevel(s string) (slog.Level, error) {
+	switch s {
+	case "debug":
+		return slog.LevelDebug, nil
+	case "info":
+		return slog.LevelInfo, nil
+	case "warn":
+		return slog.LevelWarn, nil
+	case "error":
+		return slog.LevelError, nil
+	}
+	return 0, fmt.Errorf("unknown log level %q (one of debug, info, warn, error)", s)
+}
+
+func parseLogFormat(s string) (isJSON bool, err error) {
+	switch s {
+	case "text", "json":
+		return s == "json", nil
+	}
+	return false, fmt.Errorf("unknown log format %q (one of text, json)", s)
+}
