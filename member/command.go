@@ -116,9 +116,11 @@ func (c *Command) Run(ctx context.Context) (code int, err error) {
 		defer close(watching)
 		c.watch(ctx, proc, master, ended)
 	}()
-	st, _, err := proc.Wait()
+	waitErr := waitUnreaped(proc.Pidfd)
 	close(ended)
 	<-watching
+	st, _, err := proc.Wait()
+	err = errors.Join(waitErr, err)
 	// A child in the background may keep the pipes open for as long as it likes.
 	for _, f := range ours {
 		f.SetReadDeadline(time.Now().Add(drainTime))
@@ -133,6 +135,18 @@ func (c *Command) Run(ctx context.Context) (code int, err error) {
 		return 128 + int(st.Signal()), nil
 	}
 	return st.ExitStatus(), nil
+}
+
+// waitUnreaped waits for the end of a child and leaves it to be reaped: what
+// reaps it closes its pidfd, which signals are still being sent by.
+func waitUnreaped(pidfd *os.File) error {
+	fd := int(pidfd.Fd())
+	for {
+		err := unix.Waitid(unix.P_PIDFD, fd, nil, unix.WEXITED|unix.WNOWAIT, nil)
+		if !errors.Is(err, unix.EINTR) {
+			return os.NewSyscallError("waitid", err)
+		}
+	}
 }
 
 // watch does what has to be done while proc runs.
