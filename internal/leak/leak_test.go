@@ -1,0 +1,488 @@
+package leak
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/internal/testenv"
+)
+
+// The first thread stays with the main goroutine: what it is in is what /proc
+// shows of the whole process, so no test may take it elsewhere.
+func init() { runtime.LockOSThread() }
+
+// start runs a command until the returned function is called, or the test ends.
+func start(t *testing.T, attr *syscall.SysProcAttr, argv ...string) (pid int, end func()) {
+	t.Helper()
+	cmd := exec.Command(testenv.Program(t, "sleep"), "1000")
+	if len(argv) > 0 {
+		cmd.Args = append(argv, "1000")
+	}
+	cmd.SysProcAttr = attr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	done := false
+	end = func() {
+		if !done {
+			done = true
+			cmd.Process.Kill()
+			cmd.Wait()
+		}
+	}
+	t.Cleanup(end)
+	return cmd.Process.Pid, end
+}
+
+// cgroup makes a cgroup in some hierarchy, and returns its path below that and
+// as a file.
+func cgroup(t *testing.T) (path, dir string) {
+	t.Helper()
+	b, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range parseMounts(string(b)) {
+		if m.fstype == "cgroup2" {
+			path = fmt.Sprintf("/sandboxd-leaktest-%d", os.Getpid())
+			dir = filepath.Join(m.point, path)
+			if err := os.Mkdir(dir, 0o755); err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { os.Remove(dir) })
+			return path, dir
+		}
+	}
+	t.Fatal("no cgroup v2 hierarchy is mounted")
+	return "", ""
+}
+
+// Each kind of thing is planted, must be found with its kind and what a person
+// needs to find it, and must be gone when it has been taken away.
+func TestEachKind(t *testing.T) {
+	testenv.Root(t)
+	parent, parentDir := cgroup(t)
+	dir := t.TempDir()
+	tests := []struct {
+		name  string
+		kind  Kind
+		o     Options
+		plant func(t *testing.T) (undo func())
+		want  string // part of the finding
+	}{
+		{"a child", Process, Options{}, func(t *testing.T) func() {
+			_, end := start(t, nil, "sleep-leaktest")
+			return end
+		}, "(sleep-leaktest 1000)"},
+		{"a zombie", Process, Options{}, func(t *testing.T) func() {
+			pid, end := start(t, nil)
+			if err := unix.Kill(pid, unix.SIGKILL); err != nil {
+				t.Fatal(err)
+			}
+			// Seen, not reaped.
+			var info unix.Siginfo
+			if err := unix.Waitid(unix.P_PID, pid, &info, unix.WEXITED|unix.WNOWAIT, nil); err != nil {
+				t.Fatal(err)
+			}
+			return end
+		}, "zombie, child of"},
+		{"a process with our mark", Process, Options{Ancestor: -1, Marks: []string{"0123456789abcdef"}}, func(t *testing.T) func() {
+			return marked(t)
+		}, "sandboxd-monitor 0123456789abcdef.aa/bb"},
+		{"a process in our cgroup", Process, Options{Ancestor: -1, CgroupParent: parent}, func(t *testing.T) func() {
+			pid, end := start(t, nil)
+			if err := os.WriteFile(filepath.Join(parentDir, "cgroup.procs"), fmt.Append(nil, pid), 0); err != nil {
+				t.Fatal(err)
+			}
+			return end
+		}, "sleep 1000"},
+		{"a process with a file of ours", Process, Options{Ancestor: -1, Dirs: []string{dir}}, func(t *testing.T) func() {
+			cmd := exec.Command(testenv.Program(t, "sleep"), "1000")
+			cmd.Dir = dir
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			return func() {
+				cmd.Process.Kill()
+				cmd.Wait()
+			}
+		}, "sleep 1000"},
+		{"a thread that went elsewhere", Thread, Options{}, func(t *testing.T) func() {
+			return strayThread(t)
+		}, "is in uts:["},
+		{"a namespace of a child", Namespace, Options{}, func(t *testing.T) func() {
+			_, end := start(t, &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET}, "sleep-leaktest")
+			return end
+		}, "net:["},
+		{"a namespace of a thread", Namespace, Options{}, func(t *testing.T) func() {
+			return strayThread(t)
+		}, "thread "},
+		{"a namespace behind a descriptor", Namespace, Options{}, func(t *testing.T) func() {
+			pid, end := start(t, &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWUTS})
+			f, err := os.Open(fmt.Sprintf("/proc/%d/ns/uts", pid))
+			if err != nil {
+				t.Fatal(err)
+			}
+			end()
+			return func() { f.Close() }
+		}, "fd "},
+		{"a namespace behind a bind mount", Namespace, Options{Dirs: []string{dir}}, func(t *testing.T) func() {
+			return boundNamespace(t, dir)
+		}, "bind mount on " + dir},
+		{"a mount", Mount, Options{Dirs: []string{dir}}, func(t *testing.T) func() {
+			return tmpfs(t, dir)
+		}, dir + ": tmpfs of leaktest"},
+		{"a second mount on the same place", Mount, Options{Dirs: []string{dir}}, func(t *testing.T) func() {
+			a, b := tmpfs(t, dir), tmpfs(t, dir)
+			return func() {
+				b()
+				a()
+			}
+		}, "(number 2 there)"},
+		{"a mount that shows our files elsewhere", Mount, Options{Dirs: []string{dir}}, func(t *testing.T) func() {
+			return overlay(t, dir)
+		}, "overlay of"},
+		{"a cgroup", Cgroup, Options{CgroupParent: parent}, func(t *testing.T) func() {
+			child := filepath.Join(parentDir, "child")
+			if err := os.Mkdir(child, 0o755); err != nil {
+				t.Fatal(err)
+			}
+			return func() { os.Remove(child) }
+		}, "/child: 0 processes"},
+		{"a file", File, Options{Dirs: []string{dir}}, func(t *testing.T) func() {
+			fifo := filepath.Join(dir, "fifo")
+			if err := unix.Mkfifo(fifo, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			return func() { os.Remove(fifo) }
+		}, "/fifo: p"},
+		{"a descriptor", FD, Options{PID: os.Getpid()}, func(t *testing.T) func() {
+			r, w, err := os.Pipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			return func() {
+				r.Close()
+				w.Close()
+			}
+		}, "pipe, number "},
+		{"a memfd", Memfd, Options{}, func(t *testing.T) func() {
+			fd, err := unix.MemfdCreate("leaktest", unix.MFD_CLOEXEC)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return func() { unix.Close(fd) }
+		}, "leaktest inode"},
+		{"shared memory", Shm, Options{}, func(t *testing.T) func() {
+			name := fmt.Sprintf("/dev/shm/sandboxd-leaktest-%d", os.Getpid())
+			if err := os.WriteFile(name, nil, 0o600); err != nil {
+				t.Skipf("no POSIX shared memory here: %v", err)
+			}
+			return func() { os.Remove(name) }
+		}, "/dev/shm/sandboxd-leaktest-"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			before := take(t, tt.o)
+			undo := tt.plant(t)
+			// A process that was cloned may not have got to its execve yet.
+			if !eventually(func() bool { return found(Diff(before, take(t, tt.o)), tt.kind, tt.want) }) {
+				t.Errorf("no %s with %q among: %s", tt.kind, tt.want, Report(Diff(before, take(t, tt.o))))
+			}
+			undo()
+			fs, err := before.Wait(grace)
+			if err != nil || len(fs) > 0 {
+				t.Errorf("after it was taken away: %s, %v", Report(fs), err)
+			}
+		})
+	}
+}
+
+func take(t *testing.T, o Options) *Snapshot {
+	t.Helper()
+	s, err := Take(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func found(fs []Finding, kind Kind, want string) bool {
+	return slices.ContainsFunc(fs, func(f Finding) bool { return f.Kind == kind && strings.Contains(f.String(), want) })
+}
+
+func eventually(ok func() bool) bool {
+	for deadline := time.Now().Add(2 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		if ok() {
+			return true
+		}
+		if time.Now().After(deadline) {
+			return false
+		}
+	}
+}
+
+// marked starts a process that looks like a monitor of an installation.
+func marked(t *testing.T) func() {
+	t.Helper()
+	cmd := exec.Command("/bin/sh", "-c", "read x")
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	// A shell takes its second argument for a script, which waits here.
+	script := filepath.Join(t.TempDir(), "0123456789abcdef.aa")
+	if err := os.MkdirAll(script, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(script, "bb"), []byte("read x\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	cmd.Dir = filepath.Dir(script)
+	cmd.Args = []string{"sandboxd-monitor", "0123456789abcdef.aa/bb"}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	return func() {
+		in.Close()
+		cmd.Wait()
+	}
+}
+
+// strayThread makes a thread of this process that is in a uts namespace of its
+// own, and ends it with the returned function.
+func strayThread(t *testing.T) func() {
+	t.Helper()
+	ready, stop, done := make(chan error), make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // and not unlocked: the thread ends with the goroutine
+		ready <- unix.Unshare(unix.CLONE_NEWUTS)
+		<-stop
+	}()
+	if err := <-ready; err != nil {
+		t.Fatal(err)
+	}
+	return func() {
+		close(stop)
+		<-done
+	}
+}
+
+func boundNamespace(t *testing.T, dir string) func() {
+	t.Helper()
+	pid, end := start(t, &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET})
+	file := filepath.Join(dir, "ns")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount(fmt.Sprintf("/proc/%d/ns/net", pid), file, "", unix.MS_BIND, ""); err != nil {
+		t.Fatal(err)
+	}
+	end()
+	return func() {
+		if err := unix.Unmount(file, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+		os.Remove(file)
+	}
+}
+
+func tmpfs(t *testing.T, dir string) func() {
+	t.Helper()
+	if err := unix.Mount("leaktest", dir, "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	return func() {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// overlay mounts layers in dir on a place outside it.
+func overlay(t *testing.T, dir string) func() {
+	t.Helper()
+	layer, target := filepath.Join(dir, "layer"), t.TempDir()
+	if err := os.MkdirAll(filepath.Join(layer, "a"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll(filepath.Join(layer, "b"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("overlay", target, "overlay", 0, "lowerdir="+layer+"/a:"+layer+"/b"); err != nil {
+		t.Fatal(err)
+	}
+	return func() {
+		if err := unix.Unmount(target, 0); err != nil {
+			t.Error(err)
+		}
+		os.RemoveAll(layer)
+	}
+}
+
+// What is of others is not ours, though it is new and of the same kinds.
+func TestOthers(t *testing.T) {
+	testenv.Root(t)
+	o := Options{Ancestor: -1, Dirs: []string{t.TempDir()}, CgroupParent: "/sandboxd-leaktest-none", Marks: []string{"0123456789abcdef"}}
+	before := take(t, o)
+	start(t, &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWUTS | unix.CLONE_NEWNS})
+	start(t, nil, "sandboxd-pause")
+	_, dir := cgroup(t)
+	if err := os.Mkdir(filepath.Join(dir, "x"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.Remove(filepath.Join(dir, "x")) })
+	t.Cleanup(tmpfs(t, t.TempDir()))
+	if fs := Diff(before, take(t, o)); len(fs) > 0 {
+		t.Error(Report(fs))
+	}
+}
+
+// A mount namespace that was left is one finding, without its mounts.
+func TestMountNamespaceIsOneFinding(t *testing.T) {
+	testenv.Root(t)
+	dir := t.TempDir()
+	t.Cleanup(tmpfs(t, dir))
+	o := Options{Dirs: []string{dir}}
+	before := take(t, o)
+	start(t, &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNS})
+	if len(before.Things[Mount]) != 1 {
+		t.Fatalf("mounts seen: %q", before.Things[Mount])
+	}
+	fs := Diff(before, take(t, o))
+	if !found(fs, Namespace, "mnt:[") {
+		t.Errorf("no mount namespace among: %s", Report(fs))
+	}
+	for _, f := range fs {
+		if f.Kind == Mount {
+			t.Errorf("reported on its own: %s", f)
+		}
+	}
+}
+
+// With Global it does not matter whose it is. Other tests run meanwhile, so only
+// what was planted is looked for.
+func TestGlobal(t *testing.T) {
+	testenv.Root(t)
+	o := Options{Ancestor: -1, Global: true}
+	before := take(t, o)
+	pid, _ := start(t, &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWUTS}, "sleep-leaktest")
+	dir := t.TempDir()
+	t.Cleanup(tmpfs(t, dir))
+	_, cg := cgroup(t)
+	holder := fmt.Sprintf("pid %d (", pid)
+	for kind, want := range map[Kind]string{Process: holder, Namespace: holder, Mount: dir, Cgroup: cg} {
+		if fs := Diff(before, take(t, o)); !found(fs, kind, want) {
+			t.Errorf("no %s with %q among: %s", kind, want, Report(fs))
+		}
+	}
+}
+
+// A link is planted in a network namespace of its own: Take reads that of the
+// thread it runs on.
+func TestLink(t *testing.T) {
+	testenv.Root(t)
+	runtime.LockOSThread() // and not unlocked: the thread ends with the test
+	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+		t.Fatal(err)
+	}
+	fs := Diff(&Snapshot{}, take(t, Options{Ancestor: -1, Links: true}))
+	if want := []Finding{{Link, "lo", ""}}; !slices.Equal(fs, want) {
+		t.Errorf("got %s, want %v", Report(fs), want)
+	}
+}
+
+// recorder is a test that is told of its failure.
+type recorder struct {
+	testing.TB
+	cleanups []func()
+	errors   []string
+}
+
+func (r *recorder) Helper()                   {}
+func (r *recorder) Cleanup(f func())          { r.cleanups = append(r.cleanups, f) }
+func (r *recorder) Errorf(f string, a ...any) { r.errors = append(r.errors, fmt.Sprintf(f, a...)) }
+func (r *recorder) end() {
+	for _, f := range slices.Backward(r.cleanups) {
+		f()
+	}
+}
+
+func TestCheck(t *testing.T) {
+	testenv.Root(t)
+	for _, leaks := range []bool{false, true} {
+		dir := t.TempDir()
+		r := &recorder{TB: t}
+		Check(r, dir)
+		file := filepath.Join(dir, "left")
+		if err := os.WriteFile(file, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if !leaks {
+			r.Cleanup(func() { os.Remove(file) })
+		}
+		r.end()
+		switch {
+		case !leaks && len(r.errors) > 0:
+			t.Errorf("nothing was left, and the test failed: %q", r.errors)
+		case leaks && (len(r.errors) != 1 || !strings.Contains(r.errors[0], "1 left behind:\n  file "+file)):
+			t.Errorf("a file was left, and the test said %q", r.errors)
+		}
+	}
+}
+
+func TestSnapshotAsJSON(t *testing.T) {
+	before := take(t, Options{Dirs: []string{t.TempDir()}})
+	b, err := json.Marshal(before)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var read Snapshot
+	if err := json.Unmarshal(b, &read); err != nil {
+		t.Fatal(err)
+	}
+	if fs, err := read.Wait(0); err != nil || len(fs) > 0 {
+		t.Errorf("%s, %v", Report(fs), err)
+	}
+	read.Things[Namespace] = nil
+	if fs, err := read.Wait(0); err != nil || !found(fs, Namespace, "net:[") {
+		t.Errorf("a snapshot without namespaces finds %s, %v", Report(fs), err)
+	}
+}
+
+func TestParseMounts(t *testing.T) {
+	got := parseMounts("36 35 98:0 /mnt1 /mnt\\0402 rw,noatime master:1 - ext3 /dev/root rw,errors=continue\nnonsense\n")
+	want := []mount{{"/mnt1", "/mnt 2", "ext3", "/dev/root", "rw,errors=continue"}}
+	if !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
+func TestBelow(t *testing.T) {
+	for _, tt := range []struct {
+		path, dir string
+		want      bool
+	}{
+		{"/a/b", "/a/b", true},
+		{"/a/b/c", "/a/b", true},
+		{"/a/bc", "/a/b", false},
+		{"/a", "/a/b", false},
+		{"/a", "/", true},
+	} {
+		if got := below(tt.path, tt.dir); got != tt.want {
+			t.Errorf("below(%q, %q) = %t", tt.path, tt.dir, got)
+		}
+	}
+}
