@@ -7,10 +7,6 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 )
 
-// SandboxShm is the source of the bind mount that stands for the /dev/shm that
-// the sandbox's members share.
-const SandboxShm = "sandbox:shm"
-
 // defaultCapabilities are those of Docker and containerd.
 var defaultCapabilities = []string{
 	"CAP_CHOWN",

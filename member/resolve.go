@@ -58,21 +58,14 @@ type SiblingFacts struct {
 	Root       string              // a path of the host that leads to its root, such as /proc/PID/fd/16
 }
 
-// Root is the root directory of a member with mounts of its own.
-type Root struct {
-	Path     string // absolute, on the host
-	Overlay  bool   // nothing is written to Path: changes go to a layer of the member's
-	ReadOnly bool
-}
-
 // Resolved is a request with everything filled in.
 type Resolved struct {
 	// Spec is the whole configuration. Linux.Namespaces lists the kinds that
-	// are private. A mount with the source [SandboxShm] is the sandbox's
-	// /dev/shm. Root is nil if the mnt namespace is not private.
+	// are private. Root is nil if the mnt namespace is not private.
 	Spec       *specs.Spec
 	Namespaces namespace.Selection // every kind
 	Root       *Root               // nil if the mnt namespace is not private
+	Shm        bool                // the tmpfs on /dev/shm stands for the sandbox's own: set [Input.Shm]
 	StopSignal unix.Signal
 	Custody    request.Custody
 	Warnings   []string // what was asked for and is not done
@@ -486,12 +479,12 @@ func (r *resolver) mounts() error {
 	if !r.private(namespace.Mnt) {
 		return nil
 	}
-	r.shm()
 	taken := map[string]string{}
 	add := func(what string, m specs.Mount) error {
 		if err := checkTarget(what, m.Destination); err != nil {
 			return err
 		}
+		m.Destination = filepath.Clean(m.Destination)
 		if m.Destination == "/proc" || strings.HasPrefix(m.Destination, "/proc/") {
 			return fmt.Errorf("%s %s: nothing can be mounted in /proc", what, m.Destination)
 		}
@@ -533,11 +526,14 @@ func (r *resolver) mounts() error {
 			return err
 		}
 	}
+	if _, ok := taken["/dev/shm"]; !ok {
+		r.shm()
+	}
 	return nil
 }
 
-// shm replaces a new tmpfs on /dev/shm, the default's or a bundle's, by that of
-// the ipc namespace, since POSIX shared memory is nothing else than files there.
+// shm makes a new tmpfs on /dev/shm, the default's or a bundle's, that of the ipc
+// namespace, since POSIX shared memory is nothing else than files there.
 func (r *resolver) shm() {
 	i := slices.IndexFunc(r.spec.Mounts, func(m specs.Mount) bool {
 		return filepath.Clean(m.Destination) == "/dev/shm" && m.Type == "tmpfs"
@@ -547,9 +543,7 @@ func (r *resolver) shm() {
 	}
 	switch src := r.out.Namespaces[namespace.IPC]; src.From {
 	case namespace.Sandbox:
-		if r.sb.ShmShared {
-			r.spec.Mounts[i] = specs.Mount{Destination: "/dev/shm", Type: "bind", Source: SandboxShm, Options: []string{"bind", "nosuid", "noexec", "nodev"}}
-		}
+		r.out.Shm = r.sb.ShmShared
 	case namespace.Host:
 		if r.req.Bundle == "" {
 			r.spec.Mounts[i] = specs.Mount{Destination: "/dev/shm", Type: "bind", Source: "/dev/shm", Options: []string{"bind", "rprivate", "nosuid", "noexec", "nodev"}}
