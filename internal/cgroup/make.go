@@ -1,0 +1,224 @@
+package cgroup
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/opencontainers/cgroups"
+	_ "github.com/opencontainers/cgroups/devices" // lets the library set device rules
+	"github.com/opencontainers/cgroups/fs"
+	"github.com/opencontainers/cgroups/fs2"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+)
+
+// MakeSandbox makes the cgroup at path, and those above it that are not there,
+// in every hierarchy, for members' cgroups to be made in.
+func (h *Host) MakeSandbox(path string) error {
+	if err := checkPath(path); err != nil {
+		return err
+	}
+	for _, m := range h.mounts() {
+		if err := h.makeAll(m, path); err != nil {
+			return err
+		}
+	}
+	if h.v2 == "" {
+		return nil
+	}
+	return enableControllers(h.v2, path)
+}
+
+// MakeMember makes the cgroup at path in every hierarchy and sets its limits.
+// The cgroup above must be there. An empty res.Devices leaves the access to devices as it
+// is; else what no rule allows is denied. res may be nil. A limit that the host cannot
+// set is an error that names it; the cgroup is to be removed then.
+func (h *Host) MakeMember(path string, res *specs.LinuxResources) error {
+	if err := checkPath(path); err != nil {
+		return err
+	}
+	for _, m := range h.mounts() {
+		if err := h.make(m, path); err != nil {
+			return err
+		}
+	}
+	if res == nil {
+		return nil
+	}
+	return h.set(path, res)
+}
+
+// MakeLeaf makes the cgroup at path in the tracking hierarchy alone. The cgroup
+// above must be there.
+func (h *Host) MakeLeaf(path string) error {
+	if err := checkPath(path); err != nil {
+		return err
+	}
+	return h.make(h.tracking(), path)
+}
+
+// checkPath keeps what is made and removed below the root.
+func checkPath(path string) error {
+	if len(path) < 2 || path[0] != '/' || filepath.Clean(path) != path {
+		return fmt.Errorf("cgroup path %q is not absolute, clean and below the root", path)
+	}
+	return nil
+}
+
+func (h *Host) makeAll(mount, path string) error {
+	err := h.make(mount, path)
+	if errors.Is(err, os.ErrNotExist) && filepath.Dir(path) != "/" {
+		if err := h.makeAll(mount, filepath.Dir(path)); err != nil {
+			return err
+		}
+		return h.make(mount, path)
+	}
+	return err
+}
+
+// make makes one cgroup in one hierarchy.
+func (h *Host) make(mount, path string) error {
+	dir := filepath.Join(mount, path)
+	if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, os.ErrExist) {
+		return fmt.Errorf("make cgroup: %w", err)
+	}
+	if mount != h.v2 && mount == h.V1Controllers()["cpuset"] {
+		return inheritCpuset(dir)
+	}
+	return nil
+}
+
+// inheritCpuset gives a v1 cpuset cgroup its parent's processors and memory
+// nodes: it is made with none, and no process can join it then (cpusets.rst).
+func inheritCpuset(dir string) error {
+	for _, name := range []string{"cpus", "mems"} {
+		name = "cpuset." + name
+		now, err := os.ReadFile(filepath.Join(dir, name))
+		if errors.Is(err, os.ErrNotExist) { // mounted with noprefix
+			name = strings.TrimPrefix(name, "cpuset.")
+			now, err = os.ReadFile(filepath.Join(dir, name))
+		}
+		if err != nil {
+			return err
+		}
+		if len(bytes.TrimSpace(now)) > 0 {
+			continue
+		}
+		parents, err := os.ReadFile(filepath.Join(filepath.Dir(dir), name))
+		if err != nil {
+			return err
+		}
+		if err := write(dir, name, string(bytes.TrimSpace(parents))); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// enableControllers makes every controller of the v2 hierarchy that there is
+// usable in the children of path, and so in the children of all above it.
+func enableControllers(mount, path string) error {
+	dirs := []string{filepath.Join(mount, path)}
+	for p := path; p != "/"; {
+		p = filepath.Dir(p)
+		dirs = append(dirs, filepath.Join(mount, p))
+	}
+	slices.Reverse(dirs)
+	for _, dir := range dirs {
+		have, err := fields(dir, "cgroup.controllers")
+		if err != nil {
+			return err
+		}
+		if len(have) == 0 { // hybrid: nothing to enable here or below
+			return nil
+		}
+		enabled, err := fields(dir, "cgroup.subtree_control")
+		if err != nil {
+			return err
+		}
+		missing := slices.DeleteFunc(have, func(c string) bool { return slices.Contains(enabled, c) })
+		if len(missing) == 0 {
+			continue
+		}
+		if write(dir, "cgroup.subtree_control", "+"+strings.Join(missing, " +")) == nil {
+			continue
+		}
+		// One that is refused takes the others with it. What it would be needed
+		// for says so when a limit is set, unless nothing will work.
+		for _, c := range missing {
+			if err := write(dir, "cgroup.subtree_control", "+"+c); errors.Is(err, unix.EBUSY) {
+				return fmt.Errorf("enable the %s controller: there are processes in %s itself, which cgroup v2 does not allow beside child cgroups: %w", c, dir, unix.EBUSY)
+			}
+		}
+	}
+	return nil
+}
+
+// set writes limits.
+func (h *Host) set(path string, res *specs.LinuxResources) error {
+	v2 := h.Mode() == V2
+	r, err := resources(res, v2)
+	if err != nil {
+		return err
+	}
+	have, err := h.controllers(path)
+	if err != nil {
+		return err
+	}
+	for _, need := range needs(res, v2) {
+		if !slices.Contains(have, need.controller) {
+			return fmt.Errorf("cannot set %s: this host's cgroups have no %s controller", need.limit, need.controller)
+		}
+	}
+	cg := &cgroups.Cgroup{Resources: r}
+	var m cgroups.Manager
+	if v2 {
+		m, err = fs2.NewManager(cg, filepath.Join(h.v2, path))
+	} else {
+		paths := h.V1Controllers()
+		for c, mount := range paths {
+			paths[c] = filepath.Join(mount, path)
+		}
+		m, err = fs.NewManager(cg, paths)
+	}
+	if err == nil {
+		err = m.Set(r)
+	}
+	if err != nil {
+		return fmt.Errorf("set limits of cgroup %s: %w", path, err)
+	}
+	return nil
+}
+
+// controllers are those that a member's cgroup at path has.
+func (h *Host) controllers(path string) ([]string, error) {
+	if h.Mode() == V2 {
+		cs, err := fields(filepath.Join(h.v2, path), "cgroup.controllers")
+		return append(cs, "devices"), err // a BPF program, not a controller
+	}
+	var cs []string
+	for _, v1 := range h.v1 {
+		cs = append(cs, v1.Controllers...)
+	}
+	return cs, nil
+}
+
+func fields(dir, name string) ([]string, error) {
+	b, err := os.ReadFile(filepath.Join(dir, name))
+	return strings.Fields(string(b)), err
+}
+
+// write writes to a file of a cgroup, which is never made by that.
+func write(dir, name, value string) error {
+	f, err := os.OpenFile(filepath.Join(dir, name), os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(value)
+	return errors.Join(err, f.Close())
+}
