@@ -10,3 +10,41 @@ var (
 	ErrState    = errors.New("not possible in this state")
 	ErrInvalid  = errors.New("invalid") // the request can never succeed as it is
 )
+
+// OpError says which operation on what failed, and at which step. A [Manager]
+// adds exactly one to an error on its way out.
+type OpError struct {
+	Op   string // create, stop, remove, add, start, ...
+	Ref  string // what the caller named
+	Step string // cgroup, pause, monitor, ...; empty for checks
+	Err  error  // why the operation failed
+	Undo error  // what could not be taken back; nil if nothing is left behind
+}
+
+func (e *OpError) Error() string {
+	s := e.Op
+	if e.Ref != "" {
+		s += " " + e.Ref
+	}
+	if e.Step != "" {
+		s += ": " + e.Step
+	}
+	s += ": " + e.Err.Error()
+	if e.Undo != nil {
+		s += " (left behind: " + e.Undo.Error() + ")"
+	}
+	return s
+}
+
+// Unwrap returns the cause only. Undo is reported, not matched: whoever asks
+// for [ErrNotFound] means the request, never the clean-up.
+func (e *OpError) Unwrap() error { return e.Err }
+
+// kindError gives err the text of its own and makes it match kind.
+type kindError struct {
+	text string
+	kind error
+}
+
+func (e *kindError) Error() string        { return e.text }
+func (e *kindError) Is(target error) bool { return target == e.kind }

@@ -1,67 +1,476 @@
 package sandbox
 
 import (
+	"cmp"
 	"context"
 	"errors"
+	"fmt"
+	"io"
 	"log/slog"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
 
-	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/internal/procid"
+	"github.com/sandboxd/sandboxd/internal/statefile"
 )
+
+// Names under the state directory; see docs/ARCHITECTURE.md.
+const (
+	lockFile      = "lock"
+	sandboxesDir  = "sandboxes"
+	quarantineDir = "quarantine"
+	sandboxFile   = "sandbox.json"
+	membersDir    = "m"
+	memberFile    = "member.json"
+	specFile      = "config.json"
+)
+
+// errClosed is what those get who wait for a member when the daemon ends.
+var errClosed = errors.New("the daemon is shutting down")
 
 // Options are the parts of a [Manager] that have a sensible default.
 type Options struct {
 	Log          *slog.Logger     // default: discard
 	Now          func() time.Time // default: time.Now
+	NewID        func() string    // 16 hex digits; default: random
 	CgroupParent string           // default: /sandboxd
-	NewID        func() string    // 16 hex digits; default: from crypto/rand
-	LogDir       string           // a member's log is LogDir/SANDBOX/MEMBER/log by default; default: /var/lib/sandboxd/sandboxes
+	LogDir       string           // a member's log is LogDir/SANDBOX/MEMBER/log unless it says where; default: /var/lib/sandboxd/sandboxes
+	IDs          IDRange          // from which sandboxes with a user namespace get their ids; default: 536870912 + 536870912
+
+	// For tests, whose processes do not exist and whose time is short.
+	alive       func(procid.ID) bool
+	killTimeout time.Duration // how long a killed init may take to be recorded as such
+	orphanWait  time.Duration // how long an exit status may take that the node learns itself
+	retryMin    time.Duration // between attempts to replace a monitor
+	retryMax    time.Duration
 }
 
-// Manager owns the sandboxes of one state directory.
-type Manager struct{}
+// defaultIDs lies within what systemd reserves for containers
+// (0x00080000-0x6fffffff, systemd's UIDS-GIDS.md) and far above the ranges that
+// useradd(8) puts into /etc/subuid.
+var defaultIDs = IDRange{Start: 0x20000000, Size: 0x20000000}
 
-// StatusReader is the part of a [MemberNode] that [Dir] needs.
-type StatusReader interface {
-	MonitorStatus(m *MemberRecord, dir string) (MonitorStatus, error)
+// Manager owns the sandboxes of one state directory: nobody else changes it
+// while the Manager is open. Its methods may be called from several goroutines.
+type Manager struct {
+	node Node
+	o    Options
+	path string   // of the state directory, absolute
+	root *os.Root // the same
+	lock *os.File
+
+	ctx    context.Context // ends with Close
+	cancel context.CancelFunc
+	wg     sync.WaitGroup // the goroutines that watch pauses and monitors
+
+	mu    sync.Mutex
+	boxes map[string]*box // by id; guarded by mu
 }
 
-// Dir reads a state directory, with or without a daemon that owns it.
-type Dir struct{}
+// box is the entry of one sandbox.
+//
+// Lock order: box.op, memb.op, Manager.mu, box.mu; op locks are held for a
+// whole operation, the mutexes never while something is waited for. Records are
+// replaced, never changed, so that whoever shows them needs no lock at all.
+type box struct {
+	op     lock
+	rec    atomic.Pointer[Record] // stored under op
+	broken bool                   // its record could not be read; set before the box is shared
+	gone   bool                   // guarded by op
 
-var errTODO = errors.New("not written yet")
+	created chan struct{} // closed when the creation has ended
+	ctx     context.Context
+	cancel  context.CancelFunc // ends the watch on the pause
 
+	mu      sync.Mutex
+	members map[string]*memb // by id; guarded by mu
+	closing bool             // a stop or remove is under way: nothing may be added or started; guarded by mu
+}
+
+// memb is the entry of one member.
+type memb struct {
+	op     lock
+	rec    atomic.Pointer[MemberRecord] // stored under op
+	broken bool
+	gone   bool          // guarded by op
+	over   chan struct{} // closed when the exit is recorded, or the member is gone
+	isOver sync.Once
+	mon    atomic.Pointer[Monitor] // stored under op; nil while there is no connection
+}
+
+func (b *box) id() string   { return b.rec.Load().ID }
+func (b *box) name() string { return b.rec.Load().Config.Name }
+func (b *box) dir() string  { return sandboxesDir + "/" + b.id() }
+
+func (mb *memb) id() string   { return mb.rec.Load().ID }
+func (mb *memb) name() string { return mb.rec.Load().Config.Name }
+func (mb *memb) dir() string {
+	r := mb.rec.Load()
+	return sandboxesDir + "/" + r.Sandbox + "/" + membersDir + "/" + r.ID
+}
+
+func (mb *memb) setOver() { mb.isOver.Do(func() { close(mb.over) }) }
+
+// monitor returns the connection to the monitor, or nil.
+func (mb *memb) monitor() Monitor {
+	if p := mb.mon.Load(); p != nil {
+		return *p
+	}
+	return nil
+}
+
+// setMonitor replaces the connection. Preconditions: mb.op is held.
+func (mb *memb) setMonitor(mon Monitor) {
+	var p *Monitor
+	if mon != nil {
+		p = &mon
+	}
+	if old := mb.mon.Swap(p); old != nil {
+		(*old).Close() // nothing is written on this connection that could be lost
+	}
+}
+
+func newBox(ctx context.Context, r *Record) *box {
+	b := &box{op: newLock(), created: make(chan struct{}), members: map[string]*memb{}}
+	b.ctx, b.cancel = context.WithCancel(ctx)
+	b.rec.Store(r)
+	return b
+}
+
+func newMemb(r *MemberRecord) *memb {
+	mb := &memb{op: newLock(), over: make(chan struct{})}
+	mb.rec.Store(r)
+	return mb
+}
+
+// list returns the members, ordered by id.
+func (b *box) list() []*memb {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return slices.SortedFunc(maps.Values(b.members), func(x, y *memb) int { return strings.Compare(x.id(), y.id()) })
+}
+
+// records returns the records of all members but the one with the id except.
+func (b *box) records(except string) []*MemberRecord {
+	var rs []*MemberRecord
+	for _, mb := range b.list() {
+		if r := mb.rec.Load(); r.ID != except {
+			rs = append(rs, r)
+		}
+	}
+	return rs
+}
+
+// Open takes possession of the state directory, which is made if need be,
+// brings what an earlier daemon left there into order, and returns a Manager
+// of it. It fails if another process has the directory open. The Manager keeps
+// node but does not own it.
 func Open(ctx context.Context, state string, node Node, o Options) (*Manager, error) {
-	return nil, errTODO
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	if o.Now == nil {
+		o.Now = time.Now
+	}
+	if o.NewID == nil {
+		o.NewID = newID
+	}
+	o.CgroupParent = cmp.Or(o.CgroupParent, "/sandboxd")
+	o.LogDir = cmp.Or(o.LogDir, "/var/lib/sandboxd/sandboxes")
+	if o.IDs.Size == 0 {
+		o.IDs = defaultIDs
+	}
+	if o.alive == nil {
+		o.alive = procid.ID.Alive
+	}
+	o.killTimeout = cmp.Or(o.killTimeout, 10*time.Second)
+	o.orphanWait = cmp.Or(o.orphanWait, 500*time.Millisecond)
+	o.retryMin = cmp.Or(o.retryMin, 10*time.Millisecond)
+	o.retryMax = cmp.Or(o.retryMax, 30*time.Second)
+	path, err := filepath.Abs(state)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(path, 0o711); err != nil {
+		return nil, fmt.Errorf("state directory: %w", err)
+	}
+	root, err := os.OpenRoot(path)
+	if err != nil {
+		return nil, fmt.Errorf("state directory: %w", err)
+	}
+	m := &Manager{node: node, o: o, path: path, root: root, boxes: map[string]*box{}}
+	m.ctx, m.cancel = context.WithCancel(context.Background())
+	err = m.takeLock()
+	if err == nil {
+		err = m.recover(ctx)
+	}
+	if err != nil {
+		return nil, errors.Join(err, m.Close())
+	}
+	return m, nil
 }
-func (m *Manager) Close() error                                                      { return errTODO }
-func (m *Manager) Create(ctx context.Context, c Config) (Info, error)                { return Info{}, errTODO }
-func (m *Manager) Stop(ctx context.Context, ref string, timeout time.Duration) error { return errTODO }
-func (m *Manager) Remove(ctx context.Context, ref string, force bool) error          { return errTODO }
-func (m *Manager) Add(ctx context.Context, sandboxRef string, c MemberConfig) (MemberInfo, error) {
-	return MemberInfo{}, errTODO
-}
-func (m *Manager) Start(ctx context.Context, ref string) (MemberInfo, error) {
-	return MemberInfo{}, errTODO
-}
-func (m *Manager) StopMember(ctx context.Context, ref string, timeout time.Duration) error {
-	return errTODO
-}
-func (m *Manager) Kill(ctx context.Context, ref string, sig unix.Signal) error    { return errTODO }
-func (m *Manager) RemoveMember(ctx context.Context, ref string, force bool) error { return errTODO }
-func (m *Manager) Wait(ctx context.Context, ref string) (Exit, error)             { return Exit{}, errTODO }
-func (m *Manager) ReopenLog(ctx context.Context, ref string) error                { return errTODO }
-func (m *Manager) List() []Info                                                   { return nil }
-func (m *Manager) Inspect(ref string) (Info, error)                               { return Info{}, errTODO }
-func (m *Manager) InspectMember(ref string) (MemberInfo, error)                   { return MemberInfo{}, errTODO }
 
-func OpenDir(state string, r StatusReader) (*Dir, error)        { return nil, errTODO }
-func (d *Dir) List() ([]Info, error)                            { return nil, errTODO }
-func (d *Dir) Sandbox(ref string) (Info, error)                 { return Info{}, errTODO }
-func (d *Dir) Member(ref string) (MemberInfo, error)            { return MemberInfo{}, errTODO }
-func (d *Dir) MemberConfigFile(ref string) (*specs.Spec, error) { return nil, errTODO }
-func (d *Dir) MemberDir(ref string) (string, error)             { return "", errTODO }
-func (d *Dir) Records(ref string) (r *Record, m *MemberRecord, dir string, siblings []*MemberRecord, err error) {
-	return nil, nil, "", nil, errTODO
+// takeLock makes this process the only one that changes the state directory.
+func (m *Manager) takeLock() error {
+	f, err := m.root.OpenFile(lockFile, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return fmt.Errorf("lock state directory: %w", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		defer f.Close()
+		if !errors.Is(err, unix.EWOULDBLOCK) {
+			return fmt.Errorf("lock state directory: %w", os.NewSyscallError("flock", err))
+		}
+		pid, _ := io.ReadAll(io.LimitReader(f, 32)) // only to be helpful
+		return statef("state directory %s is in use by the daemon with pid %s", m.path, strings.TrimSpace(string(pid)))
+	}
+	m.lock = f
+	// The pid is for the message above; who holds the flock decides.
+	if err := f.Truncate(0); err != nil {
+		return fmt.Errorf("lock state directory: %w", err)
+	}
+	if _, err := f.WriteAt(fmt.Appendf(nil, "%d\n", os.Getpid()), 0); err != nil {
+		return fmt.Errorf("lock state directory: %w", err)
+	}
+	return nil
+}
+
+// Close ends the daemon's part: it stops watching, answers those who wait, and
+// lets go of the state directory. Sandboxes and members go on. Call it after
+// every other call, except of Wait, has returned.
+func (m *Manager) Close() error {
+	m.cancel()
+	m.wg.Wait()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, b := range m.boxes {
+		b.cancel()
+		for _, mb := range b.list() {
+			mb.setMonitor(nil)
+		}
+	}
+	var err error
+	if m.lock != nil {
+		err = m.lock.Close()
+		m.lock = nil
+	}
+	return errors.Join(err, m.root.Close())
+}
+
+// all returns every entry, ordered by id.
+func (m *Manager) all() []*box {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return slices.SortedFunc(maps.Values(m.boxes), func(x, y *box) int { return strings.Compare(x.id(), y.id()) })
+}
+
+func (m *Manager) box(ref string) (*box, error) { return find("sandbox", ref, m.all()) }
+
+// member finds "SANDBOX/MEMBER".
+func (m *Manager) member(ref string) (*box, *memb, error) {
+	s, name, err := splitRef(ref)
+	if err != nil {
+		return nil, nil, err
+	}
+	b, err := m.box(s)
+	if err != nil {
+		return nil, nil, err
+	}
+	mb, err := find("member", name, b.list())
+	return b, mb, err
+}
+
+// lockBox finds a sandbox and takes its op lock.
+func (m *Manager) lockBox(ctx context.Context, ref string) (*box, error) {
+	b, err := m.box(ref)
+	if err != nil {
+		return nil, err
+	}
+	if err := b.op.acquire(ctx); err != nil {
+		return nil, err
+	}
+	if b.gone {
+		b.op.release()
+		return nil, &kindError{fmt.Sprintf("no sandbox %s", quote(ref)), ErrNotFound}
+	}
+	return b, nil
+}
+
+// lockMember finds a member and takes its op lock.
+func (m *Manager) lockMember(ctx context.Context, ref string) (*box, *memb, error) {
+	b, mb, err := m.member(ref)
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := mb.op.acquire(ctx); err != nil {
+		return nil, nil, err
+	}
+	if mb.gone {
+		mb.op.release()
+		return nil, nil, &kindError{fmt.Sprintf("no member %s", quote(ref)), ErrNotFound}
+	}
+	return b, mb, nil
+}
+
+// write makes change to the record: on disk first, then in memory. If it fails,
+// nothing has changed. Preconditions: b.op is held.
+func (m *Manager) write(b *box, change func(*Record)) error {
+	r := *b.rec.Load()
+	change(&r)
+	if !b.broken { // what could not be read is kept as it is
+		if err := statefile.Write(m.root, b.dir()+"/"+sandboxFile, &r); err != nil {
+			return fmt.Errorf("write record: %w", err)
+		}
+	}
+	b.rec.Store(&r)
+	return nil
+}
+
+// note makes a change that is true whether or not it can be written down.
+// Recovery finds out the same from the kernel. Preconditions: b.op is held.
+func (m *Manager) note(b *box, change func(*Record)) {
+	if err := m.write(b, change); err != nil {
+		r := *b.rec.Load()
+		change(&r)
+		b.rec.Store(&r)
+		m.o.Log.Warn("Record not written", "sandbox", r.ID, "err", err)
+	}
+}
+
+// writeMember is write for a member. Preconditions: mb.op is held.
+func (m *Manager) writeMember(mb *memb, change func(*MemberRecord)) error {
+	r := *mb.rec.Load()
+	change(&r)
+	if !mb.broken {
+		if err := statefile.Write(m.root, mb.dir()+"/"+memberFile, &r); err != nil {
+			return fmt.Errorf("write record: %w", err)
+		}
+	}
+	mb.rec.Store(&r)
+	return nil
+}
+
+// noteMember is note for a member. Preconditions: mb.op is held.
+func (m *Manager) noteMember(mb *memb, change func(*MemberRecord)) {
+	if err := m.writeMember(mb, change); err != nil {
+		r := *mb.rec.Load()
+		change(&r)
+		mb.rec.Store(&r)
+		m.o.Log.Warn("Record not written", "sandbox", r.Sandbox, "member", r.ID, "err", err)
+	}
+}
+
+func (m *Manager) memberPath(mb *memb) string { return m.path + "/" + mb.dir() }
+
+func (m *Manager) view() view { return view{status: m.node, alive: m.o.alive, managed: true} }
+
+func (m *Manager) info(b *box) Info {
+	var ms []MemberInfo
+	r := b.rec.Load()
+	for _, mb := range b.list() {
+		ms = append(ms, m.view().member(r, mb.rec.Load(), m.memberPath(mb)))
+	}
+	return m.view().sandbox(r, ms)
+}
+
+// List returns all sandboxes, ordered by the time of their creation. It does
+// not wait for operations under way.
+func (m *Manager) List() []Info {
+	infos := []Info{}
+	for _, b := range m.all() {
+		infos = append(infos, m.info(b))
+	}
+	sortInfos(infos)
+	return infos
+}
+
+// Inspect returns what is known about a sandbox.
+func (m *Manager) Inspect(ref string) (Info, error) {
+	b, err := m.box(ref)
+	if err != nil {
+		return Info{}, &OpError{Op: "inspect", Err: err}
+	}
+	return m.info(b), nil
+}
+
+// InspectMember returns what is known about a member.
+func (m *Manager) InspectMember(ref string) (MemberInfo, error) {
+	b, mb, err := m.member(ref)
+	if err != nil {
+		return MemberInfo{}, &OpError{Op: "inspect", Err: err}
+	}
+	return m.memberInfo(b, mb), nil
+}
+
+func (m *Manager) memberInfo(b *box, mb *memb) MemberInfo {
+	return m.view().member(b.rec.Load(), mb.rec.Load(), m.memberPath(mb))
+}
+
+// Wait returns a member's exit record, as soon as there is one. It fails with
+// [ErrNotFound] if the member is removed without ever having had one.
+func (m *Manager) Wait(ctx context.Context, ref string) (Exit, error) {
+	_, mb, err := m.member(ref)
+	if err != nil {
+		return Exit{}, &OpError{Op: "wait", Err: err}
+	}
+	select {
+	case <-mb.over:
+	case <-ctx.Done():
+		return Exit{}, &OpError{Op: "wait", Ref: ref, Err: ctx.Err()}
+	case <-m.ctx.Done():
+		return Exit{}, &OpError{Op: "wait", Ref: ref, Err: errClosed}
+	}
+	if e := mb.rec.Load().Exit; e != nil {
+		return *e, nil
+	}
+	return Exit{}, &OpError{Op: "wait", Ref: ref, Err: &kindError{"the member was removed", ErrNotFound}}
+}
+
+// Kill sends sig to a member's init.
+func (m *Manager) Kill(ctx context.Context, ref string, sig unix.Signal) error {
+	_, mb, err := m.member(ref)
+	if err != nil {
+		return &OpError{Op: "kill", Err: err}
+	}
+	// Without mb.op: a stop that waits for init must not keep others from
+	// killing it. The record names init by more than its pid.
+	r := mb.rec.Load()
+	switch r.State {
+	case MemberCreated, MemberStarting, MemberRunning:
+		err = m.node.SignalInit(r, sig)
+		if errors.Is(err, procid.ErrGone) {
+			err = statef("the member has exited")
+		}
+	default:
+		err = statef("the member is %s", r.State)
+	}
+	if err != nil {
+		return &OpError{Op: "kill", Ref: ref, Err: err}
+	}
+	return nil
+}
+
+// ReopenLog makes a member's monitor open the log's path anew, after somebody
+// has renamed the file.
+func (m *Manager) ReopenLog(ctx context.Context, ref string) error {
+	_, mb, err := m.member(ref)
+	if err != nil {
+		return &OpError{Op: "reopen log", Err: err}
+	}
+	mon := mb.monitor()
+	if mon == nil {
+		return &OpError{Op: "reopen log", Ref: ref, Err: statef("the member is %s", mb.rec.Load().State)}
+	}
+	if err := mon.ReopenLog(ctx); err != nil {
+		return &OpError{Op: "reopen log", Ref: ref, Step: "monitor", Err: err}
+	}
+	return nil
 }

@@ -39,8 +39,10 @@ type PauseNode interface {
 	StartPause(ctx context.Context, r *Record) (PauseFacts, error)
 	// ReanchorPause starts a new pause in the namespaces of one that died. They
 	// are taken from what the node still holds, or from a living member of ms.
-	// It fails if there is no such source or if the sandbox holds a pid
-	// namespace, which died with its pause.
+	// If a pause of this sandbox runs that r does not name, because a crash came
+	// before it was recorded, that one is taken. It fails if there is no source
+	// for a namespace. It is not called if the sandbox holds a pid namespace,
+	// which died with its pause.
 	ReanchorPause(ctx context.Context, r *Record, ms []*MemberRecord) (PauseFacts, error)
 	// AdoptPause makes the node hold the namespaces of a pause that an earlier
 	// daemon started. It fails with [procid.ErrGone] if that pause is gone.
@@ -96,8 +98,9 @@ type MemberNode interface {
 	// SignalInit sends sig to init. It fails with [procid.ErrGone].
 	SignalInit(m *MemberRecord, sig unix.Signal) error
 	// Orphaned is told of an init whose monitor died, to learn its wait status
-	// if this process has become its parent. It returns at once; a status that
-	// is learned is written to dir as the exit record if there is none.
+	// if this process has become its parent. It returns at once, and may be told
+	// of the same init again; a status that is learned is written to dir as the
+	// exit record if there is none.
 	Orphaned(m *MemberRecord, dir string)
 }
 

@@ -1,0 +1,362 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"path"
+	"reflect"
+	"slices"
+	"strings"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/sandboxd/sandboxd/internal/crash"
+	"github.com/sandboxd/sandboxd/internal/namespace"
+	"github.com/sandboxd/sandboxd/internal/statefile"
+)
+
+// idsPerSandbox is the size of the range that a sandbox with a user namespace
+// gets: all that a 16-bit uid can name.
+const idsPerSandbox = 65536
+
+// run does one step of an operation, between the points where a test may kill
+// the daemon, and names the step in its error.
+func run(op, step string, fn func() error) error {
+	crash.Point(op + " " + step + " before")
+	if err := fn(); err != nil {
+		return &stepError{step, err}
+	}
+	crash.Point(op + " " + step + " after")
+	return nil
+}
+
+// stepError carries the name of a step to where the [OpError] is made.
+type stepError struct {
+	step string
+	err  error
+}
+
+func (e *stepError) Error() string { return e.step + ": " + e.err.Error() }
+func (e *stepError) Unwrap() error { return e.err }
+
+// opError makes an OpError of what an operation's steps returned.
+func opError(op, ref string, err, undo error) error {
+	if err == nil {
+		return nil
+	}
+	e := &OpError{Op: op, Ref: ref, Err: err, Undo: undo}
+	if se, ok := err.(*stepError); ok {
+		e.Step, e.Err = se.step, se.err
+	}
+	return e
+}
+
+// Create makes a sandbox and returns when it is [Ready].
+//
+// If it fails and everything it made could be taken back, there is no such
+// sandbox. If something could not, the sandbox is there, is [Unclean], and
+// Remove tries again. A request equal to one that is being carried out waits
+// for that one and returns the same sandbox.
+func (m *Manager) Create(ctx context.Context, c Config) (Info, error) {
+	ref := c.Name
+	id := m.o.NewID()
+	c, err := completeSandbox(c, id)
+	if err != nil {
+		return Info{}, &OpError{Op: "create", Err: err}
+	}
+	if err := m.node.CheckSandbox(&c); err != nil {
+		return Info{}, &OpError{Op: "create", Ref: ref, Err: err}
+	}
+	for {
+		if err := ctx.Err(); err != nil {
+			return Info{}, &OpError{Op: "create", Ref: ref, Err: err}
+		}
+		b, mine, err := m.claim(id, c)
+		if err != nil {
+			return Info{}, &OpError{Op: "create", Err: err}
+		}
+		if mine {
+			defer b.op.release()
+			defer close(b.created)
+			if err := m.create(ctx, b); err != nil {
+				return Info{}, err
+			}
+			return m.info(b), nil
+		}
+		select {
+		case <-b.created:
+		case <-ctx.Done():
+			return Info{}, &OpError{Op: "create", Ref: ref, Err: ctx.Err()}
+		}
+		if b.rec.Load().State == Ready {
+			return m.info(b), nil
+		}
+		// The other one failed, perhaps because its client has gone away: now
+		// it is this one's turn.
+	}
+}
+
+// claim enters a new sandbox under its name, with its op lock held. If one with
+// an equal configuration is being created, claim returns that one instead.
+func (m *Manager) claim(id string, c Config) (b *box, mine bool, err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, b := range m.boxes {
+		r := b.rec.Load()
+		if r.Config.Name != c.Name {
+			continue
+		}
+		if r.State == Creating && reflect.DeepEqual(r.Config, c) {
+			return b, false, nil
+		}
+		return nil, false, &kindError{fmt.Sprintf("sandbox %q already exists (%s, %s)", c.Name, r.ID, r.State), ErrExists}
+	}
+	r := &Record{
+		Version: recordVersion, ID: id, State: Creating, CreatedAt: m.o.Now(), Config: c,
+		Cgroup: path.Join(m.o.CgroupParent, id),
+	}
+	if r.Holds(namespace.User) {
+		if r.IDs, err = m.freeIDs(); err != nil {
+			return nil, false, err
+		}
+	}
+	b = newBox(m.ctx, r)
+	b.op <- struct{}{} // nobody else knows it yet
+	m.boxes[id] = b
+	return b, true, nil
+}
+
+// freeIDs returns a range of ids that no sandbox has. Preconditions: m.mu is held.
+func (m *Manager) freeIDs() (*IDRange, error) {
+	used := map[uint32]bool{}
+	for _, b := range m.boxes {
+		if ids := b.rec.Load().IDs; ids != nil {
+			used[ids.Start] = true
+		}
+	}
+	for n := range m.o.IDs.Size / idsPerSandbox {
+		if start := m.o.IDs.Start + n*idsPerSandbox; !used[start] {
+			return &IDRange{Start: start, Size: idsPerSandbox}, nil
+		}
+	}
+	return nil, statef("user namespace: all %d ranges of ids are in use", len(used))
+}
+
+// create makes what b's record says. Preconditions: b.op is held.
+func (m *Manager) create(ctx context.Context, b *box) error {
+	err := m.createSteps(ctx, b)
+	r := b.rec.Load()
+	if err == nil {
+		m.o.Log.Info("Sandbox ready", "sandbox", r.ID, "name", r.Config.Name, "pid", r.Pause.PID)
+		return nil
+	}
+	undo := m.takeDown(ctx, b, "create-undo")
+	return opError("create", r.Config.Name, err, undo)
+}
+
+func (m *Manager) createSteps(ctx context.Context, b *box) error {
+	err := run("create", "record", func() error {
+		if err := m.root.Mkdir(b.dir(), 0o700); err != nil {
+			return err
+		}
+		if err := m.root.Mkdir(b.dir()+"/"+membersDir, 0o700); err != nil {
+			return err
+		}
+		if err := statefile.SyncDir(m.root, sandboxesDir); err != nil {
+			return err
+		}
+		return m.write(b, func(*Record) {})
+	})
+	if err != nil {
+		return err
+	}
+	err = run("create", "cgroup", func() error { return m.node.MakeCgroup(ctx, b.rec.Load()) })
+	if err != nil {
+		return err
+	}
+	var facts PauseFacts
+	err = run("create", "pause", func() (err error) {
+		facts, err = m.node.StartPause(ctx, b.rec.Load())
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	err = run("create", "pause record", func() error {
+		return m.write(b, func(r *Record) { r.Pause, r.Inodes = facts.Pause, facts.Inodes })
+	})
+	if err != nil {
+		return err
+	}
+	err = run("create", "watch", func() error { return m.watchPause(b) })
+	if err != nil {
+		return err
+	}
+	return run("create", "ready", func() error {
+		return m.write(b, func(r *Record) { r.State = Ready })
+	})
+}
+
+// Add makes a member and returns when it is [MemberCreated]: its init has done
+// everything but its execve. Failures are undone as those of Create.
+func (m *Manager) Add(ctx context.Context, sandboxRef string, c MemberConfig) (MemberInfo, error) {
+	id := m.o.NewID()
+	c, err := completeMember(c, id)
+	if err != nil {
+		return MemberInfo{}, &OpError{Op: "add", Err: err}
+	}
+	ref := sandboxRef + "/" + c.Name
+	b, err := m.box(sandboxRef)
+	if err != nil {
+		return MemberInfo{}, &OpError{Op: "add", Err: err}
+	}
+	mb, err := m.claimMember(b, id, c)
+	if err != nil {
+		return MemberInfo{}, &OpError{Op: "add", Ref: ref, Err: err}
+	}
+	defer mb.op.release()
+	siblings := b.records(id)
+	spec, sel, err := m.node.ResolveMember(ctx, b.rec.Load(), mb.rec.Load(), siblings)
+	if err == nil {
+		err = ctx.Err()
+	}
+	if err != nil {
+		m.forgetMember(b, mb) // nothing has been done yet
+		return MemberInfo{}, &OpError{Op: "add", Ref: ref, Err: err}
+	}
+	if err := m.add(ctx, b, mb, siblings, spec, sel); err != nil {
+		undo := m.takeDownMember(ctx, b, mb, "add-undo")
+		return MemberInfo{}, opError("add", ref, err, undo)
+	}
+	m.o.Log.Info("Member created", "sandbox", b.id(), "member", id, "name", c.Name, "pid", mb.rec.Load().Init.PID)
+	return m.memberInfo(b, mb), nil
+}
+
+// claimMember enters a new member under its name, with its op lock held.
+func (m *Manager) claimMember(b *box, id string, c MemberConfig) (*memb, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if err := b.open(); err != nil {
+		return nil, err
+	}
+	for _, other := range b.members {
+		if r := other.rec.Load(); r.Config.Name == c.Name {
+			return nil, &kindError{fmt.Sprintf("member %q already exists (%s, %s)", c.Name, r.ID, r.State), ErrExists}
+		}
+	}
+	r := &MemberRecord{
+		Version: recordVersion, ID: id, Sandbox: b.id(), State: MemberCreating, CreatedAt: m.o.Now(), Config: c,
+		Cgroup: path.Join(b.rec.Load().Cgroup, id), LogPath: c.LogPath,
+	}
+	if r.LogPath == "" {
+		r.LogPath = path.Join(m.o.LogDir, r.Sandbox, id, "log")
+	}
+	mb := newMemb(r)
+	mb.op <- struct{}{}
+	b.members[id] = mb
+	return mb, nil
+}
+
+// open says why no member can be added or started now, if so.
+// Preconditions: b.mu is held.
+func (b *box) open() error {
+	r := b.rec.Load()
+	switch {
+	case r.State != Ready && r.Reason != "":
+		return statef("the sandbox is %s: %s", r.State, r.Reason)
+	case r.State != Ready:
+		return statef("the sandbox is %s", r.State)
+	case b.closing:
+		return statef("the sandbox is being stopped or removed")
+	}
+	return nil
+}
+
+// add makes what mb's record says. Preconditions: mb.op is held.
+func (m *Manager) add(ctx context.Context, b *box, mb *memb, siblings []*MemberRecord, spec *specs.Spec, sel namespace.Selection) error {
+	err := run("add", "record", func() error {
+		if err := m.root.Mkdir(mb.dir(), 0o700); err != nil {
+			return err
+		}
+		if err := statefile.SyncDir(m.root, path.Dir(mb.dir())); err != nil {
+			return err
+		}
+		if err := statefile.Write(m.root, mb.dir()+"/"+specFile, spec); err != nil {
+			return err
+		}
+		return m.writeMember(mb, func(r *MemberRecord) {
+			r.Namespaces = sel
+			if spec.Process != nil {
+				r.Config.Args = slices.Clone(spec.Process.Args)
+			}
+		})
+	})
+	if err != nil {
+		return err
+	}
+	err = run("add", "cgroup", func() error { return m.node.MakeMemberCgroup(ctx, mb.rec.Load(), spec) })
+	if err != nil {
+		return err
+	}
+	err = run("add", "data", func() error { return m.node.MakeMemberData(ctx, mb.rec.Load()) })
+	if err != nil {
+		return err
+	}
+	var mon Monitor
+	err = run("add", "monitor", func() (err error) {
+		mon, err = m.node.StartMonitor(ctx, b.rec.Load(), mb.rec.Load(), siblings, spec, m.memberPath(mb))
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	mb.setMonitor(mon)
+	f := mon.Facts()
+	return run("add", "created", func() error {
+		err := m.writeMember(mb, func(r *MemberRecord) {
+			r.State, r.Monitor, r.Init, r.Inodes = MemberCreated, f.Monitor, f.Init, f.Inodes
+		})
+		if err != nil {
+			return err
+		}
+		m.watch(b, mb)
+		return nil
+	})
+}
+
+// removeDir removes what is at name and makes that durable.
+func (m *Manager) removeDir(name string) error {
+	if err := m.root.RemoveAll(name); err != nil {
+		return err
+	}
+	err := statefile.SyncDir(m.root, path.Dir(name))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // its parent is gone too
+	}
+	return err
+}
+
+// setAside moves what is at name to the quarantine, under a name that is free.
+func (m *Manager) setAside(name string) error {
+	base := quarantineDir + "/" + strings.ReplaceAll(strings.TrimPrefix(name, sandboxesDir+"/"), "/", ".")
+	to := base
+	for n := 2; ; n++ {
+		_, err := m.root.Lstat(to)
+		if errors.Is(err, fs.ErrNotExist) {
+			break
+		}
+		if err != nil {
+			return err
+		}
+		to = fmt.Sprintf("%s.%d", base, n)
+	}
+	if err := m.root.Rename(name, to); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := statefile.SyncDir(m.root, quarantineDir); err != nil {
+		return err
+	}
+	return statefile.SyncDir(m.root, path.Dir(name))
+}

@@ -1,0 +1,246 @@
+package sandbox
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/sandboxd/sandboxd/internal/procid"
+	"github.com/sandboxd/sandboxd/internal/statefile"
+)
+
+// StatusReader is the part of a [MemberNode] that shows what a monitor has left.
+type StatusReader interface {
+	MonitorStatus(m *MemberRecord, dir string) (MonitorStatus, error)
+}
+
+// Dir reads a state directory, whether or not a daemon runs. It changes
+// nothing, takes no lock, and keeps no file open. What it shows is what is on
+// disk and what the kernel says about the processes named there.
+type Dir struct {
+	path string
+	view view
+}
+
+// OpenDir returns a Dir for the state directory, which must exist.
+func OpenDir(state string, r StatusReader) (*Dir, error) {
+	path, err := filepath.Abs(state)
+	if err != nil {
+		return nil, err
+	}
+	st, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	if !st.IsDir() {
+		return nil, &fs.PathError{Op: "open", Path: path, Err: errors.New("not a directory")}
+	}
+	return &Dir{path: path, view: view{status: r, alive: procid.ID.Alive}}, nil
+}
+
+// dirBox is one sandbox as it is on disk.
+type dirBox struct {
+	rec     *Record
+	members []dirMember
+}
+
+type dirMember struct {
+	rec *MemberRecord
+	dir string
+}
+
+func (b dirBox) id() string      { return b.rec.ID }
+func (b dirBox) name() string    { return b.rec.Config.Name }
+func (m dirMember) id() string   { return m.rec.ID }
+func (m dirMember) name() string { return m.rec.Config.Name }
+
+// load reads every record. What cannot be read is shown as unclean, as the
+// daemon would show it; what goes away meanwhile is not there.
+func (d *Dir) load() ([]dirBox, error) {
+	root, err := os.OpenRoot(d.path)
+	if err != nil {
+		return nil, err
+	}
+	defer root.Close()
+	var boxes []dirBox
+	for _, id := range ids(root, sandboxesDir) {
+		dir := sandboxesDir + "/" + id
+		r, err := readRecord(root, dir)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			r = &Record{ID: id, State: Unclean, Config: Config{Name: id}, Reason: "the record cannot be read: " + err.Error()}
+		}
+		b := dirBox{rec: r}
+		for _, mid := range ids(root, dir+"/"+membersDir) {
+			mdir := dir + "/" + membersDir + "/" + mid
+			mr, err := readMemberRecord(root, mdir)
+			if errors.Is(err, fs.ErrNotExist) {
+				continue
+			}
+			if err != nil {
+				mr = placeholderMember(r, mid, err)
+			}
+			b.members = append(b.members, dirMember{mr, filepath.Join(d.path, mdir)})
+		}
+		boxes = append(boxes, b)
+	}
+	return boxes, nil
+}
+
+// ids returns the names in dir that are ids.
+func ids(root *os.Root, dir string) []string {
+	ents, err := fs.ReadDir(root.FS(), dir)
+	if err != nil {
+		return nil // no daemon has been here yet, or the sandbox has just gone
+	}
+	var names []string
+	for _, e := range ents {
+		if e.IsDir() && isID(e.Name()) {
+			names = append(names, e.Name())
+		}
+	}
+	return names
+}
+
+func (d *Dir) info(b dirBox) Info {
+	var ms []MemberInfo
+	for _, m := range b.members {
+		ms = append(ms, d.view.member(b.rec, m.rec, m.dir))
+	}
+	return d.view.sandbox(b.rec, ms)
+}
+
+// List returns all sandboxes, ordered by the time of their creation.
+func (d *Dir) List() ([]Info, error) {
+	boxes, err := d.load()
+	if err != nil {
+		return nil, err
+	}
+	infos := []Info{}
+	for _, b := range boxes {
+		infos = append(infos, d.info(b))
+	}
+	sortInfos(infos)
+	return infos, nil
+}
+
+// Sandbox returns what is known about a sandbox.
+func (d *Dir) Sandbox(ref string) (Info, error) {
+	boxes, err := d.load()
+	if err != nil {
+		return Info{}, err
+	}
+	b, err := find("sandbox", ref, boxes)
+	if err != nil {
+		return Info{}, err
+	}
+	return d.info(b), nil
+}
+
+func (d *Dir) member(ref string) (dirBox, dirMember, error) {
+	s, name, err := splitRef(ref)
+	if err != nil {
+		return dirBox{}, dirMember{}, err
+	}
+	boxes, err := d.load()
+	if err != nil {
+		return dirBox{}, dirMember{}, err
+	}
+	b, err := find("sandbox", s, boxes)
+	if err != nil {
+		return dirBox{}, dirMember{}, err
+	}
+	m, err := find("member", name, b.members)
+	return b, m, err
+}
+
+// Member returns what is known about a member.
+func (d *Dir) Member(ref string) (MemberInfo, error) {
+	b, m, err := d.member(ref)
+	if err != nil {
+		return MemberInfo{}, err
+	}
+	return d.view.member(b.rec, m.rec, m.dir), nil
+}
+
+// MemberDir returns the absolute path of a member's state directory.
+func (d *Dir) MemberDir(ref string) (string, error) {
+	_, m, err := d.member(ref)
+	return m.dir, err
+}
+
+// MemberConfigFile returns the OCI configuration that a member was made from.
+func (d *Dir) MemberConfigFile(ref string) (*specs.Spec, error) {
+	_, m, err := d.member(ref)
+	if err != nil {
+		return nil, err
+	}
+	root, err := os.OpenRoot(m.dir)
+	if err != nil {
+		return nil, err
+	}
+	defer root.Close()
+	var spec specs.Spec
+	if err := statefile.Read(root, specFile, &spec); err != nil {
+		return nil, err
+	}
+	return &spec, nil
+}
+
+// Records returns the records behind ref, a sandbox or SANDBOX/MEMBER, for what
+// is done without the daemon. For a sandbox m is nil and dir empty. siblings
+// are the other members: all of them if ref is a sandbox.
+func (d *Dir) Records(ref string) (r *Record, m *MemberRecord, dir string, siblings []*MemberRecord, err error) {
+	var b dirBox
+	if _, _, serr := splitRef(ref); serr == nil {
+		var dm dirMember
+		if b, dm, err = d.member(ref); err != nil {
+			return nil, nil, "", nil, err
+		}
+		m, dir = dm.rec, dm.dir
+	} else {
+		boxes, err := d.load()
+		if err != nil {
+			return nil, nil, "", nil, err
+		}
+		if b, err = find("sandbox", ref, boxes); err != nil {
+			return nil, nil, "", nil, err
+		}
+	}
+	for _, other := range b.members {
+		if m == nil || other.rec.ID != m.ID {
+			siblings = append(siblings, other.rec)
+		}
+	}
+	return b.rec, m, dir, siblings, nil
+}
+
+// readRecord reads and checks the record of the sandbox whose directory is dir.
+func readRecord(root *os.Root, dir string) (*Record, error) {
+	var r Record
+	if err := statefile.Read(root, dir+"/"+sandboxFile, &r); err != nil {
+		return nil, err
+	}
+	if err := checkRecord(&r, filepath.Base(dir)); err != nil {
+		return nil, err
+	}
+	return &r, nil
+}
+
+// readMemberRecord is readRecord for a member.
+func readMemberRecord(root *os.Root, dir string) (*MemberRecord, error) {
+	var r MemberRecord
+	if err := statefile.Read(root, dir+"/"+memberFile, &r); err != nil {
+		return nil, err
+	}
+	sandbox := filepath.Base(filepath.Dir(filepath.Dir(dir)))
+	if err := checkMemberRecord(&r, sandbox, filepath.Base(dir)); err != nil {
+		return nil, err
+	}
+	return &r, nil
+}

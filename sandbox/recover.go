@@ -1,0 +1,250 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"path"
+	"strings"
+	"sync"
+
+	"github.com/sandboxd/sandboxd/internal/crash"
+	"github.com/sandboxd/sandboxd/internal/procid"
+	"github.com/sandboxd/sandboxd/internal/statefile"
+)
+
+// recoverAtOnce bounds how many sandboxes are recovered at the same time. What
+// takes long is waiting for processes and cgroups, not computing.
+const recoverAtOnce = 16
+
+// errVersion means that a record was written by another version of the daemon.
+var errVersion = errors.New("unknown record version")
+
+// recover brings the state directory and the host back in step: every sandbox
+// and member is complete, or is taken down.
+func (m *Manager) recover(ctx context.Context) error {
+	for _, dir := range []string{sandboxesDir, quarantineDir} {
+		if err := m.root.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
+		}
+	}
+	ents, err := fs.ReadDir(m.root.FS(), sandboxesDir)
+	if err != nil {
+		return err
+	}
+	var boxes []*box
+	for _, e := range ents {
+		if b := m.load(e); b != nil {
+			boxes = append(boxes, b)
+			m.boxes[b.id()] = b
+		}
+	}
+	var wg sync.WaitGroup
+	slots := make(chan struct{}, recoverAtOnce)
+	for _, b := range boxes {
+		slots <- struct{}{}
+		wg.Go(func() {
+			defer func() { <-slots }()
+			m.recoverBox(ctx, b)
+		})
+	}
+	wg.Wait()
+	return ctx.Err()
+}
+
+// load makes the entry of what is at e, or clears e away and returns nil.
+func (m *Manager) load(e fs.DirEntry) *box {
+	dir := sandboxesDir + "/" + e.Name()
+	if !e.IsDir() || !isID(e.Name()) {
+		m.clear("Foreign file set aside", dir, m.setAside)
+		return nil
+	}
+	var b *box
+	switch r, err := readRecord(m.root, dir); {
+	case errors.Is(err, fs.ErrNotExist) && m.empty(dir+"/"+membersDir):
+		// Killed before the record was written, or after all was taken down.
+		m.clear("Directory without a record removed", dir, m.removeDir)
+		return nil
+	case err != nil:
+		m.o.Log.Warn("Record cannot be read", "sandbox", e.Name(), "err", err)
+		b = newBox(m.ctx, m.placeholder(e.Name(), err))
+		b.broken = true
+	default:
+		b = newBox(m.ctx, r)
+	}
+	close(b.created)
+	m.removeTemp(dir + "/" + sandboxFile)
+	ents, err := fs.ReadDir(m.root.FS(), dir+"/"+membersDir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		b.broken = true
+	}
+	for _, e := range ents {
+		if mb := m.loadMember(b, e); mb != nil {
+			b.members[mb.id()] = mb
+		}
+	}
+	return b
+}
+
+// clear does away with what stands for nothing. If that does not work, it stays
+// for the next start: it does no harm.
+func (m *Manager) clear(msg, name string, how func(string) error) {
+	if err := how(name); err != nil {
+		m.o.Log.Warn("Directory not cleared", "path", name, "err", err)
+		return
+	}
+	m.o.Log.Info(msg, "path", name)
+}
+
+func (m *Manager) loadMember(b *box, e fs.DirEntry) *memb {
+	dir := b.dir() + "/" + membersDir + "/" + e.Name()
+	if !e.IsDir() || !isID(e.Name()) {
+		m.clear("Foreign file set aside", dir, m.setAside)
+		return nil
+	}
+	m.removeTemp(dir + "/" + memberFile)
+	m.removeTemp(dir + "/" + specFile)
+	r, err := readMemberRecord(m.root, dir)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		// Nothing is done for a member before its record is there, and the
+		// record goes after everything else.
+		m.clear("Directory without a record removed", dir, m.removeDir)
+		return nil
+	case err != nil:
+		m.o.Log.Warn("Record cannot be read", "sandbox", b.id(), "member", e.Name(), "err", err)
+		mb := newMemb(placeholderMember(b.rec.Load(), e.Name(), err))
+		mb.broken = true
+		return mb
+	}
+	mb := newMemb(r)
+	if r.Exit != nil {
+		mb.setOver()
+	}
+	return mb
+}
+
+// placeholder stands for a record that cannot be read. It names what an id
+// names, which suffices to take it down.
+func (m *Manager) placeholder(id string, why error) *Record {
+	return &Record{
+		Version: recordVersion, ID: id, State: Unclean, Config: Config{Name: id},
+		Cgroup: path.Join(m.o.CgroupParent, id), Reason: fmt.Sprintf("the record cannot be read: %v", why),
+	}
+}
+
+func placeholderMember(r *Record, id string, why error) *MemberRecord {
+	return &MemberRecord{
+		Version: recordVersion, ID: id, Sandbox: r.ID, State: MemberUnclean, Config: MemberConfig{Name: id},
+		Cgroup: path.Join(r.Cgroup, id), Reason: fmt.Sprintf("the record cannot be read: %v", why),
+	}
+}
+
+// empty reports whether there is nothing in dir, or no such directory.
+func (m *Manager) empty(dir string) bool {
+	ents, err := fs.ReadDir(m.root.FS(), dir)
+	return len(ents) == 0 && (err == nil || errors.Is(err, fs.ErrNotExist))
+}
+
+// removeTemp removes what a crash while name was written has left.
+func (m *Manager) removeTemp(name string) {
+	if err := m.root.Remove(name + statefile.TempSuffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		m.o.Log.Warn("Temporary file not removed", "path", name+statefile.TempSuffix, "err", err)
+	}
+}
+
+// recoverBox deals with one sandbox that an earlier daemon has left.
+func (m *Manager) recoverBox(ctx context.Context, b *box) {
+	if err := b.op.acquire(ctx); err != nil {
+		return
+	}
+	defer b.op.release()
+	if b.broken || !b.rec.Load().State.anchored() {
+		// Creating, Deleting, Unclean: all end in the same way. If that does
+		// not succeed the sandbox stays, unclean, for somebody to remove.
+		m.takeDown(ctx, b, "recover")
+		return
+	}
+	m.recoverPause(ctx, b)
+	var wg sync.WaitGroup
+	for _, mb := range b.list() {
+		wg.Go(func() { m.recoverMember(ctx, b, mb) })
+	}
+	wg.Wait()
+}
+
+func (m *Manager) recoverPause(ctx context.Context, b *box) {
+	crash.Point("recover pause before")
+	err := m.node.AdoptPause(ctx, b.rec.Load())
+	if err == nil {
+		err = m.watchPause(b)
+	}
+	switch {
+	case errors.Is(err, procid.ErrGone):
+		m.reanchor(ctx, b)
+	case err != nil:
+		m.lost(b, fmt.Sprintf("pause cannot be reached: %v", err))
+	case b.rec.Load().State == NotReady:
+		// It only could not be reached before.
+		m.note(b, func(r *Record) { r.State, r.Reason = Ready, "" })
+	}
+	crash.Point("recover pause after")
+}
+
+func (m *Manager) recoverMember(ctx context.Context, b *box, mb *memb) {
+	if err := mb.op.acquire(ctx); err != nil {
+		return
+	}
+	defer mb.op.release()
+	crash.Point("recover member before")
+	switch s := mb.rec.Load().State; {
+	case mb.broken, s == MemberCreating, s == MemberDeleting, s == MemberUnclean:
+		m.takeDownMember(ctx, b, mb, "recover")
+	case s.alive():
+		if err := m.settle(ctx, b, mb); err != nil {
+			m.o.Log.Warn("Member is without a monitor", "sandbox", b.id(), "member", mb.id(), "err", err)
+		}
+		m.watch(b, mb)
+	case mb.rec.Load().Config.AutoRemove:
+		m.removeMember(ctx, b, mb, b.name()+"/"+mb.name())
+	}
+	crash.Point("recover member after")
+}
+
+// checkRecord reports what makes a record that was decoded unusable.
+func checkRecord(r *Record, id string) error {
+	switch {
+	case r.Version != recordVersion:
+		return fmt.Errorf("%w %d", errVersion, r.Version)
+	case r.ID != id:
+		return fmt.Errorf("it is that of %s", quote(r.ID))
+	case stateNames[r.State] == "":
+		return fmt.Errorf("unknown state %d", uint8(r.State))
+	case !strings.HasPrefix(r.Cgroup, "/") || path.Clean(r.Cgroup) != r.Cgroup || path.Base(r.Cgroup) != id:
+		// The cgroup is killed and removed: it must be this sandbox's.
+		return fmt.Errorf("cgroup %s is not the sandbox's", quote(r.Cgroup))
+	case checkName("sandbox", r.Config.Name) != nil && r.Config.Name != id:
+		return fmt.Errorf("name %s is not valid", quote(r.Config.Name))
+	}
+	return nil
+}
+
+// checkMemberRecord is checkRecord for a member.
+func checkMemberRecord(r *MemberRecord, sandbox, id string) error {
+	switch {
+	case r.Version != recordVersion:
+		return fmt.Errorf("%w %d", errVersion, r.Version)
+	case r.ID != id || r.Sandbox != sandbox:
+		return fmt.Errorf("it is that of %s/%s", quote(r.Sandbox), quote(r.ID))
+	case memberStateNames[r.State] == "":
+		return fmt.Errorf("unknown state %d", uint8(r.State))
+	case !strings.HasPrefix(r.Cgroup, "/") || path.Clean(r.Cgroup) != r.Cgroup || !strings.HasSuffix(r.Cgroup, "/"+sandbox+"/"+id):
+		return fmt.Errorf("cgroup %s is not the member's", quote(r.Cgroup))
+	case checkName("member", r.Config.Name) != nil && r.Config.Name != id:
+		return fmt.Errorf("name %s is not valid", quote(r.Config.Name))
+	case (r.State == MemberExited || r.State == MemberCollected) && r.Exit == nil:
+		return errors.New("it lacks the exit")
+	}
+	return nil
+}

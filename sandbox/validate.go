@@ -1,0 +1,195 @@
+package sandbox
+
+import (
+	"maps"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"unicode"
+	"unicode/utf8"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/internal/namespace"
+	"github.com/sandboxd/sandboxd/internal/request"
+)
+
+const (
+	defaultShmSize = 64 << 20
+	minShmSize     = 4096 // one page: less would hold nothing
+
+	// Labels and annotations travel in every list and every record. The limit
+	// is the one that Kubernetes sets for all annotations of an object.
+	maxMetadata = 256 << 10
+)
+
+// completeSandbox checks c and returns a copy with every default filled in.
+func completeSandbox(c Config, id string) (Config, error) {
+	if c.Name == "" {
+		c.Name = id
+	} else if err := checkName("sandbox", c.Name); err != nil {
+		return c, err
+	}
+
+	switch c.Network {
+	case "":
+		c.Network = request.NetworkNone
+	case request.NetworkNone, request.NetworkHost:
+	default:
+		return c, invalidf("network %s: want none or host", quote(string(c.Network)))
+	}
+	if c.Share == nil {
+		c.Share = []namespace.Kind{namespace.Net, namespace.IPC, namespace.UTS}
+		if c.Network == request.NetworkHost {
+			c.Share = c.Share[1:]
+		}
+	}
+	for i, k := range c.Share {
+		switch {
+		case k.Index() < 0:
+			return c, invalidf("share: unknown namespace type %s", quote(string(k)))
+		case slices.Contains(c.Share[:i], k):
+			return c, invalidf("share: %s is named twice", k)
+		case k == namespace.Mnt:
+			return c, invalidf("share: a mount namespace cannot be shared by a sandbox; a member can use mnt=member:NAME")
+		case k == namespace.Net && c.Network == request.NetworkHost:
+			return c, invalidf("share: net cannot be shared with network host")
+		}
+	}
+
+	switch holds := slices.Contains(c.Share, namespace.UTS); {
+	case c.Hostname == "" && holds:
+		c.Hostname = c.Name
+	case c.Hostname == "":
+	case !holds:
+		return c, invalidf("hostname %s: the sandbox does not share uts", quote(c.Hostname))
+	default:
+		if err := checkHostname(c.Hostname); err != nil {
+			return c, err
+		}
+	}
+
+	switch {
+	case c.ShmSize == 0:
+		c.ShmSize = defaultShmSize
+	case c.ShmSize < minShmSize:
+		return c, invalidf("shm size %d: want at least %d bytes", c.ShmSize, minShmSize)
+	}
+	for k, v := range c.Sysctls {
+		if k == "" || !printable(k) || !printable(v) {
+			return c, invalidf("sysctl %s: the name or the value %s is empty or has control characters", quote(k), quote(v))
+		}
+	}
+	if err := checkMetadata("label", c.Labels); err != nil {
+		return c, err
+	}
+	if err := checkMetadata("annotation", c.Annotations); err != nil {
+		return c, err
+	}
+	// The caller's maps and slices stay the caller's.
+	c.Share = slices.Clone(c.Share)
+	c.Sysctls = maps.Clone(c.Sysctls)
+	c.Labels = maps.Clone(c.Labels)
+	c.Annotations = maps.Clone(c.Annotations)
+	return c, nil
+}
+
+// completeMember checks the parts of c that concern its lifecycle, and fills in
+// their defaults. What it is made of is for [MemberNode.ResolveMember] to check.
+func completeMember(c MemberConfig, id string) (MemberConfig, error) {
+	if c.Name == "" {
+		c.Name = id
+	} else if err := checkName("member", c.Name); err != nil {
+		return c, err
+	}
+	switch c.Custody {
+	case "":
+		c.Custody = request.CustodyAlways
+	case request.CustodyAlways, request.CustodyFailure, request.CustodyNever:
+	default:
+		return c, invalidf("custody %s: want always, failure or never", quote(string(c.Custody)))
+	}
+	if c.StopSignal == "" {
+		c.StopSignal = "SIGTERM"
+	}
+	if _, err := ParseSignal(c.StopSignal); err != nil {
+		return c, err
+	}
+	if c.LogPath != "" && (!filepath.IsAbs(c.LogPath) || strings.ContainsRune(c.LogPath, 0)) {
+		return c, invalidf("log path %s is not absolute", quote(c.LogPath))
+	}
+	if err := checkMetadata("label", c.Labels); err != nil {
+		return c, err
+	}
+	c.Namespaces = c.Namespaces.Clone()
+	c.Labels = maps.Clone(c.Labels)
+	return c, nil
+}
+
+func checkMetadata(what string, kv map[string]string) error {
+	size := 0
+	for k, v := range kv {
+		if k == "" || !printable(k) {
+			return invalidf("%s key %s is empty or has control characters", what, quote(k))
+		}
+		// Values of annotations are often whole documents: lines are allowed.
+		if !utf8.ValidString(v) || strings.ContainsRune(v, 0) {
+			return invalidf("%s %s: value %s is not text", what, quote(k), quote(v))
+		}
+		size += len(k) + len(v)
+	}
+	if size > maxMetadata {
+		return invalidf("%ss: %d bytes are more than %d", what, size, maxMetadata)
+	}
+	return nil
+}
+
+func printable(s string) bool {
+	return utf8.ValidString(s) && !strings.ContainsFunc(s, unicode.IsControl)
+}
+
+// sigRTMin and sigRTMax are the kernel's bounds (signal(7)). C libraries keep
+// the first two or three for themselves, and their SIGRTMIN starts above them.
+const (
+	sigRTMin = 34 // glibc's
+	sigRTMax = 64
+)
+
+// ParseSignal returns the signal called s: "TERM", "SIGTERM", "15", in any
+// case, or "RTMIN+n" and "RTMAX-n" counted as glibc does. Errors wrap
+// [ErrInvalid].
+func ParseSignal(s string) (unix.Signal, error) {
+	if n, err := strconv.Atoi(s); err == nil {
+		if n < 1 || n > sigRTMax {
+			return 0, invalidf("signal %s: want 1 to %d", quote(s), sigRTMax)
+		}
+		return unix.Signal(n), nil
+	}
+	name := strings.TrimPrefix(strings.ToUpper(s), "SIG")
+	if n := unix.SignalNum("SIG" + name); n != 0 {
+		return n, nil
+	}
+	for _, rt := range []struct {
+		name string
+		base int
+		sign int
+	}{{"RTMIN", sigRTMin, +1}, {"RTMAX", sigRTMax, -1}} {
+		rest, ok := strings.CutPrefix(name, rt.name)
+		if !ok {
+			continue
+		}
+		off := 0
+		if rest != "" {
+			var err error
+			off, err = strconv.Atoi(rest)
+			if err != nil || off*rt.sign < 0 {
+				break
+			}
+		}
+		if n := rt.base + off; n >= sigRTMin && n <= sigRTMax {
+			return unix.Signal(n), nil
+		}
+	}
+	return 0, invalidf("unknown signal %s", quote(s))
+}

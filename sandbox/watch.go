@@ -1,0 +1,286 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/sandboxd/sandboxd/internal/crash"
+	"github.com/sandboxd/sandboxd/internal/namespace"
+	"github.com/sandboxd/sandboxd/internal/procid"
+	"github.com/sandboxd/sandboxd/internal/request"
+	"github.com/sandboxd/sandboxd/internal/statefile"
+)
+
+// watch starts the goroutine that sees to what follows when a member's monitor
+// reports init's exit, or dies.
+func (m *Manager) watch(b *box, mb *memb) {
+	m.wg.Go(func() {
+		delay := m.o.retryMin
+		for {
+			if mon := mb.monitor(); mon != nil {
+				select {
+				case <-mon.Done():
+				case <-mb.over:
+				case <-m.ctx.Done():
+					return
+				}
+			}
+			if again := m.attend(b, mb); !again {
+				return
+			}
+			// A monitor that dies as often as it is replaced, or that cannot
+			// be replaced, must not keep the daemon busy.
+			if !sleep(m.ctx, delay) {
+				return
+			}
+			delay = min(2*delay, m.o.retryMax)
+		}
+	})
+}
+
+// attend deals with the end of a member's monitor or init, unless an operation
+// that waited for it has done so already. It reports whether there is anything
+// left to watch.
+func (m *Manager) attend(b *box, mb *memb) bool {
+	if err := mb.op.acquire(m.ctx); err != nil {
+		return false
+	}
+	defer mb.op.release()
+	if mb.gone {
+		return false
+	}
+	if mb.rec.Load().State.alive() {
+		if err := m.settle(m.ctx, b, mb); err != nil {
+			m.o.Log.Warn("Member is without a monitor", "sandbox", b.id(), "member", mb.id(), "err", err)
+		}
+	}
+	r := mb.rec.Load()
+	if r.State == MemberExited && r.Config.AutoRemove {
+		// What goes wrong is logged there, and the member is unclean.
+		m.removeMember(m.ctx, b, mb, b.name()+"/"+mb.name())
+	}
+	return r.State.alive()
+}
+
+// awaitExit waits until the member's exit is recorded, and sees to it that it
+// is. It reports whether it has been. Preconditions: mb.op is held.
+func (m *Manager) awaitExit(ctx context.Context, b *box, mb *memb, until <-chan time.Time) (bool, error) {
+	delay := m.o.retryMin
+	for {
+		if mon := mb.monitor(); mon != nil {
+			select {
+			case <-mon.Done():
+			case <-until:
+				return false, nil
+			case <-ctx.Done():
+				return false, ctx.Err()
+			}
+		}
+		err := m.settle(ctx, b, mb)
+		if !mb.rec.Load().State.alive() {
+			return true, nil
+		}
+		select {
+		case <-time.After(delay):
+			delay = min(2*delay, m.o.retryMax)
+		case <-until:
+			return false, err
+		case <-ctx.Done():
+			return false, ctx.Err()
+		}
+	}
+}
+
+// settle finds out what became of a member whose monitor has told of an exit,
+// or cannot be reached: it records the exit, or connects to the monitor again,
+// or replaces it. On error nothing has changed and settle may be called again.
+// Preconditions: mb.op is held; the member is alive as far as is recorded.
+func (m *Manager) settle(ctx context.Context, b *box, mb *memb) error {
+	dir := m.memberPath(mb)
+	r := mb.rec.Load()
+	st, err := m.node.MonitorStatus(r, dir)
+	if err != nil {
+		return err
+	}
+	if st.Exit != nil {
+		m.finish(ctx, mb, *st.Exit, st.StartErr)
+		return nil
+	}
+	mon, err := m.node.AdoptMonitor(ctx, r, dir)
+	if errors.Is(err, procid.ErrGone) {
+		mon, err = m.replaceMonitor(ctx, b, mb, dir)
+	}
+	if errors.Is(err, procid.ErrGone) {
+		return m.finishLost(ctx, mb, dir)
+	}
+	if err != nil {
+		return err
+	}
+	mb.setMonitor(mon)
+	f := mon.Facts()
+	m.noteMember(mb, func(r *MemberRecord) {
+		r.Monitor, r.Init = f.Monitor, f.Init
+		if f.Inodes != nil {
+			r.Inodes = f.Inodes
+		}
+		if st.Phase == PhaseRunning {
+			r.State = MemberRunning
+		}
+	})
+	return nil
+}
+
+// replaceMonitor gives an init whose monitor was killed a new one. It fails
+// with [procid.ErrGone] if init is gone too.
+func (m *Manager) replaceMonitor(ctx context.Context, b *box, mb *memb, dir string) (Monitor, error) {
+	r := mb.rec.Load()
+	m.node.Orphaned(r, dir)
+	var spec specs.Spec
+	if err := statefile.Read(m.root, mb.dir()+"/"+specFile, &spec); err != nil {
+		return nil, err
+	}
+	crash.Point("monitor replace before")
+	mon, err := m.node.ReplaceMonitor(ctx, b.rec.Load(), r, &spec, dir)
+	if err != nil {
+		return nil, err
+	}
+	crash.Point("monitor replace after")
+	m.o.Log.Warn("Monitor was killed and replaced", "sandbox", r.Sandbox, "member", r.ID, "pid", mon.Facts().Monitor.PID)
+	return mon, nil
+}
+
+// finishLost records the exit of an init that has gone with its monitor. The
+// node may have learned the status as init's new parent, or may do so in a
+// moment; else it is unknown. Preconditions: mb.op is held.
+func (m *Manager) finishLost(ctx context.Context, mb *memb, dir string) error {
+	deadline := time.Now().Add(m.o.orphanWait)
+	for {
+		st, err := m.node.MonitorStatus(mb.rec.Load(), dir)
+		switch {
+		case err == nil && st.Exit != nil:
+			m.finish(ctx, mb, *st.Exit, st.StartErr)
+			return nil
+		case time.Now().Before(deadline):
+		case err != nil:
+			return err // the exit record may be there and unreadable just now
+		default:
+			m.finish(ctx, mb, Exit{Code: -1, Reason: "Unknown: monitor and init were killed while nobody else could learn the exit status"}, "")
+			return nil
+		}
+		if !sleep(ctx, m.o.retryMin) {
+			return ctx.Err()
+		}
+	}
+}
+
+// finish records the exit of init. Preconditions: mb.op is held.
+func (m *Manager) finish(ctx context.Context, mb *memb, e Exit, startErr string) {
+	r := mb.rec.Load()
+	crash.Point("exit kill before")
+	// In a pid namespace that is shared, init's children outlive it.
+	if err := m.node.KillMemberCgroup(context.WithoutCancel(ctx), r); err != nil {
+		m.o.Log.Warn("Processes of an exited member not killed", "sandbox", r.Sandbox, "member", r.ID, "err", err)
+	}
+	crash.Point("exit record before")
+	held := holds(r.Config.Custody, e) && m.o.alive(r.Monitor)
+	m.noteMember(mb, func(r *MemberRecord) {
+		r.State, r.Exit, r.StartError = MemberExited, &e, startErr
+		if held {
+			r.HeldSince = m.o.Now()
+		}
+	})
+	crash.Point("exit record after")
+	mb.setMonitor(nil)
+	mb.setOver()
+	m.o.Log.Info("Member exited", "sandbox", r.Sandbox, "member", r.ID, "name", r.Config.Name, "code", e.Code, "reason", e.Reason)
+}
+
+// holds reports whether policy p keeps the root and namespaces of a member that
+// has exited with e.
+func holds(p Custody, e Exit) bool {
+	return p == request.CustodyAlways || p == request.CustodyFailure && (!e.Known || e.Code != 0)
+}
+
+// watchPause starts the goroutine that replaces b's pause should it die.
+// Preconditions: b.op is held.
+func (m *Manager) watchPause(b *box) error {
+	dead, err := m.node.WatchPause(b.ctx, b.rec.Load())
+	if err != nil {
+		return err
+	}
+	m.wg.Go(func() {
+		select {
+		case <-dead:
+		case <-b.ctx.Done():
+			return
+		}
+		if err := b.op.acquire(b.ctx); err != nil {
+			return
+		}
+		defer b.op.release()
+		if b.gone || !b.rec.Load().State.anchored() {
+			return
+		}
+		m.reanchor(b.ctx, b)
+	})
+	return nil
+}
+
+// anchored reports whether a sandbox in state s is meant to have a pause.
+func (s State) anchored() bool { return s == Ready || s == NotReady || s == Stopped }
+
+// reanchor replaces a pause that has died, or records that it could not be.
+// Preconditions: b.op is held.
+func (m *Manager) reanchor(ctx context.Context, b *box) {
+	r := b.rec.Load()
+	if r.Holds(namespace.PID) {
+		m.lost(b, "pause was killed, and the pid namespace that it held died with it")
+		return
+	}
+	crash.Point("reanchor before")
+	facts, err := m.node.ReanchorPause(ctx, r, b.records(""))
+	if err != nil {
+		m.lost(b, fmt.Sprintf("pause was killed and could not be replaced: %v", err))
+		return
+	}
+	crash.Point("reanchor after")
+	m.note(b, func(r *Record) {
+		r.Pause, r.Inodes, r.Reason = facts.Pause, facts.Inodes, ""
+		if r.State == NotReady {
+			r.State = Ready
+		}
+	})
+	crash.Point("reanchor record after")
+	if err := m.watchPause(b); err != nil {
+		m.lost(b, fmt.Sprintf("pause cannot be watched: %v", err))
+		return
+	}
+	m.o.Log.Warn("Pause was killed and replaced", "sandbox", r.ID, "pid", facts.Pause.PID)
+}
+
+// lost records that a sandbox is without a pause. Preconditions: b.op is held.
+func (m *Manager) lost(b *box, why string) {
+	m.note(b, func(r *Record) {
+		r.Reason = why
+		if r.State == Ready {
+			r.State = NotReady
+		}
+	})
+	m.o.Log.Warn("Sandbox is not ready", "sandbox", b.id(), "reason", why)
+}
+
+// sleep waits for d and reports whether ctx outlived it.
+func sleep(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
