@@ -377,3 +377,17 @@ func BenchmarkMakeRemove(b *testing.B) {
 		remove(b, h, sandbox)
 	}
 }
+
+func BenchmarkSandbox(b *testing.B) {
+	h, path := newSandbox(b)
+	n := 0
+	for b.Loop() {
+		n++
+		if err := errors.Join(h.MakeSandbox(path+"/"+strconv.Itoa(n)), h.MakeLeaf(path+"/"+strconv.Itoa(n)+"/pause")); err != nil {
+			b.Fatal(err)
+		}
+		b.StopTimer()
+		remove(b, h, path+"/"+strconv.Itoa(n))
+		b.StartTimer()
+	}
+}

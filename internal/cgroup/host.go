@@ -3,8 +3,7 @@
 // controllers and v2 none).
 //
 // A cgroup is named by one absolute path, such as /sandboxd/SANDBOX/MEMBER,
-// which is the same in every hierarchy. A member is in all of them, as is the
-// sandbox, its parent. Processes that are only to be kept track of (pause,
+// which is the same in every hierarchy. A member is in all of them. Processes that are only to be kept track of (pause,
 // monitors, joined programs) are in a leaf, which exists in one: the
 // tracking hierarchy, which is v2 wherever it is mounted. Limits are written by
 // github.com/opencontainers/cgroups.

@@ -18,15 +18,15 @@ import (
 )
 
 // MakeSandbox makes the cgroup at path, and those above it that are not there,
-// in every hierarchy, for members' cgroups to be made in.
+// in the tracking hierarchy, for members' cgroups and leaves to be made in. In
+// the v1 hierarchies it is made with the first member: a sandbox alone has no
+// use for it there, and eight directories take longer than its namespaces.
 func (h *Host) MakeSandbox(path string) error {
 	if err := checkPath(path); err != nil {
 		return err
 	}
-	for _, m := range h.mounts() {
-		if err := h.makeAll(m, path); err != nil {
-			return err
-		}
+	if err := h.makeAll(h.tracking(), path); err != nil {
+		return err
 	}
 	if h.v2 == "" {
 		return nil
@@ -35,15 +35,15 @@ func (h *Host) MakeSandbox(path string) error {
 }
 
 // MakeMember makes the cgroup at path in every hierarchy and sets its limits.
-// The cgroup above must be there. An empty res.Devices leaves the access to devices as it
-// is; else what no rule allows is denied. res may be nil. A limit that the host cannot
-// set is an error that names it; the cgroup is to be removed then.
+// [Host.MakeSandbox] must have made the one above. An empty res.Devices leaves the access to
+// devices as it is; else what no rule allows is denied. res may be nil. A limit that
+// the host cannot set is an error that names it; the cgroup is to be removed then.
 func (h *Host) MakeMember(path string, res *specs.LinuxResources) error {
 	if err := checkPath(path); err != nil {
 		return err
 	}
 	for _, m := range h.mounts() {
-		if err := h.make(m, path); err != nil {
+		if err := h.makeAll(m, path); err != nil {
 			return err
 		}
 	}
@@ -53,8 +53,8 @@ func (h *Host) MakeMember(path string, res *specs.LinuxResources) error {
 	return h.set(path, res)
 }
 
-// MakeLeaf makes the cgroup at path in the tracking hierarchy alone. The cgroup
-// above must be there.
+// MakeLeaf makes the cgroup at path in the tracking hierarchy alone.
+// [Host.MakeSandbox] must have made the one above.
 func (h *Host) MakeLeaf(path string) error {
 	if err := checkPath(path); err != nil {
 		return err
@@ -98,10 +98,10 @@ func (h *Host) make(mount, path string) error {
 func inheritCpuset(dir string) error {
 	for _, name := range []string{"cpus", "mems"} {
 		name = "cpuset." + name
-		now, err := os.ReadFile(filepath.Join(dir, name))
+		now, err := read(dir, name)
 		if errors.Is(err, os.ErrNotExist) { // mounted with noprefix
 			name = strings.TrimPrefix(name, "cpuset.")
-			now, err = os.ReadFile(filepath.Join(dir, name))
+			now, err = read(dir, name)
 		}
 		if err != nil {
 			return err
@@ -109,7 +109,7 @@ func inheritCpuset(dir string) error {
 		if len(bytes.TrimSpace(now)) > 0 {
 			continue
 		}
-		parents, err := os.ReadFile(filepath.Join(filepath.Dir(dir), name))
+		parents, err := read(filepath.Dir(dir), name)
 		if err != nil {
 			return err
 		}
@@ -209,16 +209,64 @@ func (h *Host) controllers(path string) ([]string, error) {
 }
 
 func fields(dir, name string) ([]string, error) {
-	b, err := os.ReadFile(filepath.Join(dir, name))
+	b, err := read(dir, name)
 	return strings.Fields(string(b)), err
 }
 
-// write writes to a file of a cgroup, which is never made by that.
+// read and write do without package os, whose files go through the runtime's
+// poller: with the small files of a cgroup that is most of the cost. Neither
+// makes a file.
+
+func read(dir, name string) ([]byte, error) {
+	path := filepath.Join(dir, name)
+	fd, err := open(path, unix.O_RDONLY)
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(fd)
+	b := make([]byte, 0, 512)
+	for {
+		n, err := unix.Read(fd, b[len(b):cap(b)])
+		switch {
+		case err == unix.EINTR:
+		case err != nil:
+			return nil, &os.PathError{Op: "read", Path: path, Err: err}
+		case n == 0:
+			return b, nil
+		default:
+			b = slices.Grow(b[:len(b)+n], 512)
+		}
+	}
+}
+
 func write(dir, name, value string) error {
-	f, err := os.OpenFile(filepath.Join(dir, name), os.O_WRONLY, 0)
+	path := filepath.Join(dir, name)
+	fd, err := open(path, unix.O_WRONLY)
 	if err != nil {
 		return err
 	}
-	_, err = f.WriteString(value)
-	return errors.Join(err, f.Close())
+	defer unix.Close(fd)
+	for {
+		_, err := unix.Write(fd, []byte(value)) // whole, or not at all
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return &os.PathError{Op: "write " + value + " to", Path: path, Err: err}
+		}
+		return nil
+	}
+}
+
+func open(path string, mode int) (int, error) {
+	for {
+		fd, err := unix.Open(path, mode|unix.O_CLOEXEC, 0)
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return -1, &os.PathError{Op: "open", Path: path, Err: err}
+		}
+		return fd, nil
+	}
 }

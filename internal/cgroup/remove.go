@@ -112,7 +112,7 @@ func (h *Host) killBy(ctx context.Context, mount, path string, once func(mount, 
 // empty reports whether no process is in dir and below.
 func (h *Host) empty(mount, dir string) (bool, error) {
 	if mount == h.v2 {
-		b, err := os.ReadFile(filepath.Join(dir, "cgroup.events"))
+		b, err := read(dir, "cgroup.events")
 		if gone(err) {
 			return true, nil
 		}
@@ -221,7 +221,7 @@ func pidsBelow(dir string) ([]int, error) {
 		if err != nil || !d.IsDir() {
 			return err
 		}
-		b, err := os.ReadFile(filepath.Join(path, "cgroup.procs"))
+		b, err := read(path, "cgroup.procs")
 		if gone(err) {
 			return nil
 		}
