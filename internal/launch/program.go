@@ -195,14 +195,17 @@ func (p *Program) SetPointer(at Arg, offset int, target Arg) {
 
 // File is the number that f will have in the child. A file that is given twice
 // has one number.
-func (p *Program) File(f *os.File) Arg {
+func (p *Program) File(f *os.File) Arg { return Int(p.FileNumber(f)) }
+
+// FileNumber is [Program.File] for a number that goes into the data of a call.
+func (p *Program) FileNumber(f *os.File) int {
 	for i, g := range p.files {
 		if f == g {
-			return Int(FirstFD + i)
+			return FirstFD + i
 		}
 	}
 	p.files = append(p.files, f)
-	return Int(FirstFD + len(p.files) - 1)
+	return FirstFD + len(p.files) - 1
 }
 
 // Files are the program's files; the one at index i is to be number FirstFD+i

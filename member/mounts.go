@@ -1,0 +1,449 @@
+package member
+
+import (
+	"encoding/binary"
+	"fmt"
+	"os"
+	"path"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/internal/launch"
+)
+
+// mount is a mount of the specification with its options understood.
+type mount struct {
+	specs.Mount
+	what string // for step names: "mount proc on /proc"
+
+	bind      bool
+	recursive bool // rbind
+	dir       bool // the mount point is a directory
+	shm       bool // the sandbox's /dev/shm takes its place
+	peer      bool // a bind that stays tied to the host's mount: cloned before the mount namespace is left
+	idmap     bool // asked for, not only because there is a user namespace
+	idmapRec  bool
+
+	attr, rec attrs // of the mount itself, and of all below it
+	prop      []propagation
+	data      []string // for the file system
+
+	tree launch.Arg // the detached mount
+}
+
+type attrs struct{ set, clr uint64 }
+
+type propagation struct {
+	flag      uint64
+	recursive bool
+}
+
+var propagations = map[string]uint64{
+	"private": unix.MS_PRIVATE, "slave": unix.MS_SLAVE, "shared": unix.MS_SHARED, "unbindable": unix.MS_UNBINDABLE,
+}
+
+// mountAttrs are the options of mount(8) that are attributes of a mount
+// (mount_setattr(2)). With an r before them they go for all mounts below too.
+var mountAttrs = map[string]attrs{
+	"ro": {set: unix.MOUNT_ATTR_RDONLY}, "rw": {clr: unix.MOUNT_ATTR_RDONLY},
+	"nosuid": {set: unix.MOUNT_ATTR_NOSUID}, "suid": {clr: unix.MOUNT_ATTR_NOSUID},
+	"nodev": {set: unix.MOUNT_ATTR_NODEV}, "dev": {clr: unix.MOUNT_ATTR_NODEV},
+	"noexec": {set: unix.MOUNT_ATTR_NOEXEC}, "exec": {clr: unix.MOUNT_ATTR_NOEXEC},
+	"nodiratime": {set: unix.MOUNT_ATTR_NODIRATIME}, "diratime": {clr: unix.MOUNT_ATTR_NODIRATIME},
+	"nosymfollow": {set: unix.MOUNT_ATTR_NOSYMFOLLOW}, "symfollow": {clr: unix.MOUNT_ATTR_NOSYMFOLLOW},
+	// The times are one field of three values.
+	"relatime": {clr: unix.MOUNT_ATTR__ATIME}, "norelatime": {set: unix.MOUNT_ATTR_STRICTATIME, clr: unix.MOUNT_ATTR__ATIME},
+	"noatime": {set: unix.MOUNT_ATTR_NOATIME, clr: unix.MOUNT_ATTR__ATIME}, "atime": {clr: unix.MOUNT_ATTR__ATIME},
+	"strictatime": {set: unix.MOUNT_ATTR_STRICTATIME, clr: unix.MOUNT_ATTR__ATIME}, "nostrictatime": {clr: unix.MOUNT_ATTR__ATIME},
+}
+
+// add puts b over a: what b sets is no longer cleared and the other way round.
+func (a *attrs) add(b attrs) {
+	a.set = a.set&^b.clr | b.set
+	a.clr = a.clr&^b.set | b.clr
+}
+
+// parse understands the mount's options.
+func (m *mount) parse() error {
+	if m.Type == "bind" {
+		m.bind = true
+	}
+	for _, o := range m.Options {
+		if strings.Contains(o, "\x00") {
+			return fmt.Errorf("option %q holds a NUL byte", o)
+		}
+		if a, ok := mountAttrs[o]; ok {
+			m.attr.add(a)
+			continue
+		}
+		if f, ok := propagations[o]; ok {
+			m.prop = append(m.prop, propagation{f, false})
+			continue
+		}
+		if r, ok := strings.CutPrefix(o, "r"); ok {
+			if a, ok := mountAttrs[r]; ok {
+				m.rec.add(a)
+				continue
+			}
+			if f, ok := propagations[r]; ok {
+				m.prop = append(m.prop, propagation{f, true})
+				continue
+			}
+		}
+		switch o {
+		case "defaults", "":
+		case "bind":
+			m.bind = true
+		case "rbind":
+			m.bind, m.recursive = true, true
+		case "idmap":
+			m.idmap = true
+		case "ridmap":
+			m.idmap, m.idmapRec = true, true
+		case "tmpcopyup", "remount", "copy-symlink", "src-nofollow":
+			return fmt.Errorf("option %q is not supported", o)
+		default:
+			m.data = append(m.data, o)
+		}
+	}
+	for i := range m.prop {
+		m.peer = m.peer || m.prop[i].flag == unix.MS_SLAVE || m.prop[i].flag == unix.MS_SHARED
+	}
+	return nil
+}
+
+// parseMounts understands all mounts of the specification.
+func (c *compiler) parseMounts() ([]*mount, error) {
+	var ms []*mount
+	for i, sm := range c.Spec.Mounts {
+		m := &mount{Mount: sm, dir: true}
+		fail := func(err error) ([]*mount, error) {
+			return nil, fmt.Errorf("mounts[%d] on %q: %w", i, sm.Destination, err)
+		}
+		m.Destination = path.Clean("/" + sm.Destination) // relative ones are legal, and relative to the root
+		if sm.Destination == "" || m.Destination == "/" || strings.Contains(sm.Destination+sm.Source+sm.Type, "\x00") {
+			return fail(fmt.Errorf("not a place to mount %q", sm.Source))
+		}
+		if err := m.parse(); err != nil {
+			return fail(err)
+		}
+		switch {
+		case m.bind:
+			m.what = fmt.Sprintf("bind %s on %s", m.Source, m.Destination)
+			if !path.IsAbs(m.Source) {
+				return fail(fmt.Errorf("source %q is not an absolute path", m.Source))
+			}
+			if len(m.data) > 0 {
+				return fail(fmt.Errorf("option %q means nothing for a bind mount", m.data[0]))
+			}
+			isDir := c.IsDir
+			if isDir == nil {
+				isDir = statIsDir
+			}
+			var err error
+			if m.dir, err = isDir(m.Source); err != nil {
+				return fail(err)
+			}
+		case m.Type == "":
+			return fail(fmt.Errorf("it has no type"))
+		default:
+			m.what = fmt.Sprintf("mount %s on %s", m.Type, m.Destination)
+			m.shm = c.Shm != nil && m.Destination == "/dev/shm" && m.Type == "tmpfs"
+			if err := c.mapIDs(m); err != nil {
+				return fail(err)
+			}
+		}
+		if len(m.UIDMappings)+len(m.GIDMappings) > 0 {
+			// Mappings of a mount's own need a user namespace of its own.
+			if !slices.Equal(m.UIDMappings, c.UIDs) || !slices.Equal(m.GIDMappings, c.GIDs) {
+				return fail(fmt.Errorf("id mappings other than those of the user namespace are not supported"))
+			}
+			m.idmap = true
+		}
+		if m.idmap && (c.UserNS == nil || !m.bind) {
+			return fail(fmt.Errorf("id mapping is for bind mounts with a user namespace"))
+		}
+		ms = append(ms, m)
+	}
+	c.mounts = ms
+	m := c.mountOn("/dev")
+	c.ownDev = m != nil && !m.bind && m.Type == "tmpfs" && c.mountOn("/dev/null") == nil
+	for _, d := range c.lx.Devices {
+		c.ownDev = c.ownDev && path.Clean(d.Path) != "/dev/null"
+	}
+	return ms, nil
+}
+
+// mapIDs makes the uid and gid options of a new file system the host's ids: the
+// kernel takes them as the mounter's, who is not in the user namespace yet.
+func (c *compiler) mapIDs(m *mount) error {
+	if c.UserNS == nil {
+		return nil
+	}
+	for i, o := range m.data {
+		for key, ids := range map[string][]specs.LinuxIDMapping{"uid=": c.UIDs, "gid=": c.GIDs} {
+			v, ok := strings.CutPrefix(o, key)
+			if !ok {
+				continue
+			}
+			n, err := strconv.ParseUint(v, 10, 32)
+			if err != nil {
+				return fmt.Errorf("option %q: %w", o, err)
+			}
+			id, err := hostID(ids, true, uint32(n))
+			if err != nil {
+				return fmt.Errorf("option %q: %w", o, err)
+			}
+			m.data[i] = key + strconv.FormatUint(uint64(id), 10)
+		}
+	}
+	return nil
+}
+
+func statIsDir(name string) (bool, error) {
+	fi, err := os.Stat(name)
+	if err != nil {
+		return false, err
+	}
+	return fi.IsDir(), nil
+}
+
+// mountOn is the last mount on dst, or nil.
+func (c *compiler) mountOn(dst string) *mount {
+	for _, m := range slices.Backward(c.mounts) {
+		if m.Destination == dst {
+			return m
+		}
+	}
+	return nil
+}
+
+// cloneShm takes a clone of the sandbox's /dev/shm out of the mount namespace
+// that has it.
+func (c *compiler) cloneShm() {
+	for _, m := range c.mounts {
+		if !m.shm {
+			continue
+		}
+		c.p.Call("enter the sandbox's mnt namespace", unix.SYS_SETNS, c.p.File(c.Shm), launch.Int(unix.CLONE_NEWNS))
+		m.what = "mount the sandbox's shm on " + m.Destination
+		m.tree = c.openTree(m.what, launch.Int(unix.AT_FDCWD), "/", 0)
+		c.p.Call("come back to the host's mnt namespace", unix.SYS_SETNS, c.p.File(c.HostMnt), launch.Int(unix.CLONE_NEWNS))
+		c.setattr(m.what, m.tree, "", 0, unix.MountAttr{Attr_set: m.attr.set, Attr_clr: m.attr.clr, Propagation: unix.MS_PRIVATE})
+	}
+}
+
+// clonePeers clones the sources of bind mounts that are to see what is mounted
+// on the host later: in a new mount namespace, whose mounts have been made
+// private, they would have no peers any more.
+func (c *compiler) clonePeers() {
+	for _, m := range c.mounts {
+		if m.bind && m.peer {
+			c.cloneSource(m)
+		}
+	}
+}
+
+// cloneSource makes m.tree of the source of a bind mount.
+func (c *compiler) cloneSource(m *mount) {
+	rec := 0
+	if m.recursive {
+		rec = unix.AT_RECURSIVE
+	}
+	m.tree = c.openTree(m.what, launch.Int(unix.AT_FDCWD), m.Source, rec)
+	if c.UserNS != nil {
+		if !m.idmap {
+			m.idmapRec = m.recursive
+		}
+		flags := 0
+		if m.idmapRec {
+			flags = unix.AT_RECURSIVE
+		}
+		op := c.idmap(m.what+": idmap", m.tree, flags)
+		if !m.idmap && !m.dir {
+			// A single file on a file system that cannot be idmapped, such as a
+			// tmpfs before Linux 6.3, is of use although nobody owns it.
+			op.Ignore(unix.EINVAL)
+		}
+	}
+	for _, r := range []struct {
+		attrs
+		flags int
+	}{{m.rec, unix.AT_RECURSIVE}, {m.attr, 0}} {
+		if r.attrs != (attrs{}) {
+			c.setattr(m.what, m.tree, "", r.flags, unix.MountAttr{Attr_set: r.set, Attr_clr: r.clr})
+		}
+	}
+	c.propagate(m)
+}
+
+func (c *compiler) propagate(m *mount) {
+	for _, pr := range m.prop {
+		flags := 0
+		if pr.recursive {
+			flags = unix.AT_RECURSIVE
+		}
+		c.setattr(m.what+": propagation", m.tree, "", flags, unix.MountAttr{Propagation: pr.flag})
+	}
+}
+
+// attach puts a mount where it belongs in the member's root.
+func (c *compiler) attach(m *mount) error {
+	switch {
+	case m.bind || m.shm:
+	case m.Type == "cgroup":
+		return c.attachCgroups(m)
+	default:
+		if err := c.newFromSpec(m); err != nil {
+			return err
+		}
+	}
+	c.attachTree(m)
+	if c.ownDev && m == c.mountOn("/dev") {
+		c.dev = m.tree
+	} else {
+		c.close(m.tree)
+	}
+	return nil
+}
+
+func (c *compiler) newFromSpec(m *mount) error {
+	source := m.Source
+	if source == "" {
+		source = m.Type
+	}
+	m.tree = c.newMount(m.what, m.Type, source, m.data, m.attr.set|m.rec.set)
+	c.propagate(m)
+	return nil
+}
+
+func (c *compiler) attachTree(m *mount) {
+	c.makeMountPoint(m.Destination, m.dir)
+	t := c.openIn(m.what, m.Destination, unix.O_PATH).Result()
+	c.moveMount(m.what, m.tree, t, "")
+	c.close(t)
+}
+
+// attachCgroups mounts the cgroup hierarchies that the host has: the unified one
+// alone, or a tmpfs with one mount for each.
+func (c *compiler) attachCgroups(m *mount) error {
+	hs := c.Cgroups
+	if len(hs) == 0 {
+		return fmt.Errorf("mount cgroup on %s: the host has no cgroups", m.Destination)
+	}
+	if len(hs) == 1 && hs[0].Dir == "" {
+		m.tree = c.newMount(m.what, "cgroup2", "cgroup", nil, m.attr.set)
+		c.attachTree(m)
+		c.close(m.tree)
+		return nil
+	}
+	rdonly := m.attr.set & unix.MOUNT_ATTR_RDONLY
+	m.tree = c.newMount(m.what, "tmpfs", "tmpfs", []string{"mode=755"}, m.attr.set&^unix.MOUNT_ATTR_RDONLY)
+	c.attachTree(m)
+	for _, h := range hs {
+		if h.Dir == "" || path.Base(h.Dir) != h.Dir || h.Dir == ".." || h.Dir == "." {
+			return fmt.Errorf("mount cgroup on %s: %q is not the name of a hierarchy", m.Destination, h.Dir)
+		}
+		step := fmt.Sprintf("mount cgroup %s on %s/%s", h.Dir, m.Destination, h.Dir)
+		c.p.Call(step, unix.SYS_MKDIRAT, m.tree, c.p.String(h.Dir), launch.Int(0o755))
+		typ, opts := "cgroup", h.Options
+		if h.Unified {
+			typ, opts = "cgroup2", nil
+		}
+		t := c.newMount(step, typ, "cgroup", opts, m.attr.set)
+		c.moveMount(step, t, m.tree, h.Dir)
+		c.close(t)
+		for _, o := range h.Options {
+			if o != h.Dir && slices.Contains(strings.Split(h.Dir, ","), o) {
+				c.p.Call("make symlink "+m.Destination+"/"+o, unix.SYS_SYMLINKAT, c.p.String(h.Dir), m.tree, c.p.String(o))
+			}
+		}
+	}
+	if rdonly != 0 {
+		c.setattr(m.what, m.tree, "", 0, unix.MountAttr{Attr_set: rdonly})
+	}
+	c.close(m.tree)
+	return nil
+}
+
+// makeMountPoint makes a directory or an empty file, and the directories that
+// lead to it, if it is not there.
+func (c *compiler) makeMountPoint(name string, dir bool) {
+	p := c.p
+	step := "make mount point " + name
+	found := c.openIn(step, name, unix.O_PATH)
+	found.Else(func() {
+		parts := strings.Split(strings.TrimPrefix(name, "/"), "/")
+		for i, part := range parts {
+			parent := c.openIn(step, path.Join(parts[:i]...), unix.O_PATH|unix.O_DIRECTORY).Result()
+			if i < len(parts)-1 || dir {
+				p.Call(step, unix.SYS_MKDIRAT, parent, p.String(part), launch.Int(0o755)).Ignore(unix.EEXIST)
+			} else {
+				const flags = unix.O_WRONLY | unix.O_CREAT | unix.O_EXCL | unix.O_NOFOLLOW | unix.O_CLOEXEC
+				f := p.Call(step, unix.SYS_OPENAT, parent, p.String(part), launch.Int(flags), launch.Int(0o644))
+				f.Then(func() { c.close(f.Result()) }, unix.EEXIST)
+			}
+			c.close(parent)
+		}
+	}, unix.ENOENT)
+	c.p.Call("close", unix.SYS_CLOSE, found.Result()).Ignore(unix.EBADF)
+}
+
+// newMount adds the making of a new, detached mount and returns its descriptor.
+func (c *compiler) newMount(step, typ, source string, data []string, attr uint64) launch.Arg {
+	p := c.p
+	fs := p.Call(step, unix.SYS_FSOPEN, p.String(typ), launch.Int(unix.FSOPEN_CLOEXEC)).Result()
+	p.Call(step, unix.SYS_FSCONFIG, fs, launch.Int(unix.FSCONFIG_SET_STRING), p.String("source"), p.String(source), launch.Int(0))
+	for _, o := range data {
+		ostep := fmt.Sprintf("%s: option %q", step, o)
+		if key, val, ok := strings.Cut(o, "="); ok {
+			p.Call(ostep, unix.SYS_FSCONFIG, fs, launch.Int(unix.FSCONFIG_SET_STRING), p.String(key), p.String(val), launch.Int(0))
+		} else {
+			p.Call(ostep, unix.SYS_FSCONFIG, fs, launch.Int(unix.FSCONFIG_SET_FLAG), p.String(o), launch.Int(0), launch.Int(0))
+		}
+	}
+	p.Call(step, unix.SYS_FSCONFIG, fs, launch.Int(unix.FSCONFIG_CMD_CREATE), launch.Int(0), launch.Int(0), launch.Int(0))
+	m := p.Call(step, unix.SYS_FSMOUNT, fs, launch.Int(unix.FSMOUNT_CLOEXEC), launch.Int(attr)).Result()
+	c.close(fs)
+	return m
+}
+
+// openTree adds the cloning of the mount that a path, or with "" a descriptor,
+// is in; flags may be AT_RECURSIVE. It returns the detached mount's descriptor.
+func (c *compiler) openTree(step string, dir launch.Arg, name string, flags int) launch.Arg {
+	if name == "" {
+		flags |= unix.AT_EMPTY_PATH
+	}
+	return c.p.Call(step, unix.SYS_OPEN_TREE, dir, c.p.String(name), launch.Int(unix.OPEN_TREE_CLONE|unix.O_CLOEXEC|flags)).Result()
+}
+
+// moveMount adds the attaching of a detached mount at a path, or with "" at a
+// descriptor.
+func (c *compiler) moveMount(step string, tree, dir launch.Arg, name string) {
+	flags := unix.MOVE_MOUNT_F_EMPTY_PATH
+	if name == "" {
+		flags |= unix.MOVE_MOUNT_T_EMPTY_PATH
+	}
+	c.p.Call(step, unix.SYS_MOVE_MOUNT, tree, c.p.String(""), dir, c.p.String(name), launch.Int(flags))
+}
+
+// setattr adds a mount_setattr(2).
+func (c *compiler) setattr(step string, dir launch.Arg, name string, flags int, a unix.MountAttr) launch.Op {
+	if name == "" {
+		flags |= unix.AT_EMPTY_PATH
+	}
+	b := make([]byte, 0, unix.MOUNT_ATTR_SIZE_VER0)
+	for _, v := range []uint64{a.Attr_set, a.Attr_clr, a.Propagation, a.Userns_fd} {
+		b = binary.NativeEndian.AppendUint64(b, v)
+	}
+	return c.p.Call(step, unix.SYS_MOUNT_SETATTR, dir, c.p.String(name), launch.Int(flags), c.p.Bytes(b), launch.Int(len(b)))
+}
+
+// idmap adds the mapping of a detached mount's ids by the user namespace.
+func (c *compiler) idmap(step string, tree launch.Arg, flags int) launch.Op {
+	return c.setattr(step, tree, "", flags, unix.MountAttr{Attr_set: unix.MOUNT_ATTR_IDMAP, Userns_fd: uint64(c.p.FileNumber(c.UserNS))})
+}
