@@ -49,6 +49,9 @@ func (a *app) report(err error) int {
 		return int(code)
 	}
 	fmt.Fprintf(a.err, "sandboxd: %s\n", oneLine(err.Error()))
+	if f, ok := errors.AsType[*failure](err); ok {
+		return f.code
+	}
 	if se, ok := errors.AsType[*sandbox.StartError](err); ok {
 		return startErrorCode(se.Errno)
 	}
@@ -57,7 +60,7 @@ func (a *app) report(err error) int {
 
 // startErrorCode is what shells exit with if execve failed with errno.
 func startErrorCode(errno unix.Errno) int {
-	if errno == unix.ENOENT {
+	if errno == unix.ENOENT || errno == unix.ENOTDIR {
 		return exitNotFound
 	}
 	return exitCannotExec
@@ -67,6 +70,15 @@ func startErrorCode(errno unix.Errno) int {
 type exitCode int
 
 func (c exitCode) Error() string { return fmt.Sprintf("exit code %d", int(c)) }
+
+// failure is an error with an exit code of its own.
+type failure struct {
+	code int
+	err  error
+}
+
+func (f *failure) Error() string { return f.err.Error() }
+func (f *failure) Unwrap() error { return f.err }
 
 // asExit returns the exit code as an error; 0 is nil.
 func asExit(code int) error {

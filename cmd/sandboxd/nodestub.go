@@ -15,9 +15,3 @@ type nodeOptions struct {
 }
 
 func newNode(nodeOptions) (sandbox.Node, error) { return nil, errors.ErrUnsupported }
-
-type statusReader struct{}
-
-func (statusReader) MonitorStatus(*sandbox.MemberRecord, string) (sandbox.MonitorStatus, error) {
-	return sandbox.MonitorStatus{}, errors.ErrUnsupported
-}

@@ -103,8 +103,8 @@ ended it; 125 if sandboxd itself failed; 126 if the command cannot be executed,
 		cmds []*cobra.Command
 	}{
 		{groupSandbox, []*cobra.Command{a.createCommand(), a.stopCommand(), a.rmCommand()}},
-		{groupMember, []*cobra.Command{a.addCommand(), a.startCommand(), a.waitCommand(), a.killCommand()}},
-		{groupInside, []*cobra.Command{a.logsCommand()}},
+		{groupMember, []*cobra.Command{a.runCommand(), a.addCommand(), a.startCommand(), a.attachCommand(), a.waitCommand(), a.killCommand()}},
+		{groupInside, []*cobra.Command{a.execCommand(), a.joinCommand(), a.logsCommand()}},
 		{groupShow, []*cobra.Command{a.lsCommand(), a.psCommand(), a.inspectCommand()}},
 		{groupHost, []*cobra.Command{a.serveCommand(), a.versionCommand()}},
 	} {

@@ -1,0 +1,451 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/internal/cgroup"
+	"github.com/sandboxd/sandboxd/internal/namespace"
+	"github.com/sandboxd/sandboxd/internal/procid"
+	"github.com/sandboxd/sandboxd/internal/seccomp"
+	"github.com/sandboxd/sandboxd/member"
+	"github.com/sandboxd/sandboxd/sandbox"
+)
+
+// processFlags are the flags that exec and join share.
+type processFlags struct {
+	stdin, tty bool
+	env        []string
+	cwd        string
+	user       string
+}
+
+func (o *processFlags) declare(cmd *cobra.Command) {
+	f := cmd.Flags()
+	f.BoolVarP(&o.stdin, "interactive", "i", false, "pass on stdin")
+	f.BoolVarP(&o.tty, "tty", "t", false, "give it a terminal")
+	f.StringArrayVarP(&o.env, "env", "e", nil, "environment variable, `K=V`; K alone takes this program's")
+	f.StringVarP(&o.cwd, "workdir", "w", "", "working `directory`")
+	f.StringVarP(&o.user, "user", "u", "", "user, `UID[:GID]` or names of the root it runs in")
+}
+
+func (a *app) execCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "exec [OPTION]… SANDBOX/MEMBER -- CMD ARG…",
+		Short: "Run a command in a running member, with everything that is the member's",
+		Long: `Run a command in a running member: in its namespaces, root and cgroup, with its
+user, capabilities, seccomp filter and environment. This program is its parent;
+the daemon is not needed.
+
+To look into a member that has exited use join.`,
+		Example: `  sandboxd exec web/redis -- redis-cli ping
+  sandboxd exec -i -t -u 1000 -e TERM web/shell -- sh`,
+		Args:              argsBetween(2, -1),
+		ValidArgsFunction: a.completeRefs(1, false, true),
+	}
+	var o processFlags
+	o.declare(cmd)
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if err := wantMember(cmd, args[0]); err != nil {
+			return err
+		}
+		t, err := a.target(args[0])
+		if err != nil {
+			return err
+		}
+		if !t.member.Init.Alive() {
+			return fmt.Errorf("exec %s: %w: it does not run (join can enter what it left)", args[0], sandbox.ErrState)
+		}
+		j := &joiner{app: a, target: t}
+		defer j.close()
+		if err := j.enter(nil, false); err != nil {
+			return fmt.Errorf("exec %s: %w", args[0], err)
+		}
+		if err := j.memberProcess(t.member); err != nil {
+			return fmt.Errorf("exec %s: %w", args[0], err)
+		}
+		host, err := cgroup.Detect()
+		if err != nil {
+			return err
+		}
+		j.spec.CgroupProcs = host.Procs(t.member.Cgroup)
+		return j.run(cmd.Context(), &o, args[1:])
+	}
+	return cmd
+}
+
+func (a *app) joinCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "join [OPTION]… SANDBOX[/MEMBER] -- CMD ARG…",
+		Short: "Run a command in any namespaces, of the living and the dead",
+		Long: `Run a command in namespaces that exist already. Without --ns,
+
+  join SANDBOX          joins all that the sandbox holds and runs a program of the
+                        host there, with the host's files: tcpdump, ss, gdb;
+  join SANDBOX/MEMBER   joins everything of that member, running or exited.
+
+--ns says for single types where they come from instead; "all=host,net=sandbox"
+is net and nothing else. In a root of a member the command has that member's
+user, capabilities and seccomp filter; with the host's root it has this
+program's.
+
+A pid namespace dies with its first process. In the root of an exited member the
+command gets a new one, and a /proc for it that only it sees.`,
+		Example: `  sandboxd join web -- ss -tlnp
+  sandboxd join web/crashed -- ls -l /tmp
+  sandboxd join --ns mnt=member:crashed,pid=member:redis web -i -t -- sh
+  sandboxd join --rootfs /srv/debug web/redis -- gdb -p 1`,
+		Args:              argsBetween(2, -1),
+		ValidArgsFunction: a.completeRefs(1, true, true),
+	}
+	var (
+		o      processFlags
+		sel    namespace.Selection
+		rootfs string
+	)
+	o.declare(cmd)
+	nsFlag(cmd.Flags(), &sel, "default: see above")
+	cmd.Flags().StringVar(&rootfs, "rootfs", "", "root: a `directory` of the host, or the word host for the host's own")
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		_, mntNamed := sel[namespace.Mnt]
+		if rootfs != "" && mntNamed {
+			return usageError(cmd, "--rootfs and --ns mnt=… exclude each other")
+		}
+		t, err := a.target(args[0])
+		if err != nil {
+			return err
+		}
+		j := &joiner{app: a, target: t}
+		defer j.close()
+		sel = sel.Clone()
+		if rootfs != "" {
+			if sel == nil {
+				sel = namespace.Selection{}
+			}
+			sel[namespace.Mnt] = namespace.Source{From: namespace.Host}
+			if rootfs != "host" {
+				sel[namespace.Mnt] = namespace.Source{From: namespace.Private}
+			}
+		}
+		if err := j.enter(sel, namesPID(cmd.Flag("ns").Value.String())); err != nil {
+			return fmt.Errorf("join %s: %w", args[0], err)
+		}
+		if j.root != nil {
+			err = j.memberProcess(j.root)
+		} else {
+			err = j.hostProcess(rootfs)
+		}
+		if err != nil {
+			return fmt.Errorf("join %s: %w", args[0], err)
+		}
+		host, err := cgroup.Detect()
+		if err != nil {
+			return err
+		}
+		leaf := t.sandbox.Cgroup + "/join"
+		if err := host.MakeLeaf(leaf); err != nil {
+			return fmt.Errorf("join %s: %w", args[0], err)
+		}
+		j.spec.CgroupProcs = []string{host.LeafProcs(leaf)}
+		return j.run(cmd.Context(), &o, args[1:])
+	}
+	return cmd
+}
+
+// namesPID reports whether a selection's text names pid itself rather than
+// under "all".
+func namesPID(text string) bool {
+	return slices.ContainsFunc(strings.Split(text, ","), func(f string) bool { return strings.HasPrefix(f, "pid=") })
+}
+
+// joiner puts together what a joining process is. close must be called.
+type joiner struct {
+	app    *app
+	target *target
+	spec   member.JoinSpec
+	root   *sandbox.MemberRecord // whose mnt namespace is entered; nil if it is not a member's
+	opened []*os.File
+}
+
+func (j *joiner) close() {
+	for _, f := range j.opened {
+		f.Close()
+	}
+}
+
+// selection returns where each kind comes from if sel is what was asked for.
+func (j *joiner) selection(sel namespace.Selection) namespace.Selection {
+	full := namespace.Selection{}
+	for _, k := range namespace.Kinds() {
+		switch src, ok := sel[k]; {
+		case ok:
+			full[k] = src
+		case j.target.member != nil:
+			full[k] = namespace.Source{From: namespace.Member, Member: j.target.member.ID}
+		case j.target.sandbox.Holds(k):
+			full[k] = namespace.Source{From: namespace.Sandbox}
+		default:
+			full[k] = namespace.Source{From: namespace.Host}
+		}
+	}
+	// A member's /proc shows its pid namespace, so the two go together.
+	if _, ok := sel[namespace.PID]; !ok && full[namespace.PID].From == namespace.Host && full[namespace.Mnt].From == namespace.Member {
+		full[namespace.PID] = full[namespace.Mnt]
+	}
+	return full
+}
+
+// enter opens the namespaces that sel, completed by the defaults for the
+// target, says. pidNamed says that the pid namespace was asked for by name, so
+// that a dead one is an error.
+func (j *joiner) enter(sel namespace.Selection, pidNamed bool) error {
+	j.spec.Namespaces = map[namespace.Kind]*os.File{}
+	full := j.selection(sel)
+	if src := full[namespace.Mnt]; src.From == namespace.Member {
+		m, err := j.sibling(src.Member)
+		if err != nil {
+			return err
+		}
+		j.root = m
+	}
+	for _, k := range namespace.Kinds() {
+		var f *os.File
+		var err error
+		switch src := full[k]; src.From {
+		case namespace.Host:
+			continue
+		case namespace.Private:
+			if k == namespace.User {
+				return fmt.Errorf("%w: a join cannot have a private user namespace", sandbox.ErrInvalid)
+			}
+			j.spec.Private = append(j.spec.Private, k)
+			continue
+		case namespace.Sandbox:
+			f, err = j.ofSandbox(k)
+		case namespace.Member:
+			var m *sandbox.MemberRecord
+			if m, err = j.sibling(src.Member); err == nil {
+				f, err = j.ofMember(m, k)
+			}
+		}
+		if k == namespace.PID && errors.Is(err, member.ErrDeadPID) && !pidNamed && j.root != nil {
+			j.spec.NewProc = true
+			continue
+		}
+		if errors.Is(err, os.ErrNotExist) {
+			continue // a kind that this kernel does not have
+		}
+		if err != nil {
+			return err
+		}
+		j.opened = append(j.opened, f)
+		own, err := isOwn(f, k)
+		if err != nil {
+			return err
+		}
+		if !own { // one's own user namespace cannot be joined (setns(2))
+			j.spec.Namespaces[k] = f
+		}
+	}
+	if j.root == nil || j.spec.Namespaces[namespace.Mnt] == nil {
+		return nil
+	}
+	root, err := openRoot(j.root)
+	if err != nil {
+		return err
+	}
+	j.spec.Root = root
+	j.opened = append(j.opened, root)
+	return nil
+}
+
+// sibling finds a member of the target's sandbox.
+func (j *joiner) sibling(ref string) (*sandbox.MemberRecord, error) {
+	all := j.target.siblings
+	if j.target.member != nil {
+		all = append(slices.Clone(all), j.target.member)
+	}
+	for _, m := range all {
+		if m.ID == ref || m.Config.Name == ref {
+			return m, nil
+		}
+	}
+	return nil, fmt.Errorf("member %q: %w in sandbox %s", ref, sandbox.ErrNotFound, j.target.sandbox.Config.Name)
+}
+
+func (j *joiner) ofSandbox(k namespace.Kind) (*os.File, error) {
+	r := j.target.sandbox
+	if !r.Holds(k) {
+		return nil, fmt.Errorf("%w: sandbox %s holds no %s namespace", sandbox.ErrInvalid, r.Config.Name, k)
+	}
+	ns, err := member.OpenNamespaces(r.Pause, []namespace.Kind{k})
+	if errors.Is(err, procid.ErrGone) {
+		return nil, fmt.Errorf("%w: the pause of sandbox %s is gone", sandbox.ErrState, r.Config.Name)
+	}
+	return ns[k], err
+}
+
+// ofMember opens a namespace of m: init's while it lives, and what the monitor
+// holds afterwards.
+func (j *joiner) ofMember(m *sandbox.MemberRecord, k namespace.Kind) (*os.File, error) {
+	ns, err := member.OpenNamespaces(m.Init, []namespace.Kind{k})
+	if !errors.Is(err, procid.ErrGone) {
+		return ns[k], err
+	}
+	if k == namespace.PID && m.Namespaces[k].From == namespace.Private {
+		return nil, fmt.Errorf("%w: that of member %s, which has exited", member.ErrDeadPID, m.Config.Name)
+	}
+	f, err := member.OpenNamespace(m.Monitor, k)
+	if errors.Is(err, procid.ErrGone) {
+		return nil, notHeld(m)
+	}
+	return f, err
+}
+
+func openRoot(m *sandbox.MemberRecord) (*os.File, error) {
+	root, err := member.OpenRoot(m.Monitor)
+	if errors.Is(err, procid.ErrGone) || errors.Is(err, os.ErrNotExist) {
+		return nil, notHeld(m)
+	}
+	return root, err
+}
+
+func notHeld(m *sandbox.MemberRecord) error {
+	return fmt.Errorf("%w: member %s has exited and nothing of it is held (custody %s)", sandbox.ErrState, m.Config.Name, m.Config.Custody)
+}
+
+// isOwn reports whether f is this process's own namespace of kind k.
+func isOwn(f *os.File, k namespace.Kind) (bool, error) {
+	theirs, err := f.Stat()
+	if err != nil {
+		return false, err
+	}
+	ours, err := os.Stat("/proc/self/ns/" + string(k))
+	if err != nil {
+		return false, err
+	}
+	return os.SameFile(theirs, ours), nil
+}
+
+// memberProcess makes the process one of m's kind.
+func (j *joiner) memberProcess(m *sandbox.MemberRecord) error {
+	d, err := j.app.dir()
+	if err != nil {
+		return err
+	}
+	s, err := d.MemberConfigFile(m.Sandbox + "/" + m.ID)
+	if err != nil {
+		return err
+	}
+	p := *s.Process
+	p.Env = slices.Clone(p.Env)
+	j.spec.Process = &p
+	if s.Linux == nil || s.Linux.Seccomp == nil {
+		return nil
+	}
+	if j.spec.Seccomp, err = seccomp.Compile(s.Linux.Seccomp); err != nil {
+		return err
+	}
+	j.spec.SeccompFlag, err = seccomp.Flags(s.Linux.Seccomp)
+	return err
+}
+
+// hostProcess makes the process one like this, with the host's root or, if
+// rootfs names a directory, in that.
+func (j *joiner) hostProcess(rootfs string) error {
+	caps, err := member.OwnCapabilities()
+	if err != nil {
+		return err
+	}
+	cwd, err := os.Getwd()
+	if err != nil {
+		cwd = "/"
+	}
+	if rootfs != "" && rootfs != "host" {
+		root, err := os.OpenFile(rootfs, unix.O_PATH|unix.O_DIRECTORY, 0)
+		if err != nil {
+			return fmt.Errorf("%w: root: %w", sandbox.ErrInvalid, err)
+		}
+		j.opened = append(j.opened, root)
+		j.spec.Root, cwd = root, "/"
+	}
+	j.spec.Process = &specs.Process{
+		Env: os.Environ(), Cwd: cwd,
+		Capabilities: &specs.LinuxCapabilities{Bounding: caps, Effective: caps, Permitted: caps},
+	}
+	return nil
+}
+
+// run runs args as o says, and returns an [exitCode].
+func (j *joiner) run(ctx context.Context, o *processFlags, args []string) error {
+	p := j.spec.Process
+	p.Args, p.Terminal, p.ConsoleSize = args, o.tty, nil
+	env, err := j.app.environment(o.env)
+	if err != nil {
+		return err
+	}
+	p.Env = mergeEnv(p.Env, env)
+	if o.cwd != "" {
+		if !filepath.IsAbs(o.cwd) {
+			return fmt.Errorf("working directory %q is not an absolute path", o.cwd)
+		}
+		p.Cwd = o.cwd
+	}
+	if o.user != "" {
+		root := "/"
+		if j.spec.Root != nil {
+			root = fmt.Sprintf("/proc/self/fd/%d", j.spec.Root.Fd())
+		}
+		if p.User, err = member.LookupUser(root, o.user); err != nil {
+			return err
+		}
+	}
+	prog, err := member.CompileJoin(&j.spec)
+	if err != nil {
+		return err
+	}
+	signals, stop := forward()
+	defer stop()
+	c := &member.Command{Program: prog, Dir: j.app.stateDir(), Stdout: j.app.out, Stderr: j.app.err, TTY: o.tty, Signals: signals}
+	if o.stdin {
+		c.Stdin = j.app.in
+		if o.tty {
+			t, err := openTerminal(j.app.in)
+			if err != nil {
+				return err
+			}
+			defer t.restore()
+			c.Sizes = t.sizes
+		}
+	}
+	code, err := c.Run(ctx)
+	if err != nil {
+		return &failure{code, err}
+	}
+	return asExit(code)
+}
+
+// mergeEnv adds the variables of more to base, in place of those of the same
+// name.
+func mergeEnv(base, more []string) []string {
+	out := slices.Clone(base)
+	for _, kv := range more {
+		name, _, _ := strings.Cut(kv, "=")
+		i := slices.IndexFunc(out, func(e string) bool { return strings.HasPrefix(e, name+"=") })
+		if i >= 0 {
+			out[i] = kv
+		} else {
+			out = append(out, kv)
+		}
+	}
+	return out
+}

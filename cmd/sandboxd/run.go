@@ -1,0 +1,153 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/spf13/cobra"
+
+	"github.com/sandboxd/sandboxd/member"
+	"github.com/sandboxd/sandboxd/sandbox"
+)
+
+func (a *app) runCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "run [OPTION]… SANDBOX (--rootfs DIR | --bundle DIR) [-- CMD ARG…]",
+		Short: "Create and start a member, and stay with it until it exits",
+		Long: `Create and start a member. Without -d, show its output, pass on signals, and
+exit with its exit code, or 128+N if signal N ended it.
+
+The output comes from the member's monitor and not through the daemon: it goes
+on while the daemon is restarted. With -t, ctrl-p ctrl-q leaves the member
+running.`,
+		Example: `  sandboxd run web --rootfs /srv/redis --name redis -d -- redis-server
+  sandboxd run web --rootfs /srv/alpine -i -t --rm -- sh
+  sandboxd run web --bundle /srv/bundle --ns pid=member:redis -v /data:/data:ro`,
+		Args:              argsBetween(1, -1),
+		ValidArgsFunction: a.completeRefs(1, true, false),
+	}
+	detach := cmd.Flags().BoolP("detach", "d", false, "do not stay; print the member's id")
+	config := a.memberFlags(cmd)
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		c, err := config(args[1:])
+		if err != nil {
+			return err
+		}
+		d, err := a.client()
+		if err != nil {
+			return err
+		}
+		m, err := d.Add(cmd.Context(), args[0], c)
+		if err != nil {
+			return err
+		}
+		ref := m.Sandbox + "/" + m.ID
+		if *detach {
+			if _, err := d.Start(cmd.Context(), ref); err != nil {
+				return err
+			}
+			writeLine(a.out, m.ID)
+			return nil
+		}
+		e, err := a.runAttached(cmd.Context(), ref, c)
+		if errors.Is(err, errDetached) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		return exitOf(e)
+	}
+	return cmd
+}
+
+// runAttached starts the member ref, which has been created, stays with it, and
+// returns its exit record. If it cannot even be attached to, it is removed: the
+// caller has nothing of it.
+func (a *app) runAttached(ctx context.Context, ref string, c sandbox.MemberConfig) (sandbox.Exit, error) {
+	d, err := a.client()
+	if err != nil {
+		return sandbox.Exit{}, err
+	}
+	type result struct {
+		exit sandbox.Exit
+		err  error
+	}
+	exited := make(chan result, 1)
+	started := false
+	err = func() error {
+		t, err := a.target(ref)
+		if err != nil {
+			return err
+		}
+		return a.session(ctx, ref, t.dir, t.member.Init, t.member.Monitor, c.TTY, c.Stdin, func() error {
+			started = true
+			// Asked for before it starts: with --rm it may be gone by the time
+			// that its end is known here.
+			go func() {
+				e, err := a.wait(ctx, ref)
+				exited <- result{e, err}
+			}()
+			_, err := d.Start(ctx, ref)
+			return err
+		})
+	}()
+	if !started {
+		if rerr := d.RemoveMember(context.WithoutCancel(ctx), ref, true); rerr != nil {
+			err = errors.Join(err, fmt.Errorf("remove %s: %w", ref, rerr))
+		}
+	}
+	if err != nil {
+		return sandbox.Exit{}, err
+	}
+	r := <-exited
+	return r.exit, r.err
+}
+
+func (a *app) attachCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "attach [--no-stdin] SANDBOX/MEMBER",
+		Short: "Show a running member's output from now on, and write to its stdin",
+		Long: `Show a running member's output from now on, and copy stdin to its own if it was
+created with -i; the end of the input closes it. With a terminal, ctrl-p ctrl-q
+leaves the member running.
+
+It exits with the member's exit code. Works without the daemon, from the state
+directory.`,
+		Example:           "  sandboxd attach web/shell\n  sandboxd attach --no-stdin web/redis",
+		Args:              argsBetween(1, 1),
+		ValidArgsFunction: a.completeRefs(1, false, true),
+	}
+	noStdin := cmd.Flags().Bool("no-stdin", false, "only show output")
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if err := wantMember(cmd, args[0]); err != nil {
+			return err
+		}
+		t, err := a.target(args[0])
+		if err != nil {
+			return err
+		}
+		c := t.member.Config
+		s, err := member.ReadStatus(t.dir)
+		if err != nil {
+			return err
+		}
+		if s.Phase != member.PhaseRunning && s.Phase != member.PhaseCreated {
+			return fmt.Errorf("attach %s: %w: it is %s", args[0], sandbox.ErrState, s.Phase)
+		}
+		err = a.session(cmd.Context(), args[0], t.dir, t.member.Init, t.member.Monitor, c.TTY, c.Stdin && !*noStdin, nil)
+		if errors.Is(err, errDetached) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		e, err := a.wait(cmd.Context(), t.sandbox.ID+"/"+t.member.ID)
+		if err != nil {
+			return err
+		}
+		return exitOf(e)
+	}
+	return cmd
+}
