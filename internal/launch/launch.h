@@ -135,7 +135,9 @@ static int prog_ignored(const struct prog_op *op, long err) {
 	return 0;
 }
 
-static long prog_results[PROG_MAX_OPS];
+/* In a section that comes after the rest of .bss: a monitor never touches it, and
+ * its other variables are then in one page. */
+static long prog_results[PROG_MAX_OPS] __attribute__((section(".bss.large")));
 
 /* prog_run executes p, whose last op is an execve, and does not return. A
  * failure is reported with the op's index and errno; the exit status is then

@@ -1,0 +1,6 @@
+package member
+
+import _ "embed"
+
+//go:embed monitor_arm64.elf
+var monitorELF []byte
