@@ -145,7 +145,8 @@ func (p *Pause) signal(sig unix.Signal) error {
 	return errors.Join(err, serr)
 }
 
-// finish waits until the process is ready and sets its namespaces up.
+// finish sets the namespaces up and waits until the process is ready. It is in
+// its namespaces already, so the two go on at the same time.
 func (p *Pause) finish(ctx context.Context, s *Spec, pid int, ready *os.File) error {
 	deadline := time.Now().Add(startTimeout)
 	if d, ok := ctx.Deadline(); ok && d.Before(deadline) {
@@ -156,9 +157,15 @@ func (p *Pause) finish(ctx context.Context, s *Spec, pid int, ready *os.File) er
 	}
 	stop := context.AfterFunc(ctx, func() { ready.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
-	if err := readReady(ready); err != nil {
-		return errors.Join(err, context.Cause(ctx))
+	err := p.take(s, pid)
+	if rerr := readReady(ready); rerr != nil {
+		return errors.Join(rerr, context.Cause(ctx)) // what else went wrong came of it
 	}
+	return err
+}
+
+// take identifies process pid, opens its namespaces and sets them up.
+func (p *Pause) take(s *Spec, pid int) error {
 	var err error
 	if p.id, err = procid.Of(pid); err != nil {
 		return err
