@@ -15,13 +15,12 @@ import (
 // with 16-bit ids know, nobody (65534) among them.
 const Size = 65536
 
-// Ids are given out from first up to, not including, end. Below are those of
-// people, services and what systemd-nspawn and others give out by default
-// (uids and gids under systemd: UIDS-GIDS.md); above, systemd's foreign range
-// and what a signed 32-bit integer cannot hold.
+// Ids are given out from first up to, not including, end: the range that
+// systemd's UIDS-GIDS.md sets aside for containers. Below are those of people
+// and services, above is what signed 32-bit integers cannot hold, and a margin.
 const (
-	first = 524288     // 0x80000
-	end   = 1879048191 // 0x6fffffff
+	first = 0x00080000
+	end   = 0x70000000
 )
 
 // ErrNone means that every range is in use.
@@ -35,7 +34,7 @@ type Range struct {
 
 // Overlaps reports whether some id is in both r and s.
 func (r Range) Overlaps(s Range) bool {
-	return uint64(r.Start) < uint64(s.Start)+uint64(s.Size) && uint64(s.Start) < uint64(r.Start)+uint64(r.Size)
+	return r.Size > 0 && s.Size > 0 && uint64(r.Start) < uint64(s.Start)+uint64(s.Size) && uint64(s.Start) < uint64(r.Start)+uint64(r.Size)
 }
 
 // Free returns the lowest range of [Size] ids that starts at a multiple of Size
