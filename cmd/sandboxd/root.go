@@ -106,7 +106,7 @@ ended it; 125 if sandboxd itself failed; 126 if the command cannot be executed,
 		{groupMember, []*cobra.Command{a.runCommand(), a.addCommand(), a.startCommand(), a.attachCommand(), a.waitCommand(), a.killCommand()}},
 		{groupInside, []*cobra.Command{a.execCommand(), a.joinCommand(), a.logsCommand()}},
 		{groupShow, []*cobra.Command{a.lsCommand(), a.psCommand(), a.inspectCommand()}},
-		{groupHost, []*cobra.Command{a.serveCommand(), a.versionCommand()}},
+		{groupHost, []*cobra.Command{a.serveCommand(), a.checkCommand(), a.versionCommand()}},
 	} {
 		for _, c := range g.cmds {
 			c.GroupID = g.id
