@@ -1,0 +1,295 @@
+package tarstream
+
+import (
+	"archive/tar"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Write writes a tar stream of the file or directory at name under root, which
+// may be an O_PATH descriptor and is lent. A symbolic link at the end of name is
+// copied as such, unless a slash follows it.
+//
+// Entries are called by the last element of name and what is below it; a
+// name that ends in "/." gives the directory's content, under ".". Mounts are
+// crossed. Sockets, and what is in proc, sysfs and cgroup file systems, are left
+// out and noted. A file that shrinks while it is read is filled with zeros, one
+// that grows is cut, and both are noted.
+func Write(ctx context.Context, root *os.File, name string, w io.Writer, o Options) error {
+	top, err := openIn(root, name, unix.O_PATH|unix.O_NOFOLLOW)
+	if err != nil {
+		return err
+	}
+	as := path.Base(path.Clean("/" + name))
+	if as == "/" || name == "." || strings.HasSuffix(name, "/.") {
+		as = "."
+	}
+	t := &writer{ctx: ctx, o: o, out: w, tar: tar.NewWriter(w), links: make(map[inode]*link), buf: make([]byte, 256<<10)}
+	defer t.close()
+	if pseudo, err := isPseudo(top); err != nil || pseudo {
+		top.Close()
+		if err == nil {
+			err = fmt.Errorf("%s is in a proc, sysfs or cgroup file system, which cannot be copied", name)
+		}
+		return err
+	}
+	if err := t.entry(top, as, 0); err != nil {
+		return err
+	}
+	for len(t.dirs) > 0 {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if err := t.step(); err != nil {
+			return err
+		}
+	}
+	return t.tar.Close()
+}
+
+type inode struct{ dev, ino uint64 }
+
+type link struct {
+	name string
+	left uint64 // names that were not met yet
+}
+
+// dir is a directory that is being copied.
+type dir struct {
+	file  *os.File
+	name  string
+	dev   uint64
+	names []string // read, and not copied yet
+}
+
+type writer struct {
+	ctx   context.Context
+	o     Options
+	out   io.Writer
+	tar   *tar.Writer
+	dirs  []*dir
+	links map[inode]*link
+	buf   []byte
+}
+
+func (t *writer) close() {
+	for _, d := range t.dirs {
+		d.file.Close()
+	}
+}
+
+// step copies the next entry of the innermost directory, or leaves it.
+func (t *writer) step() error {
+	d := t.dirs[len(t.dirs)-1]
+	if len(d.names) == 0 {
+		var err error
+		d.names, err = d.file.Readdirnames(256)
+		if err == io.EOF || len(d.names) == 0 && errors.Is(err, unix.ENOENT) { // removed meanwhile
+			d.file.Close()
+			t.dirs = t.dirs[:len(t.dirs)-1]
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("read directory %s: %w", d.name, err)
+		}
+	}
+	name := d.names[0]
+	d.names = d.names[1:]
+	full := d.name + "/" + name
+	f, err := openBeneath(d.file, name, unix.O_PATH|unix.O_NOFOLLOW)
+	if errors.Is(err, unix.ENOENT) {
+		t.o.note(full, "removed before it was copied")
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", full, errors.Unwrap(err))
+	}
+	return t.entry(f, full, d.dev)
+}
+
+// entry copies f, an O_PATH descriptor, which it closes. parent is the device of
+// the directory that it is in.
+func (t *writer) entry(f *os.File, name string, parent uint64) error {
+	defer f.Close()
+	st, err := fstat(f)
+	if err != nil {
+		return err
+	}
+	h := &tar.Header{
+		Format:  tar.FormatPAX,
+		Name:    name,
+		Mode:    int64(st.Mode & 0o7777),
+		Uid:     t.o.IDs.inside(st.Uid),
+		Gid:     t.o.IDs.inside(st.Gid),
+		ModTime: time.Unix(st.Mtim.Unix()),
+	}
+	if h.PAXRecords, err = readXattrs(f, t.o.IDs); err != nil {
+		return err
+	}
+	if st.Nlink > 1 && !isType(&st, unix.S_IFDIR) && !isType(&st, unix.S_IFSOCK) {
+		if first := t.seen(&st, name); first != "" {
+			h.Typeflag, h.Linkname, h.PAXRecords = tar.TypeLink, first, nil
+			return t.header(h)
+		}
+	}
+	switch st.Mode & unix.S_IFMT {
+	case unix.S_IFREG:
+		h.Typeflag, h.Size = tar.TypeReg, st.Size
+		return t.regular(f, h, &st)
+	case unix.S_IFDIR:
+		h.Typeflag = tar.TypeDir
+		h.Name += "/"
+		if err := t.header(h); err != nil {
+			return err
+		}
+		return t.enter(f, name, st.Dev, parent)
+	case unix.S_IFLNK:
+		h.Typeflag = tar.TypeSymlink
+		b := make([]byte, unix.PathMax)
+		n, err := unix.Readlinkat(int(f.Fd()), "", b)
+		if err != nil {
+			return &os.PathError{Op: "readlink", Path: name, Err: err}
+		}
+		h.Linkname = string(b[:n])
+		return t.header(h)
+	case unix.S_IFCHR, unix.S_IFBLK:
+		h.Typeflag = tar.TypeChar
+		if isType(&st, unix.S_IFBLK) {
+			h.Typeflag = tar.TypeBlock
+		}
+		h.Devmajor, h.Devminor = int64(unix.Major(st.Rdev)), int64(unix.Minor(st.Rdev))
+		return t.header(h)
+	case unix.S_IFIFO:
+		h.Typeflag = tar.TypeFifo
+		return t.header(h)
+	}
+	t.o.note(name, "a socket, left out")
+	return nil
+}
+
+// seen notes that a file with several names was met as name, and returns the
+// name that it was met as first, if that was another.
+func (t *writer) seen(st *unix.Stat_t, name string) string {
+	key := inode{st.Dev, st.Ino}
+	l := t.links[key]
+	if l == nil {
+		t.links[key] = &link{name, st.Nlink - 1}
+		return ""
+	}
+	if l.left--; l.left == 0 {
+		delete(t.links, key)
+	}
+	return l.name
+}
+
+func (t *writer) header(h *tar.Header) error {
+	if err := t.tar.WriteHeader(h); err != nil {
+		return fmt.Errorf("%s: %w", h.Name, err)
+	}
+	return nil
+}
+
+func (t *writer) enter(f *os.File, name string, dev, parent uint64) error {
+	if dev != parent {
+		if pseudo, err := isPseudo(f); err != nil {
+			return err
+		} else if pseudo {
+			t.o.note(name, "a proc, sysfs or cgroup file system, its content is left out")
+			return nil
+		}
+	}
+	if len(t.dirs) == maxDepth {
+		return fmt.Errorf("%.100s…: directories are nested deeper than %d levels", name, maxDepth)
+	}
+	r, err := reopen(f, unix.O_RDONLY|unix.O_DIRECTORY)
+	if err != nil {
+		return err
+	}
+	t.dirs = append(t.dirs, &dir{file: r, name: name, dev: dev})
+	return nil
+}
+
+func isPseudo(f *os.File) (bool, error) {
+	var fs unix.Statfs_t
+	if err := unix.Fstatfs(int(f.Fd()), &fs); err != nil {
+		return false, &os.PathError{Op: "statfs", Path: f.Name(), Err: err}
+	}
+	switch fs.Type {
+	case unix.PROC_SUPER_MAGIC, unix.SYSFS_MAGIC, unix.CGROUP_SUPER_MAGIC, unix.CGROUP2_SUPER_MAGIC,
+		unix.DEBUGFS_MAGIC, unix.TRACEFS_MAGIC, unix.SECURITYFS_MAGIC, unix.BPF_FS_MAGIC:
+		return true, nil
+	}
+	return false, nil
+}
+
+// regular copies the content of a regular file.
+func (t *writer) regular(f *os.File, h *tar.Header, st *unix.Stat_t) error {
+	r, err := reopen(f, unix.O_RDONLY)
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	if st.Blocks*512 < st.Size { // st_blocks counts 512 bytes, whatever the file system's block is
+		if parts := dataParts(r, st.Size); parts != nil {
+			return t.sparse(r, h, parts)
+		}
+	}
+	if err := t.header(h); err != nil {
+		return err
+	}
+	if err := t.copy(t.tar, r, h.Name, part{0, st.Size}); err != nil {
+		return err
+	}
+	if now, err := fstat(r); err == nil && now.Size > st.Size {
+		t.o.note(h.Name, "grew while it was copied, and is cut")
+	}
+	return nil
+}
+
+// copy writes exactly p of r.
+func (t *writer) copy(w io.Writer, r *os.File, name string, p part) error {
+	for p.length > 0 {
+		if err := t.ctx.Err(); err != nil {
+			return err
+		}
+		b := t.buf[:min(int64(len(t.buf)), p.length)]
+		n, err := r.ReadAt(b, p.offset)
+		if err != nil && err != io.EOF {
+			return fmt.Errorf("read %s: %w", name, err)
+		}
+		if n < len(b) {
+			clear(b[n:])
+			t.o.note(name, "shrank while it was copied, and is filled with zeros")
+			// Noted once: the rest is zeros without asking again.
+			if _, err := w.Write(b); err != nil {
+				return err
+			}
+			return writeZeros(w, b, p.length-int64(len(b)))
+		}
+		if _, err := w.Write(b); err != nil {
+			return err
+		}
+		p.offset, p.length = p.offset+int64(n), p.length-int64(n)
+	}
+	return nil
+}
+
+func writeZeros(w io.Writer, buf []byte, n int64) error {
+	clear(buf)
+	for n > 0 {
+		b := buf[:min(int64(len(buf)), n)]
+		if _, err := w.Write(b); err != nil {
+			return err
+		}
+		n -= int64(len(b))
+	}
+	return nil
+}
