@@ -1,14 +1,18 @@
 package member
 
 import (
-	"bytes"
 	"errors"
+	"fmt"
 	"io"
 	"os"
+	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
@@ -161,9 +165,349 @@ func mustRun(t *testing.T, in *Input) string {
 	return out
 }
 
+// sh runs script in a member of the default form that edit, if not nil, changes.
+func sh(t *testing.T, script string, edit func(*Input)) string {
+	t.Helper()
+	in := realInput(t, "sh", "-c", script)
+	if edit != nil {
+		edit(in)
+	}
+	return mustRun(t, in)
+}
+
 func TestMemberIsAContainer(t *testing.T) {
 	testenv.Root(t)
-	out := mustRun(t, realInput(t, "sh", "-c", `echo pid $$; id; cat /proc/self/status | grep -E "Cap|NoNew|Sig[BI]"; ls -l /proc/self/fd; mount; ls -la / /dev /sys/fs/cgroup; hostname`))
-	t.Log(out)
-	_ = bytes.NewReader
+	tests := []struct {
+		name   string
+		script string
+		edit   func(*Input)
+		want   string
+	}{
+		{"it is process 1 of a private pid namespace", `echo $$`, nil, "1\n"},
+		{"it has the capabilities of the specification and no more",
+			`grep -E "^Cap|NoNewPrivs" /proc/self/status`, nil,
+			"CapInh:\t0000000000000000\nCapPrm:\t00000000000004eb\nCapEff:\t00000000000004eb\nCapBnd:\t00000000000004eb\nCapAmb:\t0000000000000000\nNoNewPrivs:\t1\n"},
+		{"it has all five sets", `grep ^Cap /proc/self/status`, func(in *Input) {
+			in.Spec.Process.User.UID = 5
+			in.Spec.Process.NoNewPrivileges = false
+			in.Spec.Process.Capabilities = &specs.LinuxCapabilities{
+				Bounding: []string{"CAP_KILL", "CAP_CHOWN"}, Effective: []string{"CAP_KILL"}, Permitted: []string{"CAP_KILL"},
+				Inheritable: []string{"CAP_KILL", "CAP_CHOWN"}, Ambient: []string{"CAP_KILL"},
+			}
+		}, "CapInh:\t0000000000000021\nCapPrm:\t0000000000000020\nCapEff:\t0000000000000020\nCapBnd:\t0000000000000021\nCapAmb:\t0000000000000020\n"},
+		{"it has the ids of the specification", `id; grep Groups /proc/self/status; umask`, func(in *Input) {
+			u := uint32(0o027)
+			in.Spec.Process.User = specs.User{UID: 1000, GID: 1001, AdditionalGids: []uint32{7, 9}, Umask: &u}
+		}, "uid=1000 gid=1001 groups=7,9\nGroups:\t7 9 \n0027\n"},
+		{"it has no descriptors but 0, 1, 2", `ls /proc/1/fd; true`, nil, "0\n1\n2\n"},
+		{"no signal is blocked or ignored", `exec grep -E "Sig(Blk|Ign)" /proc/self/status`, nil, "SigBlk:\t0000000000000000\nSigIgn:\t0000000000000000\n"},
+		{"masked paths are empty", `cat /proc/keys /proc/timer_list; ls -A /proc/acpi /sys/firmware; dd if=/dev/zero of=/proc/acpi/x count=1 2>/dev/null || echo no`, nil, "/proc/acpi:\n\n/sys/firmware:\nno\n"},
+		{"masks without a /dev of its own do not use the image's /dev/null", `cat /proc/keys`, func(in *Input) {
+			in.Spec.Mounts = in.Spec.Mounts[:1]
+			if err := os.WriteFile(filepath.Join(in.Root.Path, "dev/null"), []byte("not null"), 0o666); err != nil {
+				t.Fatal(err)
+			}
+		}, ""},
+		{"read-only paths are read-only", `(echo 1 >/proc/sys/kernel/panic) 2>/dev/null || echo no`, nil, "no\n"},
+		{"the root is writable and its directory is not", `echo x >/etc/new; cat /etc/new`, nil, "x\n"},
+		{"a read-only root is read-only", `(echo x >/etc/new) 2>/dev/null || echo no; grep " / " /proc/mounts | grep -c overlay || true`, func(in *Input) {
+			in.Root.ReadOnly = true
+		}, "no\n0\n"},
+		{"a bundle's read-only root still gets its mount points", `(echo x >/etc/new) 2>/dev/null || echo no; echo y >/a/b/c/f; cat /a/b/c/f`, func(in *Input) {
+			in.Root.ReadOnly, in.Root.Overlay = true, false
+			in.Spec.Mounts = append(in.Spec.Mounts, specs.Mount{Destination: "/a/b/c", Type: "tmpfs"})
+		}, "no\ny\n"},
+		{"a tmpfs has its size", `df -k /tmp | grep -c " 16384 "; stat -c %a /tmp`, func(in *Input) {
+			in.Spec.Mounts = append(in.Spec.Mounts, specs.Mount{Destination: "/tmp", Type: "tmpfs", Options: []string{"size=16m", "mode=1777"}})
+		}, "1\n1777\n"},
+		{"binds, of files, read-only, one in another", `cat /v/in/f; (echo x >/v/in/g) 2>/dev/null || echo no; cat /etc/hosts; echo z >/v/w; cat /v/w`, func(in *Input) {
+			dir := t.TempDir()
+			if err := os.WriteFile(filepath.Join(dir, "f"), []byte("file\n"), 0o644); err != nil {
+				t.Fatal(err)
+			}
+			in.Spec.Mounts = append(in.Spec.Mounts,
+				specs.Mount{Destination: "/v", Source: t.TempDir(), Options: []string{"rbind"}},
+				specs.Mount{Destination: "/v/in", Source: dir, Options: []string{"rbind", "ro"}},
+				specs.Mount{Destination: "/etc/hosts", Source: filepath.Join(dir, "f"), Options: []string{"bind", "rro"}})
+		}, "file\nno\nfile\nz\n"},
+		{"a private uts namespace has its own name", `hostname`, func(in *Input) { in.Spec.Hostname = "box" }, "box\n"},
+		{"sysctls of private namespaces", `cat /proc/sys/net/ipv4/ip_unprivileged_port_start /proc/sys/kernel/shmmni`, func(in *Input) {
+			in.Spec.Linux.Sysctl = map[string]string{"net.ipv4.ip_unprivileged_port_start": "0", "kernel.shmmni": "77"}
+		}, "0\n77\n"},
+		{"rlimits", `ulimit -n; ulimit -Hn`, func(in *Input) {
+			in.Spec.Process.Rlimits = []specs.POSIXRlimit{{Type: "RLIMIT_NOFILE", Soft: 20, Hard: 30}}
+		}, "20\n30\n"},
+		{"the working directory", `pwd`, func(in *Input) { in.Spec.Process.Cwd = "/etc" }, "/etc\n"},
+		{"devices", `stat -c "%F %a %u %t:%T" /dev/x/loop`, func(in *Input) {
+			mode, uid := os.FileMode(0o640), uint32(3)
+			in.Spec.Linux.Devices = []specs.LinuxDevice{{Path: "/dev/x/loop", Type: "b", Major: 7, Minor: 300, FileMode: &mode, UID: &uid}}
+		}, "block special file 640 3 7:12c\n"},
+		{"root propagation", `grep " / / " /proc/self/mountinfo | grep -o shared`, func(in *Input) { in.Spec.Linux.RootfsPropagation = "shared" }, "shared\n"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			if got := sh(t, tt.script, tt.edit); got != tt.want {
+				t.Errorf("output\n%s\nwant\n%s", got, tt.want)
+			}
+		})
+	}
+}
+
+// A daemon that was started by nohup has SIGHUP ignored, and Go leaves it so.
+func TestSignalsThatTheStarterIgnoresAreReset(t *testing.T) {
+	testenv.Root(t)
+	signal.Ignore(unix.SIGHUP, unix.SIGINT)
+	defer signal.Reset(unix.SIGHUP, unix.SIGINT)
+	if got := sh(t, "exec grep SigIgn /proc/self/status", nil); got != "SigIgn:\t0000000000000000\n" {
+		t.Error(got)
+	}
+}
+
+// A user namespace of ids 100000… is the sandbox's; nothing on the host is
+// owned by them.
+func TestUserNamespace(t *testing.T) {
+	testenv.Root(t)
+	ids := []specs.LinuxIDMapping{{ContainerID: 0, HostID: 100000, Size: 65536}}
+	in := realInput(t, "sh", "-c", `
+		stat -c "%u:%g %n" /bin/busybox /vol/f /tmp /dev /dev/null /dev/shm /dev/pts/ptmx
+		echo x >/etc/new; echo x >/vol/new; echo x >/tmp/new; echo x >/dev/null
+		stat -c "%u:%g %n" /etc/new /vol/new /tmp/new
+		cat /proc/self/uid_map; id; grep CapEff /proc/self/status
+		cat /proc/keys; umount /proc/keys 2>/dev/null || echo locked; exec ls /proc/self/fd`)
+	vol := t.TempDir()
+	if err := os.Chmod(vol, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(vol, "f"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	in.UserNS, in.UIDs, in.GIDs = userNS(t, ids), ids, ids
+	in.Namespaces[namespace.User] = Join{File: in.UserNS}
+	in.Spec.Mounts = append(in.Spec.Mounts,
+		specs.Mount{Destination: "/vol", Source: vol, Options: []string{"rbind"}},
+		specs.Mount{Destination: "/tmp", Type: "tmpfs", Options: []string{"uid=7", "mode=1777"}})
+	got := mustRun(t, in)
+	want := `0:0 /bin/busybox
+0:0 /vol/f
+7:0 /tmp
+0:0 /dev
+0:0 /dev/null
+0:0 /dev/shm
+0:0 /dev/pts/ptmx
+0:0 /etc/new
+0:0 /vol/new
+0:0 /tmp/new
+         0     100000      65536
+uid=0 gid=0
+CapEff:	00000000000004eb
+locked
+0
+1
+2
+3
+`
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("output (-want +got):\n%s", diff)
+	}
+	for _, name := range []string{filepath.Join(vol, "new"), filepath.Join(in.DataDir, "rw/upper/etc/new")} {
+		var st unix.Stat_t
+		if err := unix.Stat(name, &st); err != nil || st.Uid != 0 || st.Gid != 0 {
+			t.Errorf("%s belongs to %d:%d on the host, want 0:0 (%v)", name, st.Uid, st.Gid, err)
+		}
+	}
+}
+
+// userNS makes a user namespace with the map ids.
+func userNS(t *testing.T, ids []specs.LinuxIDMapping) *os.File {
+	t.Helper()
+	var m []syscall.SysProcIDMap
+	for _, e := range ids {
+		m = append(m, syscall.SysProcIDMap{ContainerID: int(e.ContainerID), HostID: int(e.HostID), Size: int(e.Size)})
+	}
+	cmd := exec.Command("/bin/busybox", "cat")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWUSER, UidMappings: m, GidMappings: m, GidMappingsEnableSetgroups: true}
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Open(fmt.Sprintf("/proc/%d/ns/user", cmd.Process.Pid))
+	stdin.Close()
+	cmd.Wait()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	return f
+}
+
+func TestTerminal(t *testing.T) {
+	testenv.Root(t)
+	in := realInput(t, "sh", "-c", "tty; stty size; ls -1 /proc/1/fd; stat -c '%u %a' /dev/pts/0; echo console >/dev/console; exec stat -c %t:%T /dev/console")
+	in.Spec.Process.Terminal = true
+	in.Spec.Process.User.UID = 12
+	in.Spec.Process.Capabilities = nil
+	in.Spec.Process.ConsoleSize = &specs.Box{Height: 33, Width: 77}
+	p, err := Compile(in)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var master *os.File
+	proc, err := launch.Start(p, launch.Options{Created: func(pid int) error {
+		pidfd, err := unix.PidfdOpen(pid, 0)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(pidfd)
+		fd, err := unix.PidfdGetfd(pidfd, launch.MasterFD, 0)
+		master = os.NewFile(uintptr(fd), "master")
+		return err
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer master.Close()
+	out, err := io.ReadAll(master)
+	if !errors.Is(err, unix.EIO) { // what a master says when the other side is gone
+		t.Error(err)
+	}
+	if st, _, err := proc.Wait(); err != nil || st.ExitStatus() != 0 {
+		t.Errorf("Wait = %v, %v", st, err)
+	}
+	want := "/dev/pts/0\r\n33 77\r\n0\r\n1\r\n2\r\n12 620\r\nconsole\r\n88:0\r\n"
+	if got := string(out); got != want {
+		t.Errorf("output %q, want %q", got, want)
+	}
+}
+
+// A member whose mount namespace is another's starts in that one's root.
+func TestJoinedRoot(t *testing.T) {
+	testenv.Root(t)
+	in := realInput(t, "cat")
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	in.Stdin = r
+	in.Spec.Mounts = append(in.Spec.Mounts, specs.Mount{Destination: "/kept", Type: "tmpfs"})
+	p, err := Compile(in)
+	if err != nil {
+		t.Fatal(err)
+	}
+	proc, err := launch.Start(p, launch.Options{Created: func(int) error { return nil }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ns := map[string]*os.File{}
+	for _, name := range []string{"ns/mnt", "ns/pid", "root"} {
+		fd, err := unix.Open(fmt.Sprintf("/proc/%d/%s", proc.PID, name), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if name == "root" {
+			unix.Close(fd)
+			fd, err = unix.Open(fmt.Sprintf("/proc/%d/%s", proc.PID, name), unix.O_PATH|unix.O_CLOEXEC, 0)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		ns[name] = os.NewFile(uintptr(fd), name)
+		defer ns[name].Close()
+	}
+	join := &Input{
+		Spec:       testSpec("sh", "-c", "echo x >/kept/f; ls /kept; cat /proc/1/comm; (cat </etc/passwd) 2>/dev/null || echo not the host"),
+		Namespaces: map[namespace.Kind]Join{namespace.Mnt: {File: ns["ns/mnt"]}, namespace.PID: {File: ns["ns/pid"]}},
+		RootFD:     ns["root"],
+	}
+	join.Spec.Mounts, join.Spec.Linux = nil, nil
+	if got, want := mustRun(t, join), "f\ncat\nnot the host\n"; got != want {
+		t.Errorf("output %q, want %q", got, want)
+	}
+	w.Close()
+	if _, _, err := proc.Wait(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestOverlayLeavesTheImageAlone(t *testing.T) {
+	testenv.Root(t)
+	in := realInput(t, "sh", "-c", "echo x >/etc/new")
+	in.Spec.Mounts = append(in.Spec.Mounts, specs.Mount{Destination: "/not/there", Type: "tmpfs"})
+	mustRun(t, in)
+	for _, name := range []string{"etc/new", "not"} {
+		if _, err := os.Lstat(filepath.Join(in.Root.Path, name)); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s in the image: %v", name, err)
+		}
+		if _, err := os.Lstat(filepath.Join(in.DataDir, "rw/upper", name)); err != nil {
+			t.Errorf("%s is not in the writable layer: %v", name, err)
+		}
+	}
+}
+
+// A destination that goes through a symlink of the image stays in the root.
+func TestMountDestinationCannotEscape(t *testing.T) {
+	testenv.Root(t)
+	in := realInput(t, "sh", "-c", "mount | grep -o ' on /tmp/[^ ]* type tmpfs'; ls -d /esc/deep /tmp/escape/deep")
+	outside := filepath.Join(t.TempDir(), "host")
+	if err := os.Mkdir(outside, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for name, target := range map[string]string{"data": "/../../../../tmp/escape", "esc": "../../../../../../../tmp/escape", "abs": outside} {
+		if err := os.Symlink(target, filepath.Join(in.Root.Path, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Mkdir(filepath.Join(in.Root.Path, "tmp/escape"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	in.Spec.Mounts = append(in.Spec.Mounts, specs.Mount{Destination: "/data/deep", Type: "tmpfs"})
+	if got, want := mustRun(t, in), " on /tmp/escape/deep type tmpfs\n/esc/deep\n/tmp/escape/deep\n"; got != want {
+		t.Errorf("output %q, want %q", got, want)
+	}
+
+	in.Spec.Mounts[len(in.Spec.Mounts)-1].Destination = "/abs/deep" // its target is not in the root
+	_, err := run(t, in)
+	if err == nil || err.Error() != "make mount point /abs/deep: no such file or directory" {
+		t.Errorf("run = %v", err)
+	}
+	if fs, _ := os.ReadDir(outside); len(fs) > 0 {
+		t.Errorf("%s was written to: %v", outside, fs)
+	}
+}
+
+func TestFailuresNameTheThing(t *testing.T) {
+	testenv.Root(t)
+	tests := []struct {
+		name    string
+		edit    func(*Input)
+		want    string
+		command bool
+	}{
+		{"command", func(in *Input) { in.Spec.Process.Args = []string{"nosuch"} }, `command "nosuch" not found in $PATH: no such file or directory`, true},
+		{"command with a path", func(in *Input) { in.Spec.Process.Args = []string{"/bin/nosuch"} }, `command "/bin/nosuch": no such file or directory`, true},
+		{"not executable", func(in *Input) { in.Spec.Process.Args = []string{"/proc/self/status"} }, `command "/proc/self/status": permission denied`, true},
+		{"cwd", func(in *Input) { in.Spec.Process.Cwd = "/nowhere" }, "change to working directory /nowhere: no such file or directory", false},
+		{"tmpfs size", func(in *Input) {
+			in.Spec.Mounts = append(in.Spec.Mounts, specs.Mount{Destination: "/tmp", Type: "tmpfs", Options: []string{"size=many"}})
+		}, `mount tmpfs on /tmp: option "size=many": invalid argument`, false},
+		{"read-only root without the mount point", func(in *Input) {
+			in.Root.ReadOnly = true
+			in.Spec.Mounts = append(in.Spec.Mounts, specs.Mount{Destination: "/no/where", Type: "tmpfs"})
+		}, "make mount point /no/where: read-only file system", false},
+		{"file system type", func(in *Input) {
+			in.Spec.Mounts = append(in.Spec.Mounts, specs.Mount{Destination: "/tmp", Type: "nofs"})
+		}, "mount nofs on /tmp: no such device", false},
+		{"root", func(in *Input) { in.Root.Path = "/nowhere" }, "clone root file system /nowhere: no such file or directory", false},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			in := realInput(t, "true")
+			tt.edit(in)
+			_, err := run(t, in)
+			var se *launch.StepError
+			if !errors.As(err, &se) || err.Error() != tt.want || se.Command != tt.command {
+				t.Errorf("run = %v (%+v), want %s", err, se, tt.want)
+			}
+		})
+	}
 }
