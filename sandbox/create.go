@@ -114,7 +114,7 @@ func (m *Manager) claim(id string, c Config) (b *box, mine bool, err error) {
 		return nil, false, &kindError{fmt.Sprintf("sandbox %q already exists (%s, %s)", c.Name, r.ID, r.State), ErrExists}
 	}
 	r := &Record{
-		Version: recordVersion, ID: id, State: Creating, CreatedAt: m.o.Now(), Config: c,
+		Version: recordVersion, ID: id, State: Creating, CreatedAt: m.now(), Config: c,
 		Cgroup: path.Join(m.o.CgroupParent, id),
 	}
 	if r.Holds(namespace.User) {
@@ -247,7 +247,7 @@ func (m *Manager) claimMember(b *box, id string, c MemberConfig) (*memb, error) 
 		}
 	}
 	r := &MemberRecord{
-		Version: recordVersion, ID: id, Sandbox: b.id(), State: MemberCreating, CreatedAt: m.o.Now(), Config: c,
+		Version: recordVersion, ID: id, Sandbox: b.id(), State: MemberCreating, CreatedAt: m.now(), Config: c,
 		Cgroup: path.Join(b.rec.Load().Cgroup, id), LogPath: c.LogPath,
 	}
 	if r.LogPath == "" {

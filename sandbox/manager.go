@@ -370,6 +370,9 @@ func (m *Manager) noteMember(mb *memb, change func(*MemberRecord)) {
 
 func (m *Manager) memberPath(mb *memb) string { return m.path + "/" + mb.dir() }
 
+// now is the time as it will be read back from a record.
+func (m *Manager) now() time.Time { return m.o.Now().Round(0).UTC() }
+
 func (m *Manager) view() view { return view{status: m.node, alive: m.o.alive, managed: true} }
 
 func (m *Manager) info(b *box) Info {

@@ -70,7 +70,7 @@ func (v view) member(r *Record, mr *MemberRecord, dir string) MemberInfo {
 		i.Command = []string{}
 	}
 	initAlive, monAlive := v.alive(mr.Init), v.alive(mr.Monitor)
-	since := mr.HeldSince
+	held, since := !mr.HeldSince.IsZero(), mr.HeldSince
 	if mr.State >= MemberStarting && mr.State != MemberUnclean {
 		// If it cannot be read, what it would add is not shown.
 		st, _ := v.status.MonitorStatus(mr, dir)
@@ -80,7 +80,7 @@ func (v view) member(r *Record, mr *MemberRecord, dir string) MemberInfo {
 		if !v.managed && mr.State.alive() {
 			i.State, i.Exit = v.now(mr, st, initAlive || monAlive)
 			if i.Exit != nil && holds(mr.Config.Custody, *i.Exit) {
-				since = i.Exit.FinishedAt
+				held, since = true, i.Exit.FinishedAt
 			}
 		}
 	}
@@ -94,7 +94,7 @@ func (v view) member(r *Record, mr *MemberRecord, dir string) MemberInfo {
 		i.MonitorPID = mr.Monitor.PID
 		i.Root = fmt.Sprintf("/proc/%d/fd/%d", mr.Monitor.PID, custodyRootFD)
 	}
-	if i.Exit != nil && monAlive && !since.IsZero() {
+	if i.Exit != nil && monAlive && held {
 		i.Custody.Held, i.Custody.Since = true, since
 	}
 	for k, src := range mr.Namespaces {

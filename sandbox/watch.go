@@ -190,7 +190,7 @@ func (m *Manager) finish(ctx context.Context, mb *memb, e Exit, startErr string)
 	m.noteMember(mb, func(r *MemberRecord) {
 		r.State, r.Exit, r.StartError = MemberExited, &e, startErr
 		if held {
-			r.HeldSince = m.o.Now()
+			r.HeldSince = m.now()
 		}
 	})
 	crash.Point("exit record after")

@@ -1,0 +1,332 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/sandboxd/sandboxd/internal/namespace"
+)
+
+func must[T any](t *testing.T) func(T, error) T {
+	return func(v T, err error) T {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return v
+	}
+}
+
+func check(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestWholeLife(t *testing.T) {
+	n := newFakeNode()
+	m := open(t, t.TempDir(), n)
+	ctx := t.Context()
+	i := must[Info](t)(m.Create(ctx, Config{Name: "web"}))
+	if i.State != "Ready" || i.Hostname != "web" || i.PausePID == 0 || i.Namespaces[namespace.Net].Inode == 0 {
+		t.Errorf("created %+v", i)
+	}
+	must[MemberInfo](t)(m.Add(ctx, "web", member("app")))
+	if mi := must[MemberInfo](t)(m.Start(ctx, "web/app")); mi.State != "Running" || mi.PID == 0 {
+		t.Errorf("started %+v", mi)
+	}
+	if _, err := m.Start(ctx, i.ID[:5]+"/app"); err != nil {
+		t.Errorf("second start: %v", err)
+	}
+	if err := m.Remove(ctx, "web", false); !errors.Is(err, ErrState) || !strings.Contains(err.Error(), "-f") {
+		t.Errorf("remove with a running member: %v", err)
+	}
+	if err := m.RemoveMember(ctx, "web/app", false); !errors.Is(err, ErrState) || !strings.Contains(err.Error(), "-f") {
+		t.Errorf("remove of a running member: %v", err)
+	}
+	check(t, m.Stop(ctx, "web", time.Minute))
+	e := must[Exit](t)(m.Wait(ctx, "web/app"))
+	if !e.Known || e.Signal != 15 {
+		t.Errorf("exit %+v, want SIGTERM", e)
+	}
+	if i := must[Info](t)(m.Inspect("web")); i.State != "Stopped" || i.PausePID == 0 || !i.Members[0].Custody.Held {
+		t.Errorf("stopped %+v", i)
+	}
+	if _, err := m.Add(ctx, "web", member("b")); !errors.Is(err, ErrState) {
+		t.Errorf("add to a stopped sandbox: %v", err)
+	}
+	check(t, m.Remove(ctx, "web", false))
+	check(t, n.empty())
+	if err := m.Remove(ctx, "web", false); !errors.Is(err, ErrNotFound) {
+		t.Errorf("second remove: %v", err)
+	}
+	if left, _ := os.ReadDir(filepath.Join(m.path, sandboxesDir)); len(left) != 0 {
+		t.Errorf("left in the state directory: %v", left)
+	}
+}
+
+func TestOneDaemon(t *testing.T) {
+	state := t.TempDir()
+	n := newFakeNode()
+	open(t, state, n)
+	_, err := Open(t.Context(), state, n, testOptions(n))
+	if want := fmt.Sprintf("pid %d", os.Getpid()); !errors.Is(err, ErrState) || !strings.Contains(err.Error(), want) {
+		t.Errorf("second Open = %v, want one that names %s", err, want)
+	}
+}
+
+func TestStopTimeout(t *testing.T) {
+	n := newFakeNode()
+	m := open(t, t.TempDir(), n)
+	ctx := t.Context()
+	must[Info](t)(m.Create(ctx, Config{Name: "web"}))
+	mi := must[MemberInfo](t)(m.Add(ctx, "web", member("app")))
+	must[MemberInfo](t)(m.Start(ctx, "web/app"))
+	n.with(func() { n.unkillable[mi.Sandbox+"/"+mi.ID] = true })
+
+	gone, cancel := context.WithCancel(ctx)
+	stopped := make(chan error, 1)
+	go func() { stopped <- m.StopMember(gone, "web/app", time.Hour) }()
+	cancel()
+	if err := <-stopped; !errors.Is(err, context.Canceled) {
+		t.Errorf("stop of a client that left: %v", err)
+	}
+	if mi := must[MemberInfo](t)(m.InspectMember("web/app")); mi.State != "Running" {
+		t.Errorf("after a cancelled stop: %s", mi.State)
+	}
+	// A forced removal does not wait for a patient stop.
+	go func() { stopped <- m.StopMember(ctx, "web/app", time.Hour) }()
+	check(t, m.RemoveMember(ctx, "web/app", true))
+	if err := <-stopped; err != nil && !errors.Is(err, ErrNotFound) {
+		t.Errorf("stop beside a removal: %v", err)
+	}
+
+	mi = must[MemberInfo](t)(m.Add(ctx, "web", member("app")))
+	must[MemberInfo](t)(m.Start(ctx, "web/app"))
+	n.with(func() { n.unkillable[mi.Sandbox+"/"+mi.ID] = true })
+	check(t, m.StopMember(ctx, "web/app", time.Millisecond))
+	if e := must[Exit](t)(m.Wait(ctx, "web/app")); e.Signal != 9 {
+		t.Errorf("exit %+v, want SIGKILL", e)
+	}
+	check(t, m.Remove(ctx, "web", true))
+	check(t, n.empty())
+}
+
+func TestAutoRemoveAnswersWaiters(t *testing.T) {
+	n := newFakeNode()
+	m := open(t, t.TempDir(), n)
+	ctx := t.Context()
+	must[Info](t)(m.Create(ctx, Config{Name: "web"}))
+	c := member("app")
+	c.AutoRemove = true
+	mi := must[MemberInfo](t)(m.Add(ctx, "web", c))
+	must[MemberInfo](t)(m.Start(ctx, "web/app"))
+	got := make(chan Exit, 8)
+	var wg sync.WaitGroup
+	_, mb, err := m.member("web/app")
+	check(t, err)
+	for range cap(got) {
+		wg.Go(func() {
+			e, err := m.Wait(ctx, "web/app")
+			if err != nil {
+				// It was not waiting yet when the member went.
+				<-mb.over
+				e = *mb.rec.Load().Exit
+			}
+			got <- e
+		})
+	}
+	n.with(func() { n.exitInit(mi.Sandbox+"/"+mi.ID, Exit{Known: true, Code: 3}) })
+	wg.Wait()
+	close(got)
+	for e := range got {
+		if e.Code != 3 {
+			t.Errorf("exit %+v, want code 3", e)
+		}
+	}
+	soon(t, func() error {
+		if _, err := m.InspectMember("web/app"); !errors.Is(err, ErrNotFound) {
+			return fmt.Errorf("after the exit: %v", err)
+		}
+		return nil
+	})
+}
+
+func TestStartError(t *testing.T) {
+	n := newFakeNode()
+	m := open(t, t.TempDir(), n)
+	ctx := t.Context()
+	must[Info](t)(m.Create(ctx, Config{Name: "web"}))
+	must[MemberInfo](t)(m.Add(ctx, "web", member("app")))
+	n.with(func() { n.faults["execve"] = fails })
+	_, err := m.Start(ctx, "web/app")
+	var se *StartError
+	if !errors.As(err, &se) || !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("Start = %v, want a StartError", err)
+	}
+	if e := must[Exit](t)(m.Wait(ctx, "web/app")); e.Code != 127 {
+		t.Errorf("exit %+v, want 127", e)
+	}
+}
+
+func TestCreateWaitsForItsTwin(t *testing.T) {
+	n := newFakeNode()
+	m := open(t, t.TempDir(), n)
+	n.mu.Lock() // the first one hangs in MakeCgroup
+	type result struct {
+		i   Info
+		err error
+	}
+	got := make(chan result, 2)
+	for range cap(got) {
+		go func() {
+			i, err := m.Create(t.Context(), Config{Name: "web"})
+			got <- result{i, err}
+		}()
+	}
+	soon(t, func() error {
+		if len(m.all()) == 0 {
+			return errors.New("nothing is being created")
+		}
+		return nil
+	})
+	if _, err := m.Create(t.Context(), Config{Name: "web", Hostname: "other"}); !errors.Is(err, ErrExists) {
+		t.Errorf("another one with the name: %v", err)
+	}
+	n.mu.Unlock()
+	a, b := <-got, <-got
+	if a.err != nil && !errors.Is(a.err, ErrExists) || b.err != nil && !errors.Is(b.err, ErrExists) || a.err == nil && b.err == nil && a.i.ID != b.i.ID {
+		t.Errorf("twins got %s, %v and %s, %v", a.i.ID, a.err, b.i.ID, b.err)
+	}
+	if len(m.all()) != 1 {
+		t.Errorf("%d sandboxes", len(m.all()))
+	}
+}
+
+func TestPauseAndMonitorKilled(t *testing.T) {
+	for _, share := range []string{"net,ipc,uts", "net,pid"} {
+		t.Run(share, func(t *testing.T) {
+			n := newFakeNode()
+			m := open(t, t.TempDir(), n)
+			ctx := t.Context()
+			ks := must[[]namespace.Kind](t)(namespace.ParseKinds(share))
+			before := must[Info](t)(m.Create(ctx, Config{Name: "web", Share: ks}))
+			mi := must[MemberInfo](t)(m.Add(ctx, "web", member("app")))
+			must[MemberInfo](t)(m.Start(ctx, "web/app"))
+			k := mi.Sandbox + "/" + mi.ID
+			n.with(func() { n.killMonitor(k) })
+			soon(t, func() error {
+				if now, err := m.InspectMember("web/app"); err != nil || now.MonitorPID == mi.MonitorPID || now.State != "Running" {
+					return fmt.Errorf("after the monitor was killed: %+v, %v", now, err)
+				}
+				return nil
+			})
+			n.with(func() { n.killPause(before.ID) })
+			want := "Ready"
+			if share == "net,pid" {
+				want = "NotReady"
+			}
+			soon(t, func() error {
+				now, err := m.Inspect("web")
+				if err != nil || now.State != want || now.PausePID == before.PausePID || (want == "NotReady") != (now.Reason != "") {
+					return fmt.Errorf("after pause was killed: %+v, %v", now, err)
+				}
+				if want == "Ready" && now.Namespaces[namespace.Net].Inode != before.Namespaces[namespace.Net].Inode {
+					return fmt.Errorf("another namespace: %+v", now)
+				}
+				return nil
+			})
+			n.with(func() { n.exitInit(k, Exit{Known: true, Code: 5}) })
+			if e := must[Exit](t)(m.Wait(ctx, "web/app")); e.Code != 5 {
+				t.Errorf("exit %+v, want 5", e)
+			}
+		})
+	}
+}
+
+func TestUnreadableRecordsAreSetAside(t *testing.T) {
+	state := t.TempDir()
+	n := newFakeNode()
+	m := open(t, state, n)
+	ctx := t.Context()
+	bad := must[Info](t)(m.Create(ctx, Config{Name: "bad"}))
+	must[MemberInfo](t)(m.Add(ctx, "bad", member("app")))
+	good := must[Info](t)(m.Create(ctx, Config{Name: "good"}))
+	gm := must[MemberInfo](t)(m.Add(ctx, "good", member("app")))
+	must[MemberInfo](t)(m.Add(ctx, "good", member("fine")))
+	check(t, m.Close())
+
+	dir := filepath.Join(state, sandboxesDir)
+	check(t, os.WriteFile(filepath.Join(dir, bad.ID, sandboxFile), []byte(`{"version":99}`), 0o600))
+	check(t, os.WriteFile(filepath.Join(dir, good.ID, membersDir, gm.ID, memberFile), []byte("{"), 0o600))
+	check(t, os.WriteFile(filepath.Join(dir, good.ID, sandboxFile+".tmp"), nil, 0o600))
+	check(t, os.WriteFile(filepath.Join(dir, "garbage"), []byte("x"), 0o600))
+	check(t, os.Mkdir(filepath.Join(dir, "0123456789abcdef"), 0o700))
+
+	// What cannot be taken down stays, visible, and is not touched.
+	n.with(func() { n.faults["KillPause"] = fails })
+	m = open(t, state, n)
+	if i := must[Info](t)(m.Inspect(bad.ID)); i.State != "Unclean" || !strings.Contains(i.Reason, "injected") {
+		t.Errorf("unreadable and not taken down: %+v", i)
+	}
+	check(t, m.Close())
+	n.with(func() { clear(n.faults) })
+	m = open(t, state, n)
+
+	is := m.List()
+	if len(is) != 1 || is[0].Name != "good" || len(is[0].Members) != 1 || is[0].Members[0].Name != "fine" {
+		t.Errorf("recovered %+v", is)
+	}
+	set := must[[]os.DirEntry](t)(os.ReadDir(filepath.Join(state, quarantineDir)))
+	if len(set) != 3 {
+		t.Errorf("set aside %v", set)
+	}
+	if b, err := os.ReadFile(filepath.Join(state, quarantineDir, bad.ID, sandboxFile)); err != nil || string(b) != `{"version":99}` {
+		t.Errorf("quarantined record is %q, %v", b, err)
+	}
+	if left, _ := filepath.Glob(filepath.Join(dir, "*/*.tmp")); left != nil {
+		t.Errorf("temporary files: %v", left)
+	}
+	check(t, m.Remove(ctx, "good", true))
+	check(t, n.empty())
+}
+
+func TestDirShowsTheSame(t *testing.T) {
+	state := t.TempDir()
+	n := newFakeNode()
+	m := open(t, state, n)
+	ctx := t.Context()
+	i := must[Info](t)(m.Create(ctx, Config{Name: "web", Labels: map[string]string{"a": "b"}}))
+	must[MemberInfo](t)(m.Add(ctx, "web", member("app")))
+	must[MemberInfo](t)(m.Start(ctx, "web/app"))
+	d := must[*Dir](t)(OpenDir(state, n))
+	d.view.alive = n.alive
+	got, want := must[Info](t)(d.Sandbox(i.ID[:4])), must[Info](t)(m.Inspect("web"))
+	if fmt.Sprint(got) != fmt.Sprint(want) {
+		t.Errorf("without a daemon\n %+v\nwith one\n %+v", got, want)
+	}
+	check(t, m.Close())
+	n.with(func() { n.exitInit(i.ID+"/"+got.Members[0].ID, Exit{Known: true, Code: 4}); n.killPause(i.ID) })
+	mi := must[MemberInfo](t)(d.Member("web/app"))
+	if mi.State != "Exited" || mi.Exit == nil || mi.Exit.Code != 4 || !mi.Custody.Held {
+		t.Errorf("exited without a daemon: %+v", mi)
+	}
+	if l := must[[]Info](t)(d.List()); len(l) != 1 || l[0].State != "NotReady" {
+		t.Errorf("pause died without a daemon: %+v", l)
+	}
+	r, mr, dir, sib, err := d.Records("web/app")
+	if err != nil || r.ID != i.ID || mr.Config.Name != "app" || dir == "" || len(sib) != 0 {
+		t.Errorf("Records = %v %v %q %v %v", r, mr, dir, sib, err)
+	}
+	if s, err := d.MemberConfigFile("web/app"); err != nil || s.Process.Args[0] != "true" {
+		t.Errorf("MemberConfigFile = %v, %v", s, err)
+	}
+}
