@@ -104,7 +104,7 @@ ended it; 125 if sandboxd itself failed; 126 if the command cannot be executed,
 	}{
 		{groupSandbox, []*cobra.Command{a.createCommand(), a.stopCommand(), a.rmCommand()}},
 		{groupMember, []*cobra.Command{a.runCommand(), a.addCommand(), a.startCommand(), a.attachCommand(), a.waitCommand(), a.killCommand()}},
-		{groupInside, []*cobra.Command{a.execCommand(), a.joinCommand(), a.logsCommand()}},
+		{groupInside, []*cobra.Command{a.execCommand(), a.joinCommand(), a.cpCommand(), a.logsCommand()}},
 		{groupShow, []*cobra.Command{a.lsCommand(), a.psCommand(), a.inspectCommand()}},
 		{groupHost, []*cobra.Command{a.serveCommand(), a.checkCommand(), a.versionCommand()}},
 	} {

@@ -82,9 +82,7 @@ func (a *app) serve(ctx context.Context, o serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
-	if c, ok := node.(io.Closer); ok {
-		defer c.Close()
-	}
+	defer func() { err = errors.Join(err, node.Close()) }()
 	m, err := sandbox.Open(ctx, state, node, sandbox.Options{
 		Log: log, CgroupParent: o.cgroupParent, LogDir: filepath.Join(root, "sandboxes"),
 	})

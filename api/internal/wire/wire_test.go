@@ -1,0 +1,162 @@
+package wire
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"reflect"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	pb "github.com/sandboxd/sandboxd/api/sandboxd/v1"
+	"github.com/sandboxd/sandboxd/internal/namespace"
+	"github.com/sandboxd/sandboxd/sandbox"
+)
+
+// fill sets every field of the struct at v, however deep, to something that is
+// not its default. A field that a conversion forgets is then seen.
+func fill(t *testing.T, v reflect.Value, n *int64) {
+	t.Helper()
+	*n++
+	switch x := v.Addr().Interface().(type) {
+	case *time.Time:
+		*x = time.Unix(*n, 5).UTC()
+		return
+	case *namespace.Kind:
+		*x = namespace.UTS
+		return
+	case *namespace.Source:
+		*x = namespace.Source{From: namespace.Member, Member: fmt.Sprint("m", *n)}
+		return
+	}
+	switch v.Kind() {
+	case reflect.String:
+		v.SetString(fmt.Sprint("s", *n))
+	case reflect.Int, reflect.Int64:
+		v.SetInt(*n)
+	case reflect.Uint64:
+		v.SetUint(uint64(*n))
+	case reflect.Bool:
+		v.SetBool(true)
+	case reflect.Struct:
+		for i := range v.NumField() {
+			fill(t, v.Field(i), n)
+		}
+	case reflect.Pointer:
+		v.Set(reflect.New(v.Type().Elem()))
+		fill(t, v.Elem(), n)
+	case reflect.Slice:
+		v.Set(reflect.MakeSlice(v.Type(), 2, 2))
+		for i := range v.Len() {
+			fill(t, v.Index(i), n)
+		}
+	case reflect.Map:
+		v.Set(reflect.MakeMap(v.Type()))
+		k, e := reflect.New(v.Type().Key()).Elem(), reflect.New(v.Type().Elem()).Elem()
+		fill(t, k, n)
+		fill(t, e, n)
+		v.SetMapIndex(k, e)
+	default:
+		t.Fatalf("%s: no way to fill it", v.Type())
+	}
+}
+
+func filled[T any](t *testing.T) T {
+	t.Helper()
+	var v T
+	var n int64
+	fill(t, reflect.ValueOf(&v).Elem(), &n)
+	return v
+}
+
+func TestEveryFieldSurvives(t *testing.T) {
+	cfg := filled[sandbox.Config](t)
+	if got, err := ToConfig(FromConfig(cfg)); err != nil {
+		t.Error(err)
+	} else if d := cmp.Diff(cfg, got); d != "" {
+		t.Errorf("sandbox configuration (-want +got):\n%s", d)
+	}
+	mcfg := filled[sandbox.MemberConfig](t)
+	if got, err := ToMemberConfig(FromMemberConfig(mcfg)); err != nil {
+		t.Error(err)
+	} else if d := cmp.Diff(mcfg, got); d != "" {
+		t.Errorf("member configuration (-want +got):\n%s", d)
+	}
+	info := filled[sandbox.Info](t)
+	if d := cmp.Diff(info, ToInfo(FromInfo(info))); d != "" {
+		t.Errorf("sandbox info (-want +got):\n%s", d)
+	}
+	e := filled[sandbox.Exit](t)
+	if d := cmp.Diff(e, ToExit(FromExit(e))); d != "" {
+		t.Errorf("exit record (-want +got):\n%s", d)
+	}
+}
+
+// Whether a list is given at all matters: no list means the default.
+func TestShareMayBeEmpty(t *testing.T) {
+	for _, want := range [][]namespace.Kind{nil, {}} {
+		got, err := ToConfig(FromConfig(sandbox.Config{Share: want}))
+		if err != nil || (got.Share == nil) != (want == nil) || len(got.Share) != 0 {
+			t.Errorf("share %#v became %#v, %v", want, got.Share, err)
+		}
+	}
+}
+
+func TestBadWords(t *testing.T) {
+	if _, err := ToConfig(&pb.SandboxConfig{Share: &pb.NamespaceKinds{Kinds: []string{"nett"}}}); !errors.Is(err, sandbox.ErrInvalid) {
+		t.Errorf("kind nett: %v", err)
+	}
+	for k, v := range map[string]string{"nett": "host", "net": "hots"} {
+		if _, err := ToMemberConfig(&pb.MemberConfig{Namespaces: map[string]string{k: v}}); !errors.Is(err, sandbox.ErrInvalid) {
+			t.Errorf("%s=%s: %v", k, v, err)
+		}
+	}
+}
+
+func TestErrors(t *testing.T) {
+	for _, tt := range []struct {
+		err  error
+		is   error // what the error matches after the way there and back
+		code codes.Code
+	}{
+		{fmt.Errorf("sandbox web: %w", sandbox.ErrNotFound), sandbox.ErrNotFound, codes.NotFound},
+		{fmt.Errorf("sandbox web: %w", sandbox.ErrExists), sandbox.ErrExists, codes.AlreadyExists},
+		{&sandbox.OpError{Op: "start", Ref: "a/b", Err: sandbox.ErrState}, sandbox.ErrState, codes.FailedPrecondition},
+		{fmt.Errorf("%w: nonsense", sandbox.ErrInvalid), sandbox.ErrInvalid, codes.InvalidArgument},
+		{fmt.Errorf("%w: quitting", ErrUnavailable), ErrUnavailable, codes.Unavailable},
+		{context.Canceled, context.Canceled, codes.Canceled},
+		{context.DeadlineExceeded, context.DeadlineExceeded, codes.DeadlineExceeded},
+		{errors.New("disk is full"), nil, codes.Unknown},
+		{&sandbox.OpError{Op: "start", Err: &sandbox.StartError{Text: "execute nope", Errno: unix.ENOENT}}, os.ErrNotExist, codes.FailedPrecondition},
+	} {
+		st := ToStatus(tt.err)
+		if c := status.Code(st); c != tt.code {
+			t.Errorf("ToStatus(%v) has code %v, want %v", tt.err, c, tt.code)
+		}
+		back := FromStatus(st)
+		if back.Error() != tt.err.Error() {
+			t.Errorf("text %q became %q", tt.err, back)
+		}
+		if tt.is != nil && !errors.Is(back, tt.is) {
+			t.Errorf("%v came back as something that does not match %v", tt.err, tt.is)
+		}
+		for _, k := range kinds {
+			if k.err != tt.is && errors.Is(back, k.err) {
+				t.Errorf("%v came back matching %v", tt.err, k.err)
+			}
+		}
+	}
+	back := FromStatus(ToStatus(fmt.Errorf("run: %w", &sandbox.StartError{Text: "execute x", Errno: unix.EACCES})))
+	if se, ok := errors.AsType[*sandbox.StartError](back); !ok || se.Errno != unix.EACCES || se.Text != "execute x" {
+		t.Errorf("start error came back as %#v", back)
+	}
+	if ToStatus(nil) != nil || FromStatus(nil) != nil {
+		t.Error("nil is not nil")
+	}
+}

@@ -1,0 +1,549 @@
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/internal/cgroup"
+	"github.com/sandboxd/sandboxd/internal/idrange"
+	"github.com/sandboxd/sandboxd/internal/namespace"
+	"github.com/sandboxd/sandboxd/internal/procid"
+	"github.com/sandboxd/sandboxd/internal/proctree"
+	"github.com/sandboxd/sandboxd/internal/request"
+	"github.com/sandboxd/sandboxd/member"
+	"github.com/sandboxd/sandboxd/pause"
+	"github.com/sandboxd/sandboxd/sandbox"
+)
+
+// pauseLeaf is the name of the cgroup, below a sandbox's, of its pause and its
+// monitors.
+const pauseLeaf = "pause"
+
+// node does to this host what a [sandbox.Manager] decides, with the packages
+// pause, member and cgroup.
+type node struct {
+	nodeOptions
+	statusReader
+	mark     string // of this installation, see docs/ARCHITECTURE.md
+	cg       *cgroup.Host
+	pauser   *pause.Pauser
+	monitors *member.Monitors
+	hostMnt  *os.File
+	reaper   *reaper
+
+	mu      sync.Mutex
+	pauses  map[string]*pause.Pause // by sandbox; guarded by mu
+	masters map[string]*os.File     // duplicates of terminals, by member: a killed monitor must not hang them up; guarded by mu
+}
+
+type nodeOptions struct {
+	State        string
+	Root         string
+	CgroupParent string
+	Log          *slog.Logger
+}
+
+// newNode makes the process a child subreaper, so that an init whose monitor is
+// killed becomes its child. The caller closes the node.
+func newNode(o nodeOptions) (_ *node, err error) {
+	n := &node{nodeOptions: o, mark: installationMark(o.State), pauses: map[string]*pause.Pause{}, masters: map[string]*os.File{}}
+	defer func() {
+		if err != nil {
+			n.Close()
+		}
+	}()
+	if err := os.MkdirAll(o.Root, 0o700); err != nil {
+		return nil, err
+	}
+	if n.cg, err = cgroup.Detect(); err != nil {
+		return nil, err
+	}
+	if n.pauser, err = pause.Open(o.Root); err != nil {
+		return nil, err
+	}
+	if n.monitors, err = member.OpenMonitors(o.Root); err != nil {
+		return nil, err
+	}
+	if n.hostMnt, err = os.Open("/proc/self/ns/mnt"); err != nil {
+		return nil, err
+	}
+	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
+		return nil, os.NewSyscallError("prctl PR_SET_CHILD_SUBREAPER", err)
+	}
+	n.reaper = newReaper()
+	return n, nil
+}
+
+// Close lets go of everything; what runs goes on.
+func (n *node) Close() error {
+	if n.reaper != nil {
+		n.reaper.close()
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	var errs []error
+	for _, p := range n.pauses {
+		errs = append(errs, p.Close())
+	}
+	for _, f := range n.masters {
+		errs = append(errs, f.Close())
+	}
+	if n.hostMnt != nil {
+		errs = append(errs, n.hostMnt.Close())
+	}
+	if n.monitors != nil {
+		errs = append(errs, n.monitors.Close())
+	}
+	if n.pauser != nil {
+		errs = append(errs, n.pauser.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// installationMark is what tells the processes of one state directory from
+// those of another, on their command lines.
+func installationMark(state string) string {
+	sum := sha256.Sum256([]byte(state))
+	return hex.EncodeToString(sum[:8])
+}
+
+func (n *node) sandboxMark(id string) string { return n.mark + "." + id }
+
+func (n *node) memberMark(m *sandbox.MemberRecord) string {
+	return n.sandboxMark(m.Sandbox) + "/" + m.ID
+}
+
+func (n *node) dataDir(m *sandbox.MemberRecord) string {
+	return filepath.Join(n.Root, "sandboxes", m.Sandbox, m.ID)
+}
+
+// invalid makes err match [sandbox.ErrInvalid] without changing its text.
+type invalid struct{ error }
+
+func (e invalid) Unwrap() error        { return e.error }
+func (e invalid) Is(target error) bool { return target == sandbox.ErrInvalid }
+
+// CheckSandbox implements [sandbox.PauseNode].
+func (n *node) CheckSandbox(c *sandbox.Config) error {
+	for key := range c.Sysctls {
+		if err := member.CheckSysctl(key, c.Share); err != nil {
+			return invalid{err}
+		}
+	}
+	for _, k := range c.Share {
+		if _, err := os.Stat("/proc/self/ns/" + string(k)); errors.Is(err, os.ErrNotExist) {
+			return invalid{fmt.Errorf("this kernel has no %s namespaces", k)}
+		}
+	}
+	return nil
+}
+
+// MakeCgroup implements [sandbox.PauseNode].
+func (n *node) MakeCgroup(_ context.Context, r *sandbox.Record) error {
+	if err := n.cg.MakeSandbox(r.Cgroup); err != nil {
+		return err
+	}
+	return n.cg.MakeLeaf(filepath.Join(r.Cgroup, pauseLeaf))
+}
+
+// RemoveCgroup implements [sandbox.PauseNode].
+func (n *node) RemoveCgroup(ctx context.Context, r *sandbox.Record) error {
+	return n.cg.Remove(ctx, r.Cgroup)
+}
+
+// StartPause implements [sandbox.PauseNode].
+func (n *node) StartPause(ctx context.Context, r *sandbox.Record) (sandbox.PauseFacts, error) {
+	return n.startPause(ctx, r, nil)
+}
+
+func (n *node) startPause(ctx context.Context, r *sandbox.Record, from map[namespace.Kind]*os.File) (sandbox.PauseFacts, error) {
+	leaf := filepath.Join(r.Cgroup, pauseLeaf)
+	dir, err := n.cg.TrackingDir(leaf)
+	if err != nil {
+		return sandbox.PauseFacts{}, err
+	}
+	spec := &pause.Spec{
+		Mark: n.sandboxMark(r.ID), Kinds: r.Config.Share, ShmSize: r.Config.ShmSize, From: from,
+		Sysctls: r.Config.Sysctls, Loopback: r.Holds(namespace.Net),
+	}
+	if dir != nil {
+		defer dir.Close()
+		spec.CgroupDir = dir
+	} else {
+		spec.CgroupProcs = []string{n.cg.LeafProcs(leaf)}
+	}
+	if r.IDs != nil {
+		spec.IDs = &idrange.Range{Start: r.IDs.Start, Size: r.IDs.Size}
+	}
+	if r.Holds(namespace.UTS) {
+		spec.Hostname = r.Config.Hostname
+	}
+	p, err := n.pauser.Start(ctx, spec)
+	if err != nil {
+		return sandbox.PauseFacts{}, err
+	}
+	n.keepPause(r.ID, p)
+	return sandbox.PauseFacts{Pause: p.ID(), Inodes: p.Inodes()}, nil
+}
+
+// keepPause makes p the sandbox's pause and lets go of the one before.
+func (n *node) keepPause(id string, p *pause.Pause) {
+	n.mu.Lock()
+	old := n.pauses[id]
+	n.pauses[id] = p
+	n.mu.Unlock()
+	if old != nil {
+		old.Close()
+	}
+}
+
+func (n *node) pause(id string) *pause.Pause {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.pauses[id]
+}
+
+// ReanchorPause implements [sandbox.PauseNode].
+func (n *node) ReanchorPause(ctx context.Context, r *sandbox.Record, ms []*sandbox.MemberRecord) (sandbox.PauseFacts, error) {
+	if r.Holds(namespace.PID) {
+		return sandbox.PauseFacts{}, errors.New("the sandbox's pid namespace died with its pause")
+	}
+	from := map[namespace.Kind]*os.File{}
+	if p := n.pause(r.ID); p != nil {
+		from = p.Namespaces()
+	}
+	var opened []*os.File
+	defer func() {
+		for _, f := range opened {
+			f.Close()
+		}
+	}()
+	for _, k := range r.Config.Share {
+		for _, m := range ms {
+			if from[k] != nil {
+				break
+			}
+			if m.Namespaces[k].From != namespace.Sandbox {
+				continue
+			}
+			f, err := member.OpenNamespace(m.Monitor, k)
+			if err != nil {
+				continue
+			}
+			opened = append(opened, f)
+			// Only the very namespace that the record knows will do.
+			if ino, err := inode(f); err == nil && ino == r.Inodes[k] {
+				from[k] = f
+			}
+		}
+		if from[k] == nil {
+			return sandbox.PauseFacts{}, fmt.Errorf("nobody holds the sandbox's %s namespace any more", k)
+		}
+	}
+	return n.startPause(ctx, r, from)
+}
+
+// AdoptPause implements [sandbox.PauseNode].
+func (n *node) AdoptPause(ctx context.Context, r *sandbox.Record) error {
+	p, err := pause.Adopt(ctx, r.Pause, r.Config.Share)
+	if err != nil {
+		return err
+	}
+	n.keepPause(r.ID, p)
+	return nil
+}
+
+// WatchPause implements [sandbox.PauseNode].
+func (n *node) WatchPause(_ context.Context, r *sandbox.Record) (<-chan struct{}, error) {
+	if p := n.pause(r.ID); p != nil {
+		return p.Done(), nil
+	}
+	return nil, procid.ErrGone
+}
+
+// KillPause implements [sandbox.PauseNode].
+func (n *node) KillPause(ctx context.Context, r *sandbox.Record) error {
+	n.mu.Lock()
+	p := n.pauses[r.ID]
+	delete(n.pauses, r.ID)
+	n.mu.Unlock()
+	var err error
+	if p != nil {
+		err = errors.Join(p.Kill(ctx), p.Close())
+	}
+	if p == nil || p.ID() != r.Pause {
+		err = errors.Join(err, killProcess(ctx, r.Pause))
+	}
+	if r.Pause.IsZero() {
+		err = errors.Join(err, n.killMarked(ctx, n.sandboxMark(r.ID)))
+	}
+	return err
+}
+
+// RemoveSandboxData implements [sandbox.PauseNode].
+func (n *node) RemoveSandboxData(_ context.Context, r *sandbox.Record) error {
+	return os.RemoveAll(filepath.Join(n.Root, "sandboxes", r.ID))
+}
+
+// ResolveMember implements [sandbox.MemberNode].
+func (n *node) ResolveMember(_ context.Context, r *sandbox.Record, m *sandbox.MemberRecord, siblings []*sandbox.MemberRecord) (*specs.Spec, namespace.Selection, error) {
+	facts := &member.SandboxFacts{
+		Hostname:    r.Config.Hostname,
+		Holds:       r.Config.Share,
+		HostNetwork: r.Config.Network == request.NetworkHost,
+		UserNS:      r.Holds(namespace.User),
+		Cgroup:      r.Cgroup,
+		ShmShared:   r.Holds(namespace.IPC),
+	}
+	for _, s := range siblings {
+		facts.Members = append(facts.Members, siblingFacts(r, s))
+	}
+	res, err := member.Resolve(&m.Config, facts)
+	if err != nil {
+		return nil, nil, invalid{err}
+	}
+	for _, w := range res.Warnings {
+		n.Log.Warn("Not done as asked", "member", m.ID, "what", w)
+	}
+	return res.Spec, res.Namespaces, nil
+}
+
+// siblingFacts is what a member of the sandbox r looks like to others that want
+// to join it.
+func siblingFacts(r *sandbox.Record, s *sandbox.MemberRecord) member.SiblingFacts {
+	alive := s.Init.Alive()
+	f := member.SiblingFacts{
+		Name: s.Config.Name, ID: s.ID, Namespaces: s.Namespaces,
+		Alive: alive, Held: alive || s.Monitor.Alive(),
+	}
+	if f.Held {
+		f.Root = member.RootPath(s.Monitor.PID)
+	}
+	switch s.Namespaces[namespace.PID].From {
+	case namespace.Sandbox:
+		f.PidNSAlive = r.Pause.Alive()
+	case namespace.Host:
+		f.PidNSAlive = true
+	default:
+		f.PidNSAlive = alive
+	}
+	return f
+}
+
+// MakeMemberCgroup implements [sandbox.MemberNode].
+func (n *node) MakeMemberCgroup(_ context.Context, m *sandbox.MemberRecord, spec *specs.Spec) error {
+	var res *specs.LinuxResources
+	if spec.Linux != nil {
+		res = spec.Linux.Resources
+	}
+	return n.cg.MakeMember(m.Cgroup, res)
+}
+
+// KillMemberCgroup implements [sandbox.MemberNode].
+func (n *node) KillMemberCgroup(ctx context.Context, m *sandbox.MemberRecord) error {
+	return n.cg.Kill(ctx, m.Cgroup)
+}
+
+// RemoveMemberCgroup implements [sandbox.MemberNode].
+func (n *node) RemoveMemberCgroup(ctx context.Context, m *sandbox.MemberRecord) error {
+	return n.cg.Remove(ctx, m.Cgroup)
+}
+
+// MakeMemberData implements [sandbox.MemberNode].
+func (n *node) MakeMemberData(_ context.Context, m *sandbox.MemberRecord) error {
+	dir := n.dataDir(m)
+	for _, sub := range []string{"rw/upper", "rw/work", "lower", "rootfs"} {
+		if err := os.MkdirAll(filepath.Join(dir, sub), 0o700); err != nil {
+			return err
+		}
+	}
+	if m.Config.Rootfs == "" {
+		return nil
+	}
+	// The root of an overlay has the attributes of its upper layer.
+	return copyAttributes(m.Config.Rootfs, filepath.Join(dir, "rw/upper"))
+}
+
+// copyAttributes gives the directory to the owner and mode of from.
+func copyAttributes(from, to string) error {
+	var st unix.Stat_t
+	if err := unix.Stat(from, &st); err != nil {
+		return &os.PathError{Op: "stat", Path: from, Err: err}
+	}
+	if err := os.Chown(to, int(st.Uid), int(st.Gid)); err != nil {
+		return err
+	}
+	return os.NewSyscallError("chmod", unix.Chmod(to, st.Mode&0o7777))
+}
+
+// RemoveMemberData implements [sandbox.MemberNode].
+func (n *node) RemoveMemberData(_ context.Context, m *sandbox.MemberRecord) error {
+	return os.RemoveAll(n.dataDir(m))
+}
+
+// AdoptMonitor implements [sandbox.MemberNode].
+func (n *node) AdoptMonitor(ctx context.Context, m *sandbox.MemberRecord, dir string) (sandbox.Monitor, error) {
+	mon, err := member.Connect(ctx, dir)
+	if err != nil {
+		return nil, err
+	}
+	return n.watched(m, mon)
+}
+
+// ReplaceMonitor implements [sandbox.MemberNode].
+func (n *node) ReplaceMonitor(ctx context.Context, r *sandbox.Record, m *sandbox.MemberRecord, _ *specs.Spec, dir string) (sandbox.Monitor, error) {
+	spec, done, err := n.monitorSpec(r, m, dir)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	n.mu.Lock()
+	master := n.masters[m.ID]
+	n.mu.Unlock()
+	mon, err := n.monitors.Adopt(ctx, member.AdoptSpec{MonitorSpec: *spec, Init: m.Init, Master: master})
+	if err != nil {
+		return nil, err
+	}
+	return n.watched(m, mon)
+}
+
+// monitorSpec is what every monitor of m is given. done closes its files.
+func (n *node) monitorSpec(r *sandbox.Record, m *sandbox.MemberRecord, dir string) (_ *member.MonitorSpec, done func(), err error) {
+	leaf := filepath.Join(r.Cgroup, pauseLeaf)
+	tracking, err := n.cg.TrackingDir(leaf)
+	if err != nil {
+		return nil, nil, err
+	}
+	s := &member.MonitorSpec{
+		Mark: n.memberMark(m), Dir: dir, LogPath: m.LogPath, TTY: m.Config.TTY, Stdin: m.Config.Stdin,
+		Custody: m.Config.Custody, OOMFile: n.cg.OOMFile(m.Cgroup), CgroupDir: tracking,
+	}
+	if tracking == nil {
+		s.CgroupProcs = []string{n.cg.LeafProcs(leaf)}
+	}
+	return s, func() { tracking.Close() }, nil // closing a nil file does nothing
+}
+
+// watched makes a monitor's connection the manager's, and keeps what must
+// outlive the monitor.
+func (n *node) watched(m *sandbox.MemberRecord, mon *member.Monitor) (sandbox.Monitor, error) {
+	n.reaper.expect(mon.Init())
+	if m.Config.TTY {
+		// Absent if the monitor has ended already; then there is nothing to keep.
+		if f, err := member.Master(mon.Process()); err == nil {
+			n.keepMaster(m.ID, f)
+		}
+	}
+	inodes := make(map[namespace.Kind]uint64)
+	for _, k := range namespace.Kinds() {
+		if f, err := member.OpenNamespace(mon.Process(), k); err == nil {
+			if ino, err := inode(f); err == nil {
+				inodes[k] = ino
+			}
+			f.Close()
+		}
+	}
+	return &monitor{mon, inodes}, nil
+}
+
+func (n *node) keepMaster(id string, f *os.File) {
+	n.mu.Lock()
+	old := n.masters[id]
+	if n.masters[id] = f; f == nil {
+		delete(n.masters, id)
+	}
+	n.mu.Unlock()
+	if old != nil {
+		old.Close()
+	}
+}
+
+// KillMonitor implements [sandbox.MemberNode].
+func (n *node) KillMonitor(ctx context.Context, m *sandbox.MemberRecord) error {
+	n.keepMaster(m.ID, nil)
+	err := killProcess(ctx, m.Monitor)
+	if m.State != sandbox.MemberRunning {
+		err = errors.Join(err, killProcess(ctx, m.Init))
+	}
+	if m.Monitor.IsZero() {
+		// The child of a monitor has the same mark until its execve.
+		err = errors.Join(err, n.killMarked(ctx, n.memberMark(m)))
+	}
+	n.reaper.forget(m.Init)
+	return err
+}
+
+// killMarked kills every process with that mark.
+func (n *node) killMarked(ctx context.Context, mark string) error {
+	for {
+		found, err := proctree.Find(mark)
+		if err != nil {
+			return err
+		}
+		found = slices.DeleteFunc(found, func(f proctree.Found) bool { return f.Mark != mark || !f.ID.Alive() })
+		if len(found) == 0 {
+			return nil
+		}
+		for _, f := range found {
+			if err := killProcess(ctx, f.ID); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// SignalInit implements [sandbox.MemberNode].
+func (n *node) SignalInit(m *sandbox.MemberRecord, sig unix.Signal) error { return m.Init.Signal(sig) }
+
+// Orphaned implements [sandbox.MemberNode].
+func (n *node) Orphaned(m *sandbox.MemberRecord, dir string) {
+	init, oomFile := m.Init, n.cg.OOMFile(m.Cgroup)
+	pidfd, err := init.Open()
+	if err != nil {
+		return
+	}
+	go func() {
+		defer pidfd.Close()
+		var st unix.WaitStatus
+		var ru unix.Rusage
+		if err := waitPidfd(pidfd, &st, &ru); err != nil {
+			return // somebody else's child: ECHILD
+		}
+		n.reaper.forget(init)
+		if err := member.WriteExit(dir, st, oomKills(oomFile), &ru); err != nil && !errors.Is(err, fs.ErrExist) && !errors.Is(err, fs.ErrNotExist) {
+			n.Log.Warn("Exit record not written", "member", filepath.Base(dir), "err", err)
+		}
+	}()
+}
+
+// monitor is a member's monitor as the manager sees it.
+type monitor struct {
+	*member.Monitor
+	inodes map[namespace.Kind]uint64
+}
+
+func (m *monitor) Facts() sandbox.MonitorFacts {
+	return sandbox.MonitorFacts{Monitor: m.Process(), Init: m.Init(), Inodes: m.inodes}
+}
+
+func (m *monitor) Start(ctx context.Context) error { return startError(m.Monitor.Start(ctx)) }
+
+func inode(f *os.File) (uint64, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return 0, os.NewSyscallError("fstat", err)
+	}
+	return st.Ino, nil
+}
