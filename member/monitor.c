@@ -94,11 +94,11 @@ static int reaped;       /* the child that was waited for last */
 
 /* -- Bytes and text -- */
 
-/* The compiler calls these for struct copies and the like. */
+/* The compiler may call it to clear a struct. Where it does not, the linker
+ * leaves it out. */
 void *memset(void *to, int c, size_t n);
-void *memcpy(void *restrict to, const void *restrict from, size_t n);
 
-__attribute__((used)) void *memset(void *to, int c, size_t n) {
+__attribute__((used, section(".text.memset"))) void *memset(void *to, int c, size_t n) {
 	for (size_t i = 0; i < n; i++)
 		((volatile char *)to)[i] = (char)c;
 	return to;
@@ -108,11 +108,6 @@ __attribute__((used)) void *memset(void *to, int c, size_t n) {
 static void copy_down(char *to, const char *from, size_t n) {
 	for (size_t i = 0; i < n; i++)
 		to[i] = from[i];
-}
-
-__attribute__((used)) void *memcpy(void *restrict to, const void *restrict from, size_t n) {
-	copy_down(to, from, n);
-	return to;
 }
 
 static char *put(char *p, const char *s) {
@@ -152,14 +147,15 @@ static char *put_time(char *p, uint64_t ns) {
 	uint64_t doy = doe - (365 * yoe + yoe / 4 - yoe / 100);
 	uint64_t mp = (5 * doy + 2) / 153;
 	uint64_t month = mp < 10 ? mp + 3 : mp - 9;
-	p = put_num(p, era * 400 + yoe + (month <= 2), 4);
-	p = put_num(put(p, "-"), month, 2);
-	p = put_num(put(p, "-"), doy - (153 * mp + 2) / 5 + 1, 2);
-	p = put_num(put(p, "T"), sec / 3600, 2);
-	p = put_num(put(p, ":"), sec / 60 % 60, 2);
-	p = put_num(put(p, ":"), sec % 60, 2);
-	p = put_num(put(p, "."), ns % 1000000000, 9);
-	return put(p, "Z");
+	uint32_t part[6] = {
+		(uint32_t)(era * 400 + yoe + (month <= 2)), (uint32_t)month, (uint32_t)(doy - (153 * mp + 2) / 5 + 1),
+		(uint32_t)(sec / 3600), (uint32_t)(sec / 60 % 60), (uint32_t)(sec % 60),
+	};
+	for (int i = 0; i < 6; i++) {
+		p = put_num(p, part[i], i == 0 ? 4 : 2);
+		*p++ = "--T::."[i];
+	}
+	return put(put_num(p, ns % 1000000000, 9), "Z");
 }
 
 static uint64_t now(int clock) {
@@ -435,13 +431,15 @@ static int exit_exists(void) { return !IS_ERR(SYS4(faccessat, FD_DIR, "exit.json
  * page is all that says how init ended. */
 static void exit_write(int status, const struct rusage *ru, const char *why) {
 	char buf[512], *p = buf;
-	p = put(put(put(p, "{\"version\":1,\"known\":"), *why ? "false" : "true"), ",\"waitStatus\":");
-	p = put_num(p, (uint32_t)status, 0);
-	p = put_num(put(p, ",\"oomKills\":"), st->oom_kills, 0);
-	p = put_num(put(p, ",\"finishedAtNs\":"), st->finished_ns, 0);
-	p = put_num(put(p, ",\"userMicros\":"), (uint64_t)(ru->ru_utime.tv_sec * 1000000 + ru->ru_utime.tv_usec), 0);
-	p = put_num(put(p, ",\"systemMicros\":"), (uint64_t)(ru->ru_stime.tv_sec * 1000000 + ru->ru_stime.tv_usec), 0);
-	p = put_num(put(p, ",\"maxRssKiB\":"), (uint64_t)ru->ru_maxrss, 0);
+	static const char keys[6][16] = {"waitStatus", "oomKills", "finishedAtNs", "userMicros", "systemMicros", "maxRssKiB"};
+	uint64_t values[6] = {
+		(uint32_t)status, st->oom_kills, st->finished_ns,
+		(uint64_t)(ru->ru_utime.tv_sec * 1000000 + ru->ru_utime.tv_usec),
+		(uint64_t)(ru->ru_stime.tv_sec * 1000000 + ru->ru_stime.tv_usec), (uint64_t)ru->ru_maxrss,
+	};
+	p = put(put(p, "{\"version\":1,\"known\":"), *why ? "false" : "true");
+	for (int i = 0; i < 6; i++)
+		p = put_num(put(put(put(p, ",\""), keys[i]), "\":"), values[i], 0);
 	p = put(put(put(p, ",\"why\":\""), why), "\"}\n");
 	const char *tmp = "exit.json.tmp";
 	long fd = SYS4(openat, FD_DIR, tmp, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0600);

@@ -247,11 +247,11 @@ func (m *Monitors) start(ctx context.Context, spec *MonitorSpec, fs *files, fres
 		return nil, err
 	}
 	fs.close() // the socket's end is the monitor's end only if nobody else has it
-	mon := &Monitor{dir: spec.Dir, child: true, id: procid.ID{PID: pid}}
-	mon.run(conn)
+	mon := &Monitor{dir: spec.Dir, child: true}
 	if mon.id, err = procid.Of(pid); err != nil {
-		mon.id = procid.ID{PID: pid}
+		mon.id = procid.ID{PID: pid} // enough to end it
 	}
+	mon.run(conn)
 	for _, path := range spec.CgroupProcs {
 		if err == nil {
 			err = os.WriteFile(path, []byte(strconv.Itoa(pid)), 0)

@@ -377,7 +377,7 @@ func TestMonitorIsSmall(t *testing.T) {
 }
 
 func TestMonitorChildHasOnlyItsFiles(t *testing.T) {
-	m := newMonitored(t, "ls /proc/$$/fd; grep -E 'Sig(Blk|Ign)' /proc/$$/status; umask").start()
+	m := newMonitored(t, "ls /proc/$$/fd; grep -E 'Sig(Blk|Ign)' /proc/self/status; umask").start()
 	m.exit()
 	got, _ := m.log("stdout")
 	if want := "0\n1\n2\nSigBlk:\t0000000000000000\nSigIgn:\t0000000000000000\n0022\n"; got != want {

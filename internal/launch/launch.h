@@ -139,6 +139,26 @@ static int prog_ignored(const struct prog_op *op, long err) {
  * its other variables are then in one page. */
 static long prog_results[PROG_MAX_OPS] __attribute__((section(".bss.large")));
 
+/* prog_fork makes the rest of the program run in a child. The child waits until
+ * its pid has been reported: what it says itself must come after that. */
+static long prog_fork(uint32_t op, long flags) {
+	int fds[2];
+	char byte = 0;
+	long r = SYS2(pipe2, fds, 02000000 /* O_CLOEXEC */);
+	if (IS_ERR(r))
+		return r;
+	r = SYS5(clone, flags, 0, 0, 0, 0);
+	if (r > 0) {
+		prog_report(REPORT_PID, op, (int32_t)r);
+		sys_exit(0); /* which closes the pipe */
+	}
+	SYS1(close, fds[1]);
+	if (r == 0)
+		SYS3(read, fds[0], &byte, 1);
+	SYS1(close, fds[0]);
+	return r;
+}
+
 /* prog_run executes p, whose last op is an execve, and does not return. A
  * failure is reported with the op's index and errno; the exit status is then
  * 127 if execve found nothing to execute, 126 if it could not execute it, and
@@ -160,11 +180,7 @@ static _Noreturn void prog_run(struct program *p) {
 		}
 		long r;
 		if (op->nr == NR_FORK) {
-			r = SYS5(clone, a[0], 0, 0, 0, 0);
-			if (r > 0) {
-				prog_report(REPORT_PID, i, (int32_t)r);
-				sys_exit(0);
-			}
+			r = prog_fork(i, a[0]);
 		} else {
 			r = syscall6(op->nr, a[0], a[1], a[2], a[3], a[4], a[5]);
 		}

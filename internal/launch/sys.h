@@ -24,6 +24,12 @@ static inline long syscall6(long nr, long a, long b, long c, long d, long e, lon
 	return ret;
 }
 
+static inline long syscall3(long nr, long a, long b, long c) {
+	long ret;
+	__asm__ volatile("syscall" : "=a"(ret) : "a"(nr), "D"(a), "S"(b), "d"(c) : "rcx", "r11", "memory");
+	return ret;
+}
+
 /* The kernel enters with argc at the stack pointer; hand its address to cmain. */
 #define ENTRY(cmain)                         \
 	__asm__(".text\n.global _start\n_start:\n" \
@@ -48,6 +54,15 @@ static inline long syscall6(long nr, long a, long b, long c, long d, long e, lon
 	return x0;
 }
 
+static inline long syscall3(long nr, long a, long b, long c) {
+	register long x8 __asm__("x8") = nr;
+	register long x0 __asm__("x0") = a;
+	register long x1 __asm__("x1") = b;
+	register long x2 __asm__("x2") = c;
+	__asm__ volatile("svc #0" : "+r"(x0) : "r"(x8), "r"(x1), "r"(x2) : "memory");
+	return x0;
+}
+
 #define ENTRY(cmain)                         \
 	__asm__(".text\n.global _start\n_start:\n" \
 	        "mov x29, #0\n"                    \
@@ -59,10 +74,10 @@ static inline long syscall6(long nr, long a, long b, long c, long d, long e, lon
 #error "sandboxd runs on amd64 and arm64"
 #endif
 
-#define SYS0(n) syscall6(__NR_##n, 0, 0, 0, 0, 0, 0)
-#define SYS1(n, a) syscall6(__NR_##n, (long)(a), 0, 0, 0, 0, 0)
-#define SYS2(n, a, b) syscall6(__NR_##n, (long)(a), (long)(b), 0, 0, 0, 0)
-#define SYS3(n, a, b, c) syscall6(__NR_##n, (long)(a), (long)(b), (long)(c), 0, 0, 0)
+#define SYS0(n) syscall3(__NR_##n, 0, 0, 0)
+#define SYS1(n, a) syscall3(__NR_##n, (long)(a), 0, 0)
+#define SYS2(n, a, b) syscall3(__NR_##n, (long)(a), (long)(b), 0)
+#define SYS3(n, a, b, c) syscall3(__NR_##n, (long)(a), (long)(b), (long)(c))
 #define SYS4(n, a, b, c, d) syscall6(__NR_##n, (long)(a), (long)(b), (long)(c), (long)(d), 0, 0)
 #define SYS5(n, a, b, c, d, e) syscall6(__NR_##n, (long)(a), (long)(b), (long)(c), (long)(d), (long)(e), 0)
 #define SYS6(n, a, b, c, d, e, f) \
