@@ -1,6 +1,7 @@
 package member
 
 import (
+	"archive/tar"
 	"bytes"
 	"context"
 	"errors"
@@ -8,6 +9,8 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -20,6 +23,7 @@ import (
 	"github.com/sandboxd/sandboxd/internal/launch"
 	"github.com/sandboxd/sandboxd/internal/namespace"
 	"github.com/sandboxd/sandboxd/internal/procid"
+	"github.com/sandboxd/sandboxd/internal/tarstream"
 	"github.com/sandboxd/sandboxd/internal/testenv"
 )
 
@@ -123,14 +127,27 @@ type target struct {
 	kill func()
 }
 
-func startTarget(t *testing.T) *target {
+func startTarget(t *testing.T) *target { return startTargetWith(t, 0) }
+
+// startTargetWith also gives the target a user namespace, whose ids begin at
+// firstID on the host, if that is not 0.
+func startTargetWith(t *testing.T, firstID int) *target {
 	t.Helper()
 	rootfs := testenv.Busybox(t)
+	for _, d := range []string{"proc", "tmp", "dev", "old"} {
+		if err := os.MkdirAll(rootfs+"/"+d, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for dir := rootfs; dir != os.TempDir() && dir != "/"; dir = filepath.Dir(dir) { // the user namespace's root is nobody here
+		if err := os.Chmod(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
 	script := `set -e
 r=$1
 mount --make-rprivate /
 mount --bind $r $r
-mkdir -p $r/proc $r/tmp $r/dev $r/old
 mount -t proc proc $r/proc
 mount -t tmpfs tmpfs $r/tmp
 mount -t tmpfs tmpfs $r/dev
@@ -146,6 +163,13 @@ exec /bin/busybox sleep 1000`
 	cmd := exec.Command("/bin/sh", "-c", script, "sh", rootfs)
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWUTS | unix.CLONE_NEWNET | unix.CLONE_NEWIPC,
+	}
+	if firstID != 0 {
+		cmd.SysProcAttr.Cloneflags |= unix.CLONE_NEWUSER
+		ids := []syscall.SysProcIDMap{{ContainerID: 0, HostID: firstID, Size: 65536}}
+		cmd.SysProcAttr.UidMappings, cmd.SysProcAttr.GidMappings = ids, ids
+		cmd.SysProcAttr.GidMappingsEnableSetgroups = true
+		cmd.SysProcAttr.Credential = &syscall.Credential{}
 	}
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
@@ -173,6 +197,9 @@ exec /bin/busybox sleep 1000`
 		t.Fatal(err)
 	}
 	kinds := []namespace.Kind{namespace.Mnt, namespace.PID, namespace.UTS, namespace.Net, namespace.IPC}
+	if firstID != 0 {
+		kinds = append(kinds, namespace.User)
+	}
 	if tg.ns, err = OpenNamespaces(tg.id, kinds); err != nil {
 		t.Fatal(err)
 	}
@@ -229,6 +256,34 @@ func TestExecIntoTheLiving(t *testing.T) {
 	}
 	if _, code, err := run(nil, "/tmp/kept"); code != ExitNotExecutable || !errors.Is(err, unix.EACCES) {
 		t.Errorf("a file that is not executable: %d, %v, want 126", code, err)
+	}
+}
+
+func TestExecInUserNamespace(t *testing.T) {
+	testenv.Root(t)
+	const first = 700000
+	tg := startTargetWith(t, first)
+	proc := process("sh", "-c", "id -u; grep CapEff /proc/self/status; cat /proc/self/uid_map; touch /tmp/mine; tty")
+	proc.Terminal = true
+	proc.User.UID = 12
+	out, code, err := runJoin(t, &JoinSpec{Namespaces: tg.ns, Root: tg.root, Process: proc}, nil)
+	fields := strings.Fields(out)
+	if want := []string{"12", "CapEff:", "0000000000000000", "0", "700000", "65536", "/dev/pts/0"}; !slices.Equal(fields, want) || code != 0 || err != nil {
+		t.Errorf("exec = %q, %d, %v, want %q", fields, code, err, want)
+	}
+	var b bytes.Buffer
+	if err := CopyOut(t.Context(), tg.root, "tmp/mine", &b, CopyOptions{IDs: &tarstream.IDs{Start: first, Size: 65536}}); err != nil {
+		t.Fatal(err)
+	}
+	if h, err := tar.NewReader(&b).Next(); err != nil || h.Uid != 12 {
+		t.Errorf("a file of the target's user 12 is copied as %+v, %v", h, err)
+	}
+
+	tg.kill()
+	dead := map[namespace.Kind]*os.File{namespace.Mnt: tg.ns[namespace.Mnt], namespace.User: tg.ns[namespace.User]}
+	out, code, err = runJoin(t, &JoinSpec{Namespaces: dead, Root: tg.root, NewProc: true, Process: process("sh", "-c", "cat /tmp/kept; echo $$; ls -d /proc/1")}, nil)
+	if want := "content\n1\n/proc/1\n"; out != want || code != 0 || err != nil {
+		t.Errorf("join of the dead = %q, %d, %v, want %q", out, code, err, want)
 	}
 }
 

@@ -270,6 +270,9 @@ func (x *extractor) mkdirs(name string) (*os.File, error) {
 	if name == "." {
 		return x.dir, nil
 	}
+	if n := len(x.open); n > 0 && x.open[n-1].name == name {
+		return dup(x.open[n-1].file)
+	}
 	if len(name) < chunk {
 		f, err := openBeneath(x.dir, name, unix.O_PATH|unix.O_DIRECTORY)
 		if err == nil {
@@ -301,6 +304,14 @@ func (x *extractor) mkdirs(name string) (*os.File, error) {
 		dir = next
 	}
 	return dir, nil
+}
+
+func dup(f *os.File) (*os.File, error) {
+	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, os.NewSyscallError("fcntl F_DUPFD_CLOEXEC", err)
+	}
+	return os.NewFile(uintptr(fd), f.Name()), nil
 }
 
 func parentError(name string, err error) error {
