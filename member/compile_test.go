@@ -68,7 +68,7 @@ func goldenInput() *Input {
 }
 
 // realInput is one that can be run here, in a root file system with busybox.
-func realInput(t *testing.T, args ...string) *Input {
+func realInput(t testing.TB, args ...string) *Input {
 	t.Helper()
 	in := goldenInput()
 	in.Spec = testSpec(args...)
@@ -85,7 +85,7 @@ func realInput(t *testing.T, args ...string) *Input {
 }
 
 // busyboxRoot makes a root file system of busybox and empty directories.
-func busyboxRoot(t *testing.T) string {
+func busyboxRoot(t testing.TB) string {
 	t.Helper()
 	root := t.TempDir()
 	for _, d := range []string{"bin", "proc", "dev", "sys", "tmp", "etc"} {
@@ -111,7 +111,7 @@ func busyboxRoot(t *testing.T) string {
 	return root
 }
 
-func hostCgroups(t *testing.T) []CgroupHierarchy {
+func hostCgroups(t testing.TB) []CgroupHierarchy {
 	t.Helper()
 	var st unix.Statfs_t
 	if err := unix.Statfs("/sys/fs/cgroup", &st); err != nil {
@@ -509,5 +509,25 @@ func TestFailuresNameTheThing(t *testing.T) {
 				t.Errorf("run = %v (%+v), want %s", err, se, tt.want)
 			}
 		})
+	}
+}
+
+// BenchmarkStart is a member from nothing to the end of a command that does
+// nothing, without its cgroups.
+func BenchmarkStart(b *testing.B) {
+	testenv.Root(b)
+	in := realInput(b, "/bin/busybox", "true")
+	p, err := Compile(in)
+	if err != nil {
+		b.Fatal(err)
+	}
+	for b.Loop() {
+		proc, err := launch.Start(p, launch.Options{})
+		if err != nil {
+			b.Fatal(err)
+		}
+		if _, _, err := proc.Wait(); err != nil {
+			b.Fatal(err)
+		}
 	}
 }

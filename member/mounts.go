@@ -322,10 +322,36 @@ func (c *compiler) newFromSpec(m *mount) error {
 }
 
 func (c *compiler) attachTree(m *mount) {
+	// In the fresh /dev of this program nothing has to be looked for, and what
+	// is made there is what is mounted on.
+	if dir, name := path.Split(m.Destination); dir == "/dev/" && m.dir && c.freshIn(m) {
+		c.p.Call("make mount point "+m.Destination, unix.SYS_MKDIRAT, c.dev, c.p.String(name), launch.Int(0o755))
+		c.moveMount(m.what, m.tree, c.dev, name)
+		return
+	}
 	c.makeMountPoint(m.Destination, m.dir)
 	t := c.openIn(m.what, m.Destination, unix.O_PATH).Result()
 	c.moveMount(m.what, m.tree, t, "")
 	c.close(t)
+}
+
+// freshIn says whether nothing has been made at or below m's place in the /dev
+// that this program mounts, and nothing was mounted over it.
+func (c *compiler) freshIn(m *mount) bool {
+	if !c.ownDev {
+		return false
+	}
+	dev := slices.Index(c.mounts, c.mountOn("/dev"))
+	at := slices.Index(c.mounts, m)
+	if at < dev {
+		return false
+	}
+	for _, before := range c.mounts[dev+1 : at] {
+		if before.Destination == m.Destination || strings.HasPrefix(before.Destination, m.Destination+"/") || !strings.HasPrefix(before.Destination, "/dev/") {
+			return false
+		}
+	}
+	return true
 }
 
 // attachCgroups mounts the cgroup hierarchies that the host has: the unified one
@@ -397,7 +423,9 @@ func (c *compiler) makeMountPoint(name string, dir bool) {
 func (c *compiler) newMount(step, typ, source string, data []string, attr uint64) launch.Arg {
 	p := c.p
 	fs := p.Call(step, unix.SYS_FSOPEN, p.String(typ), launch.Int(unix.FSOPEN_CLOEXEC)).Result()
-	p.Call(step, unix.SYS_FSCONFIG, fs, launch.Int(unix.FSCONFIG_SET_STRING), p.String("source"), p.String(source), launch.Int(0))
+	if source != "" {
+		p.Call(step, unix.SYS_FSCONFIG, fs, launch.Int(unix.FSCONFIG_SET_STRING), p.String("source"), p.String(source), launch.Int(0))
+	}
 	for _, o := range data {
 		ostep := fmt.Sprintf("%s: option %q", step, o)
 		if key, val, ok := strings.Cut(o, "="); ok {

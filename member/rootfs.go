@@ -170,7 +170,7 @@ func (c *compiler) mask() {
 			d := isDir()
 			d.Then(func() {
 				c.close(d.Result())
-				empty := c.newMount(step, "tmpfs", "tmpfs", []string{"nr_blocks=1", "nr_inodes=1", "mode=755"}, attrs)
+				empty := c.newMount(step, "tmpfs", "", nil, attrs)
 				c.moveMount(step, empty, t, "")
 				c.close(empty)
 			}, unix.ENOTDIR)
