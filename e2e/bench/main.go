@@ -1,0 +1,493 @@
+// Command bench measures sandboxd beside its peers, in one interleaved run, and
+// prints medians and ratios. `make bench` builds what it needs and starts it as
+// root:
+//
+//	bench [--rounds 40] [--standing 1,10,100,500] [--sandboxd PATH] [--runc PATH] [--crun PATH]
+//
+// Every case is run once per round, in turn, so that whatever else the machine
+// does meets all of them alike. It asserts nothing: figures are for people.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/spf13/pflag"
+	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/api"
+	"github.com/sandboxd/sandboxd/sandbox"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
+	defer stop()
+	if err := run(ctx); err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+type bench struct {
+	ctx      context.Context
+	dir      string // everything the bench makes is below it
+	bundle   string
+	fifo     string // a started process opens it for writing first of all
+	sandboxd string
+	client   *api.Client
+	daemon   *exec.Cmd
+	times    map[string][]time.Duration
+}
+
+func run(ctx context.Context) (err error) {
+	rounds := pflag.Int("rounds", 40, "how often each case is measured")
+	standing := pflag.IntSlice("standing", []int{1, 10, 100, 500}, "numbers of standing sandboxes to measure create at")
+	bin := pflag.String("sandboxd", "build/sandboxd", "the daemon's `path`")
+	runc := pflag.String("runc", "runc", "the peer's `path`; empty leaves it out")
+	crun := pflag.String("crun", "crun", "the peer's `path`; empty leaves it out")
+	pflag.Parse()
+	if os.Geteuid() != 0 {
+		return errors.New("needs root")
+	}
+	dir, err := os.MkdirTemp("", "sandboxd-bench-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	b := &bench{ctx: ctx, dir: dir, times: make(map[string][]time.Duration)}
+	if b.sandboxd, err = filepath.Abs(*bin); err != nil {
+		return err
+	}
+	if err := b.makeBundle(); err != nil {
+		return err
+	}
+	if err := b.startDaemon(); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, b.stopDaemon()) }()
+
+	peers := map[string]string{}
+	for name, path := range map[string]string{"runc": *runc, "crun": *crun} {
+		if path == "" {
+			continue
+		}
+		if err := b.peerWorks(path); err != nil {
+			fmt.Printf("%s is left out: %v\n", name, err)
+			continue
+		}
+		peers[name] = path
+	}
+	fmt.Printf("%s, %d CPUs, %d rounds, medians in milliseconds\n\n", kernel(), cpus(), *rounds)
+	for i := range *rounds + 3 {
+		if i == 3 { // the first three warm caches up
+			clear(b.times)
+		}
+		if err := b.round(i, peers); err != nil {
+			return err
+		}
+	}
+	b.report(peers)
+	if err := b.standing(*standing, *rounds); err != nil {
+		return err
+	}
+	return nil
+}
+
+// round runs every case once.
+func (b *bench) round(i int, peers map[string]string) error {
+	if err := b.cloneOnce(); err != nil {
+		return fmt.Errorf("clone: %w", err)
+	}
+	if err := b.ours(i); err != nil {
+		return fmt.Errorf("sandboxd: %w", err)
+	}
+	for name, path := range peers {
+		if err := b.peer(name, path, fmt.Sprintf("sandboxd-bench-%d-%s-%d", os.Getpid(), name, i)); err != nil {
+			return fmt.Errorf("%s: %w", name, err)
+		}
+	}
+	return b.ctx.Err()
+}
+
+// measure runs fn and adds its duration to what is known of name.
+func (b *bench) measure(name string, fn func() error) error {
+	start := time.Now()
+	err := fn()
+	b.times[name] = append(b.times[name], time.Since(start))
+	return err
+}
+
+// cloneOnce is the bare cost that a sandbox cannot go below: a process, cloned
+// with the namespaces that a sandbox has, that executes something small.
+func (b *bench) cloneOnce() error {
+	var pid int
+	err := b.measure("clone", func() (err error) {
+		pid, err = syscall.ForkExec("/bin/busybox", []string{"sleep", "60"}, &syscall.ProcAttr{
+			Sys: &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS | unix.CLONE_NEWNS},
+		})
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	unix.Kill(pid, unix.SIGKILL)
+	_, err = unix.Wait4(pid, nil, 0, nil)
+	return err
+}
+
+// ours measures a sandbox and a member through the API, and exec through the CLI.
+func (b *bench) ours(i int) error {
+	ctx, c := b.ctx, b.client
+	name := fmt.Sprintf("bench-%d", i)
+	err := b.measure("sandboxd create", func() error {
+		_, err := c.Create(ctx, sandbox.Config{Name: name})
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	ref := name + "/m"
+	err = b.measure("sandboxd start", func() error {
+		if _, err := c.Add(ctx, name, sandbox.MemberConfig{Name: "m", Bundle: b.bundle}); err != nil {
+			return err
+		}
+		if _, err := c.Start(ctx, ref); err != nil {
+			return err
+		}
+		return b.awaitFirstInstruction()
+	})
+	if err != nil {
+		return err
+	}
+	err = b.measure("sandboxd exec", func() error {
+		return b.command(b.sandboxd, "--state", b.state(), "exec", ref, "--", "/bin/true")
+	})
+	if err != nil {
+		return err
+	}
+	if err := c.Kill(ctx, ref, unix.SIGKILL); err != nil {
+		return err
+	}
+	if _, err := c.Wait(ctx, ref); err != nil {
+		return err
+	}
+	if err := b.measure("sandboxd rm member", func() error { return c.RemoveMember(ctx, ref, false) }); err != nil {
+		return err
+	}
+	return b.measure("sandboxd delete", func() error { return c.Remove(ctx, name, false) })
+}
+
+// peer measures the same steps of an OCI runtime, on the same bundle.
+func (b *bench) peer(name, path, id string) error {
+	err := b.measure(name+" start", func() error {
+		if err := b.command(path, "create", "--bundle", b.bundle, id); err != nil {
+			return err
+		}
+		if err := b.command(path, "start", id); err != nil {
+			return err
+		}
+		return b.awaitFirstInstruction()
+	})
+	if err == nil {
+		err = b.measure(name+" exec", func() error { return b.command(path, "exec", id, "/bin/true") })
+	}
+	if err == nil {
+		err = b.command(path, "kill", id, "KILL")
+	}
+	for range 1000 { // delete refuses until the runtime sees that init is gone
+		out, serr := exec.CommandContext(b.ctx, path, "state", id).Output()
+		if serr != nil || strings.Contains(string(out), `"stopped"`) {
+			break
+		}
+		time.Sleep(time.Millisecond)
+	}
+	return errors.Join(err, b.measure(name+" rm member", func() error { return b.command(path, "delete", "--force", id) }))
+}
+
+func (b *bench) peerWorks(path string) error {
+	id := fmt.Sprintf("sandboxd-bench-%d-probe", os.Getpid())
+	if err := b.command(path, "create", "--bundle", b.bundle, id); err != nil {
+		b.command(path, "delete", "--force", id)
+		return err
+	}
+	return b.command(path, "delete", "--force", id)
+}
+
+func (b *bench) command(name string, args ...string) error {
+	cmd := exec.CommandContext(b.ctx, name, args...)
+	// A file, not a pipe: a container inherits it, and nobody must wait for it.
+	f, err := os.Create(filepath.Join(b.dir, "stderr"))
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	cmd.Stderr = f
+	if err := cmd.Run(); err != nil {
+		text, _ := os.ReadFile(f.Name())
+		return fmt.Errorf("%s %s: %w: %s", filepath.Base(name), args[0], err, strings.TrimSpace(string(text)))
+	}
+	return nil
+}
+
+// awaitFirstInstruction returns when the process in the bundle has written to
+// the fifo, which is the first thing that it does.
+func (b *bench) awaitFirstInstruction() error {
+	f, err := os.OpenFile(b.fifo, os.O_RDONLY, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	f.SetReadDeadline(time.Now().Add(30 * time.Second))
+	if _, err := f.Read(make([]byte, 1)); err != nil {
+		return fmt.Errorf("wait for the first instruction: %w", err)
+	}
+	return nil
+}
+
+func (b *bench) state() string { return filepath.Join(b.dir, "state") }
+
+func (b *bench) startDaemon() error {
+	address := "unix://" + filepath.Join(b.dir, "sock")
+	log, err := os.Create(filepath.Join(b.dir, "daemon.log"))
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	b.daemon = exec.Command(b.sandboxd, "serve", "--address", address, "--state", b.state(),
+		"--root", filepath.Join(b.dir, "root"), "--cgroup-parent", "/"+filepath.Base(b.dir), "--log-level", "warn")
+	b.daemon.Stdout, b.daemon.Stderr = log, log
+	if err := b.daemon.Start(); err != nil {
+		return err
+	}
+	if b.client, err = api.Dial(address); err != nil {
+		return err
+	}
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		_, err := b.client.List(b.ctx)
+		if err == nil {
+			return nil
+		}
+		if time.Now().After(end) {
+			text, _ := os.ReadFile(log.Name())
+			return errors.Join(fmt.Errorf("daemon does not answer: %w: %s", err, text), b.stopDaemon())
+		}
+	}
+}
+
+// stopDaemon removes every sandbox, ends the daemon and removes its cgroup.
+func (b *bench) stopDaemon() error {
+	ctx := context.WithoutCancel(b.ctx)
+	infos, err := b.client.List(ctx)
+	for _, i := range infos {
+		err = errors.Join(err, b.client.Remove(ctx, i.ID, true))
+	}
+	err = errors.Join(err, b.client.Close(), b.daemon.Process.Signal(unix.SIGTERM))
+	if werr := b.daemon.Wait(); werr != nil {
+		err = errors.Join(err, fmt.Errorf("daemon: %w", werr))
+	}
+	parents, _ := filepath.Glob("/sys/fs/cgroup/*/" + filepath.Base(b.dir))
+	for _, p := range append(parents, "/sys/fs/cgroup/"+filepath.Base(b.dir)) {
+		os.Remove(p)
+	}
+	return err
+}
+
+// makeBundle makes a bundle with the defaults that `runc spec` gives, whose
+// process reports its first instruction and then sleeps.
+func (b *bench) makeBundle() error {
+	b.bundle = filepath.Join(b.dir, "bundle")
+	out := filepath.Join(b.dir, "out")
+	bin := filepath.Join(b.bundle, "rootfs", "bin")
+	for _, d := range []string{bin, out} {
+		if err := os.MkdirAll(d, 0o755); err != nil {
+			return err
+		}
+	}
+	busybox, err := os.ReadFile("/bin/busybox")
+	if err != nil {
+		return fmt.Errorf("%w (package busybox-static)", err)
+	}
+	if err := os.WriteFile(filepath.Join(bin, "busybox"), busybox, 0o755); err != nil {
+		return err
+	}
+	for _, applet := range []string{"sh", "true", "sleep"} {
+		if err := os.Symlink("busybox", filepath.Join(bin, applet)); err != nil {
+			return err
+		}
+	}
+	b.fifo = filepath.Join(out, "fifo")
+	if err := unix.Mkfifo(b.fifo, 0o666); err != nil {
+		return err
+	}
+	config, err := json.MarshalIndent(bundleSpec(out), "", " ")
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(b.bundle, "config.json"), config, 0o644)
+}
+
+func (b *bench) median(name string) float64 {
+	return milliseconds(median(b.times[name]))
+}
+
+func median(ds []time.Duration) time.Duration {
+	if len(ds) == 0 {
+		return 0
+	}
+	s := slices.Clone(ds)
+	slices.Sort(s)
+	return s[len(s)/2]
+}
+
+func milliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
+
+func (b *bench) report(peers map[string]string) {
+	row := func(what string, ms float64, ratios ...string) {
+		fmt.Printf("%-44s %9.2f   %s\n", what, ms, strings.Join(ratios, "   "))
+	}
+	ratio := func(a, c, target string) string {
+		if b.median(c) == 0 {
+			return ""
+		}
+		s := fmt.Sprintf("%.2f × %s", b.median(a)/b.median(c), c)
+		if target != "" {
+			s += " (to reach: " + target + ")"
+		}
+		return s
+	}
+	row("clone of a process in new net,ipc,uts,mnt", b.median("clone"))
+	row("sandbox create", b.median("sandboxd create"), ratio("sandboxd create", "clone", "2.5"))
+	row("sandbox delete", b.median("sandboxd delete"))
+	for _, op := range []struct{ name, what, runc, crun string }{
+		{"start", "member create+start to its first instruction", "0.10", "0.25"},
+		{"exec", "exec of true", "0.10", ""},
+		{"rm member", "member delete", "", ""},
+	} {
+		var rs []string
+		for _, p := range []string{"runc", "crun"} {
+			if peers[p] != "" {
+				rs = append(rs, ratio("sandboxd "+op.name, p+" "+op.name, map[string]string{"runc": op.runc, "crun": op.crun}[p]))
+			}
+		}
+		row(op.what, b.median("sandboxd "+op.name), rs...)
+		for _, p := range []string{"runc", "crun"} {
+			if peers[p] != "" {
+				row("  "+p, b.median(p+" "+op.name))
+			}
+		}
+	}
+	fmt.Println()
+}
+
+// standing measures create and delete among n other sandboxes, each with a
+// running member, and what all of them weigh.
+func (b *bench) standing(levels []int, rounds int) error {
+	fmt.Printf("%-12s %12s %12s %14s   %s\n", "standing", "create ms", "delete ms", "create vs 1", "resident / proportional KiB")
+	var first float64
+	made := 0
+	for _, n := range levels {
+		for ; made < n; made++ {
+			name := fmt.Sprintf("standing-%d", made)
+			if _, err := b.client.Create(b.ctx, sandbox.Config{Name: name}); err != nil {
+				return err
+			}
+			ref := name + "/m"
+			if _, err := b.client.Add(b.ctx, name, sandbox.MemberConfig{Name: "m", Bundle: b.bundle}); err != nil {
+				return err
+			}
+			if _, err := b.client.Start(b.ctx, ref); err != nil {
+				return err
+			}
+			if err := b.awaitFirstInstruction(); err != nil {
+				return err
+			}
+		}
+		var create, remove []time.Duration
+		for i := range rounds {
+			name := fmt.Sprintf("extra-%d", i)
+			start := time.Now()
+			if _, err := b.client.Create(b.ctx, sandbox.Config{Name: name}); err != nil {
+				return err
+			}
+			create = append(create, time.Since(start))
+			start = time.Now()
+			if err := b.client.Remove(b.ctx, name, false); err != nil {
+				return err
+			}
+			remove = append(remove, time.Since(start))
+		}
+		c := milliseconds(median(create))
+		if first == 0 {
+			first = c
+		}
+		memory, err := b.memory()
+		if err != nil {
+			return err
+		}
+		fmt.Printf("%-12d %12.2f %12.2f %14.2f   %s\n", n, c, milliseconds(median(remove)), c/first, memory)
+	}
+	fmt.Println("\nto reach: create at 500 ≤ 1.3 × at 1; pause ≤ 16 KiB, monitor ≤ 32 KiB, daemon ≤ 30 MiB at 500")
+	return nil
+}
+
+// memory says what one pause, one monitor and the daemon take.
+func (b *bench) memory() (string, error) {
+	info, err := b.client.Inspect(b.ctx, "standing-0")
+	if err != nil {
+		return "", err
+	}
+	var parts []string
+	for _, p := range []struct {
+		name string
+		pid  int
+	}{{"pause", info.PausePID}, {"monitor", info.Members[0].MonitorPID}, {"daemon", b.daemon.Process.Pid}} {
+		rss, pss, err := rollup(p.pid)
+		if err != nil {
+			return "", err
+		}
+		parts = append(parts, fmt.Sprintf("%s %d/%d", p.name, rss, pss))
+	}
+	return strings.Join(parts, ", "), nil
+}
+
+// rollup reads the resident and the proportional size of a process in KiB
+// (proc_pid_smaps(5)).
+func rollup(pid int) (rss, pss int, err error) {
+	text, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/smaps_rollup")
+	if err != nil {
+		return 0, 0, err
+	}
+	for line := range strings.Lines(string(text)) {
+		var n int
+		if _, err := fmt.Sscanf(line, "Rss: %d kB", &n); err == nil {
+			rss = n
+		}
+		if _, err := fmt.Sscanf(line, "Pss: %d kB", &n); err == nil {
+			pss = n
+		}
+	}
+	return rss, pss, nil
+}
+
+func kernel() string {
+	var u unix.Utsname
+	unix.Uname(&u)
+	return "Linux " + unix.ByteSliceToString(u.Release[:])
+}
+
+func cpus() int {
+	var s unix.CPUSet
+	unix.SchedGetaffinity(0, &s)
+	return s.Count()
+}
