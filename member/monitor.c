@@ -117,6 +117,13 @@ static char *put(char *p, const char *s) {
 	return p;
 }
 
+/* behind is the string that follows s in a list of strings. */
+static const char *behind(const char *s) {
+	while (*s++)
+		;
+	return s;
+}
+
 static char *put_num(char *p, uint64_t n, int digits) {
 	char buf[20];
 	int i = 0;
@@ -431,15 +438,15 @@ static int exit_exists(void) { return !IS_ERR(SYS4(faccessat, FD_DIR, "exit.json
  * page is all that says how init ended. */
 static void exit_write(int status, const struct rusage *ru, const char *why) {
 	char buf[512], *p = buf;
-	static const char keys[6][16] = {"waitStatus", "oomKills", "finishedAtNs", "userMicros", "systemMicros", "maxRssKiB"};
+	const char *key = "waitStatus\0oomKills\0finishedAtNs\0userMicros\0systemMicros\0maxRssKiB";
 	uint64_t values[6] = {
 		(uint32_t)status, st->oom_kills, st->finished_ns,
 		(uint64_t)(ru->ru_utime.tv_sec * 1000000 + ru->ru_utime.tv_usec),
 		(uint64_t)(ru->ru_stime.tv_sec * 1000000 + ru->ru_stime.tv_usec), (uint64_t)ru->ru_maxrss,
 	};
 	p = put(put(p, "{\"version\":1,\"known\":"), *why ? "false" : "true");
-	for (int i = 0; i < 6; i++)
-		p = put_num(put(put(put(p, ",\""), keys[i]), "\":"), values[i], 0);
+	for (int i = 0; i < 6; i++, key = behind(key))
+		p = put_num(put(put(put(p, ",\""), key), "\":"), values[i], 0);
 	p = put(put(put(p, ",\"why\":\""), why), "\"}\n");
 	const char *tmp = "exit.json.tmp";
 	long fd = SYS4(openat, FD_DIR, tmp, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0600);
@@ -523,12 +530,12 @@ static void adopted_ended(void) {
 /* custody_open opens what custody consists of. It returns 0 or an errno,
  * negative. A kind of namespace that the kernel lacks is absent. */
 static long custody_open(void) {
-	static const char kinds[8][12] = {"ns/net", "ns/ipc", "ns/uts", "ns/pid", "ns/mnt", "ns/user", "ns/cgroup", "ns/time"};
+	const char *kind = "ns/net\0ns/ipc\0ns/uts\0ns/pid\0ns/mnt\0ns/user\0ns/cgroup\0ns/time";
 	long r = move(proc_open(init_pid, "root", O_PATH | O_DIRECTORY), FD_ROOT);
 	if (IS_ERR(r))
 		return r;
-	for (int i = 0; i < 8; i++) {
-		r = move(proc_open(init_pid, kinds[i], O_RDONLY), FD_NS + i);
+	for (int i = 0; i < 8; i++, kind = behind(kind)) {
+		r = move(proc_open(init_pid, kind, O_RDONLY), FD_NS + i);
 		if (IS_ERR(r) && r != -ENOENT)
 			return r;
 	}
