@@ -531,3 +531,64 @@ func BenchmarkStart(b *testing.B) {
 		}
 	}
 }
+
+// The sandbox's /dev/shm comes out of pause's mount namespace, which belongs to
+// the sandbox's user namespace if it has one.
+func TestSharedShm(t *testing.T) {
+	testenv.Root(t)
+	ids := []specs.LinuxIDMapping{{ContainerID: 0, HostID: 100000, Size: 65536}}
+	for _, user := range []bool{false, true} {
+		t.Run(fmt.Sprintf("user=%v", user), func(t *testing.T) {
+			// A member without a mount but its root stands for pause.
+			shared := busyboxRoot(t)
+			holder := realInput(t, "/bin/busybox", "cat")
+			holder.Root = &Root{Path: shared}
+			holder.Spec.Mounts = nil
+			holder.Spec.Linux = nil
+			in := realInput(t, "sh", "-c", "echo hello >/dev/shm/f; grep -o ' /dev/shm .*nosuid' /proc/mounts; stat -c %u /dev/shm/f")
+			if user {
+				for _, i := range []*Input{holder, in} {
+					i.UserNS, i.UIDs, i.GIDs = userNS(t, ids), ids, ids
+					i.Namespaces[namespace.User] = Join{File: i.UserNS}
+				}
+			}
+			r, w, err := os.Pipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer r.Close()
+			holder.Stdin = r
+			p, err := Compile(holder)
+			if err != nil {
+				t.Fatal(err)
+			}
+			proc, err := launch.Start(p, launch.Options{Created: func(int) error { return nil }})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() {
+				w.Close()
+				if _, _, err := proc.Wait(); err != nil {
+					t.Error(err)
+				}
+			}()
+			open := func(name string) *os.File {
+				f, err := os.Open(name)
+				if err != nil {
+					t.Fatal(err)
+				}
+				t.Cleanup(func() { f.Close() })
+				return f
+			}
+			in.Shm, in.HostMnt = open(fmt.Sprintf("/proc/%d/ns/mnt", proc.PID)), open("/proc/self/ns/mnt")
+			out := mustRun(t, in)
+			if !strings.HasPrefix(out, " /dev/shm ") || !strings.HasSuffix(out, "\n0\n") {
+				t.Errorf("output %q", out)
+			}
+			b, err := os.ReadFile(filepath.Join(shared, "f"))
+			if err != nil || string(b) != "hello\n" {
+				t.Errorf("what the member wrote is not in the shared directory: %q, %v", b, err)
+			}
+		})
+	}
+}
