@@ -1,0 +1,269 @@
+package server_test
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/api"
+	"github.com/sandboxd/sandboxd/api/server"
+	"github.com/sandboxd/sandboxd/internal/request"
+	"github.com/sandboxd/sandboxd/sandbox"
+)
+
+// fake answers with what it is made of and keeps what it was asked.
+type fake struct {
+	server.Manager // panics where a test calls what it does not expect
+
+	err    error
+	info   sandbox.Info
+	member sandbox.MemberInfo
+	exit   sandbox.Exit
+
+	asked []any
+}
+
+func (f *fake) ask(args ...any) { f.asked = args }
+
+func (f *fake) Create(_ context.Context, c sandbox.Config) (sandbox.Info, error) {
+	f.ask("create", c)
+	return f.info, f.err
+}
+func (f *fake) Stop(_ context.Context, ref string, d time.Duration) error {
+	f.ask("stop", ref, d)
+	return f.err
+}
+func (f *fake) Remove(_ context.Context, ref string, force bool) error {
+	f.ask("remove", ref, force)
+	return f.err
+}
+func (f *fake) List() []sandbox.Info { return []sandbox.Info{f.info, f.info} }
+func (f *fake) Inspect(ref string) (sandbox.Info, error) {
+	f.ask("inspect", ref)
+	return f.info, f.err
+}
+func (f *fake) Add(_ context.Context, ref string, c sandbox.MemberConfig) (sandbox.MemberInfo, error) {
+	f.ask("add", ref, c)
+	return f.member, f.err
+}
+func (f *fake) Start(_ context.Context, ref string) (sandbox.MemberInfo, error) {
+	f.ask("start", ref)
+	return f.member, f.err
+}
+func (f *fake) StopMember(_ context.Context, ref string, d time.Duration) error {
+	f.ask("stopmember", ref, d)
+	return f.err
+}
+func (f *fake) Kill(_ context.Context, ref string, sig unix.Signal) error {
+	f.ask("kill", ref, sig)
+	return f.err
+}
+func (f *fake) RemoveMember(_ context.Context, ref string, force bool) error {
+	f.ask("removemember", ref, force)
+	return f.err
+}
+func (f *fake) ReopenLog(_ context.Context, ref string) error {
+	f.ask("reopen", ref)
+	return f.err
+}
+func (f *fake) InspectMember(ref string) (sandbox.MemberInfo, error) {
+	f.ask("inspectmember", ref)
+	return f.member, f.err
+}
+
+// Wait waits as a manager does while the member "running" runs.
+func (f *fake) Wait(ctx context.Context, ref string) (sandbox.Exit, error) {
+	f.ask("wait", ref)
+	if ref == "a/running" {
+		<-ctx.Done()
+		return sandbox.Exit{}, ctx.Err()
+	}
+	return f.exit, f.err
+}
+
+// start serves m on a socket and returns a client and what ends the server.
+func start(t *testing.T, m server.Manager) (c *api.Client, shutdown func()) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "s.sock")
+	l, err := server.Listen(t.Context(), path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := server.New(m, slog.New(slog.DiscardHandler))
+	done := make(chan error, 1)
+	go func() { done <- s.Serve(l) }()
+	shutdown = func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		defer cancel()
+		s.Shutdown(ctx)
+	}
+	t.Cleanup(func() {
+		shutdown()
+		if err := <-done; err != nil {
+			t.Errorf("Serve: %v", err)
+		}
+		if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("socket after shutdown: %v, want it gone", err)
+		}
+	})
+	c, err = api.Dial("unix://" + path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return c, shutdown
+}
+
+func TestRoundTrip(t *testing.T) {
+	f := &fake{
+		info:   sandbox.Info{ID: "1", Name: "web", Members: []sandbox.MemberInfo{}},
+		member: sandbox.MemberInfo{ID: "2", Name: "m"},
+		exit:   sandbox.Exit{Known: true, Code: 3},
+	}
+	c, _ := start(t, f)
+	ctx := t.Context()
+	cfg := sandbox.Config{Name: "web", ShmSize: 5}
+	mcfg := sandbox.MemberConfig{Name: "m", Args: []string{strings.Repeat("x", 10000), "a\nb"}, Volumes: []request.Volume{{Source: "/s", Target: "/t"}}}
+	id := func(i sandbox.Info, err error) (any, error) { return i.ID, err }
+	mid := func(i sandbox.MemberInfo, err error) (any, error) { return i.ID, err }
+	none := func(err error) (any, error) { return nil, err }
+	calls := []struct {
+		call func() (any, error)
+		want any
+		asks []any
+	}{
+		{func() (any, error) { return id(c.Create(ctx, cfg)) }, "1", []any{"create", cfg}},
+		{func() (any, error) { return none(c.Stop(ctx, "web", 3*time.Second)) }, nil, []any{"stop", "web", 3 * time.Second}},
+		{func() (any, error) { return none(c.Stop(ctx, "web", 0)) }, nil, []any{"stop", "web", time.Duration(0)}},
+		{func() (any, error) { return none(c.Remove(ctx, "web", true)) }, nil, []any{"remove", "web", true}},
+		{func() (any, error) { return id(c.Inspect(ctx, "web")) }, "1", []any{"inspect", "web"}},
+		{func() (any, error) { return mid(c.Add(ctx, "web", mcfg)) }, "2", []any{"add", "web", mcfg}},
+		{func() (any, error) { return mid(c.Start(ctx, "web/m")) }, "2", []any{"start", "web/m"}},
+		{func() (any, error) { return none(c.StopMember(ctx, "web/m", time.Minute)) }, nil, []any{"stopmember", "web/m", time.Minute}},
+		{func() (any, error) { return none(c.Kill(ctx, "web/m", unix.SIGHUP)) }, nil, []any{"kill", "web/m", unix.SIGHUP}},
+		{func() (any, error) { return none(c.RemoveMember(ctx, "web/m", false)) }, nil, []any{"removemember", "web/m", false}},
+		{func() (any, error) { e, err := c.Wait(ctx, "web/m"); return e.Code, err }, 3, []any{"wait", "web/m"}},
+		{func() (any, error) { return none(c.ReopenLog(ctx, "web/m")) }, nil, []any{"reopen", "web/m"}},
+		{func() (any, error) { return mid(c.InspectMember(ctx, "web/m")) }, "2", []any{"inspectmember", "web/m"}},
+	}
+	for _, tt := range calls {
+		f.err = nil
+		got, err := tt.call()
+		if err != nil || got != tt.want {
+			t.Errorf("%v: got %v, %v, want %v", tt.asks[0], got, err, tt.want)
+		}
+		if d := cmp.Diff(tt.asks, f.asked); d != "" {
+			t.Errorf("%v (-want +got):\n%s", tt.asks[0], d)
+		}
+		f.err = sandbox.ErrState
+		if _, err := tt.call(); !errors.Is(err, sandbox.ErrState) {
+			t.Errorf("%v of a manager that refuses: %v", tt.asks[0], err)
+		}
+	}
+	if l, err := c.List(ctx); err != nil || len(l) != 2 || l[1].Name != "web" {
+		t.Errorf("List = %v, %v", l, err)
+	}
+	if err := c.Stop(ctx, "web", -time.Second); !errors.Is(err, sandbox.ErrInvalid) {
+		t.Errorf("Stop with a negative timeout: %v", err)
+	}
+}
+
+func TestShutdownEndsWaiting(t *testing.T) {
+	c, shutdown := start(t, new(fake))
+	failed := make(chan error, 1)
+	go func() {
+		_, err := c.Wait(context.Background(), "a/running")
+		failed <- err
+	}()
+	// A call that is answered shows that the connection is there; the one above
+	// is on it or will be refused, and both are ErrUnavailable.
+	if _, err := c.List(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	shutdown()
+	select {
+	case err := <-failed:
+		if !errors.Is(err, api.ErrUnavailable) {
+			t.Errorf("Wait = %v, want ErrUnavailable", err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Fatal("Wait goes on after the shutdown")
+	}
+}
+
+func TestNobodyListens(t *testing.T) {
+	c, err := api.Dial(filepath.Join(t.TempDir(), "no.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	_, err = c.List(t.Context())
+	if !errors.Is(err, api.ErrUnavailable) || !strings.Contains(err.Error(), "no.sock") || strings.Contains(err.Error(), "desc =") {
+		t.Errorf("List without a daemon: %v", err)
+	}
+}
+
+func TestDialRefusesAddresses(t *testing.T) {
+	for _, addr := range []string{"", "tcp://127.0.0.1:1", "relative", "unix://relative"} {
+		if c, err := api.Dial(addr); err == nil {
+			c.Close()
+			t.Errorf("Dial(%q): no error", addr)
+		}
+	}
+}
+
+func TestListen(t *testing.T) {
+	ctx := t.Context()
+	dir := t.TempDir()
+	path := filepath.Join(dir, "s.sock")
+
+	old := unix.Umask(0) // a mode that the umask makes safe would prove nothing
+	l, err := server.Listen(ctx, path)
+	unix.Umask(old)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if fi, err := os.Lstat(path); err != nil || fi.Mode() != os.ModeSocket|0o600 {
+		t.Errorf("socket is %v, %v, want mode 0600", fi.Mode(), err)
+	}
+	if _, err := server.Listen(ctx, path); err == nil || !strings.Contains(err.Error(), "taken") {
+		t.Errorf("Listen on a socket that is taken: %v", err)
+	}
+	l.(*net.UnixListener).SetUnlinkOnClose(false)
+	l.Close() // as after SIGKILL
+	l, err = server.Listen(ctx, path)
+	if err != nil {
+		t.Fatalf("Listen on a stale socket: %v", err)
+	}
+	l.Close()
+
+	file := filepath.Join(dir, "file")
+	if err := os.WriteFile(file, []byte("precious"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	link := filepath.Join(dir, "link")
+	if err := os.Symlink(file, link); err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range []string{file, link, dir} {
+		if _, err := server.Listen(ctx, p); err == nil {
+			t.Errorf("Listen on %s: no error", p)
+		}
+		if _, err := os.Lstat(p); err != nil {
+			t.Errorf("after Listen on %s: %v", p, err)
+		}
+	}
+	if b, err := os.ReadFile(file); err != nil || string(b) != "precious" {
+		t.Errorf("file is now %q, %v", b, err)
+	}
+}
