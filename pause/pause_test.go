@@ -20,6 +20,7 @@ import (
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
+	"github.com/sandboxd/sandboxd/internal/cgroup"
 	"github.com/sandboxd/sandboxd/internal/idrange"
 	"github.com/sandboxd/sandboxd/internal/launch"
 	"github.com/sandboxd/sandboxd/internal/memexec"
@@ -429,6 +430,51 @@ func TestAdopt(t *testing.T) {
 	if _, err := Adopt(t.Context(), first.ID(), defaultKinds); !errors.Is(err, procid.ErrGone) {
 		t.Errorf("Adopt of a dead one = %v, want ErrGone", err)
 	}
+}
+
+func TestCgroup(t *testing.T) {
+	testenv.Root(t)
+	p := openPauser(t)
+	h, err := cgroup.Detect()
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := fmt.Sprintf("/sandboxd-test-pause-%d", os.Getpid())
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		defer cancel()
+		if err := h.Remove(ctx, path); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := errors.Join(h.MakeSandbox(path), h.MakeLeaf(path+"/pause")); err != nil {
+		t.Fatal(err)
+	}
+	dir, err := h.TrackingDir(path + "/pause")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &Spec{Kinds: defaultKinds, CgroupDir: dir}
+	if dir != nil {
+		defer dir.Close()
+	} else {
+		s.CgroupProcs = []string{h.LeafProcs(path + "/pause")}
+	}
+	inside := func(pause *Pause) {
+		t.Helper()
+		b, err := os.ReadFile(h.LeafProcs(path + "/pause"))
+		if err != nil || !slices.Contains(strings.Fields(string(b)), strconv.Itoa(pause.ID().PID)) {
+			t.Errorf("in the cgroup are %q (%v), want %v", b, err, pause.ID())
+		}
+	}
+	first := start(t, p, s)
+	inside(first)
+	again := *s
+	again.From = first.Namespaces()
+	second := start(t, p, &again)
+	inside(second)
+	kill(t, first)
+	kill(t, second)
 }
 
 func TestCloseLeavesItRunning(t *testing.T) {
