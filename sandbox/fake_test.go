@@ -155,8 +155,7 @@ func copyTree(from, to string) {
 
 func (n *fakeNode) spawn() procid.ID {
 	n.pid++
-	id := procid.ID{PID: 1 << 24 * 1, Start: uint64(n.pid)}
-	id.PID += n.pid // above pid_max: no real process is ever meant
+	id := procid.ID{PID: 1<<24 + n.pid, Start: uint64(n.pid)} // above any pid_max: no real process is ever meant
 	n.procs[id] = true
 	return id
 }
@@ -526,7 +525,7 @@ func (n *fakeNode) with(f func()) {
 // testOptions make time short and processes those of n.
 func testOptions(n *fakeNode) Options {
 	return Options{
-		alive: n.alive, killTimeout: 100 * time.Millisecond, orphanWait: 5 * time.Millisecond,
+		alive: n.alive, killTimeout: 30 * time.Millisecond, orphanWait: 5 * time.Millisecond,
 		retryMin: 200 * time.Microsecond, retryMax: 2 * time.Millisecond,
 	}
 }

@@ -322,6 +322,30 @@ func TestLifecycle(t *testing.T) {
 				})
 			},
 			"restart": w.restart,
+			"deaths while the daemon is down": func(t *rapid.T) {
+				w.m.Close()
+				k := anyMember(t)
+				pause, monitor, init := rapid.Bool().Draw(t, "pause"), rapid.Bool().Draw(t, "monitor"), rapid.Bool().Draw(t, "init")
+				w.n.with(func() {
+					for _, sid := range names(w.n.pauses) {
+						if pause {
+							w.n.killPause(sid)
+						}
+					}
+					mon := w.n.monitors[k]
+					if mon == nil {
+						return
+					}
+					if monitor {
+						mon.orphaned = false // nobody is its parent now
+						w.n.killMonitor(k)
+					}
+					if init && mon.phase == PhaseRunning {
+						w.n.exitInit(k, Exit{Known: true, Code: 2, Reason: "Error"})
+					}
+				})
+				w.open(t)
+			},
 			"crash": func(t *rapid.T) {
 				w.n.with(func() {
 					w.n.countdown = rapid.IntRange(1, 8).Draw(t, "call")
