@@ -106,6 +106,9 @@ func start(t *testing.T, m server.Manager) (c *api.Client, shutdown func()) {
 		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 		defer cancel()
 		s.Shutdown(ctx)
+		if ctx.Err() != nil {
+			t.Error("Shutdown waited for its deadline")
+		}
 	}
 	t.Cleanup(func() {
 		shutdown()
