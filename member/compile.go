@@ -248,6 +248,9 @@ func (c *compiler) enterNamespaces() {
 		}
 	}
 	if fork {
+		// In a shared pid namespace others see this process, which has the
+		// host's files open until its execve.
+		c.p.Call("be not dumpable", unix.SYS_PRCTL, launch.Int(unix.PR_SET_DUMPABLE), launch.Int(0), launch.Int(0), launch.Int(0), launch.Int(0))
 		c.p.Fork("fork")
 	}
 }

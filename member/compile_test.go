@@ -273,7 +273,8 @@ func TestUserNamespace(t *testing.T) {
 		echo x >/etc/new; echo x >/vol/new; echo x >/tmp/new; echo x >/dev/null
 		stat -c "%u:%g %n" /etc/new /vol/new /tmp/new
 		cat /proc/self/uid_map; id; grep CapEff /proc/self/status
-		cat /proc/keys; umount /proc/keys 2>/dev/null || echo locked; exec ls /proc/self/fd`)
+		cat /proc/keys; umount /proc/keys 2>/dev/null || echo locked
+		mount -t tmpfs none /etc && echo its own; exec ls /proc/self/fd`)
 	vol := t.TempDir()
 	if err := os.Chmod(vol, 0o755); err != nil {
 		t.Fatal(err)
@@ -283,6 +284,8 @@ func TestUserNamespace(t *testing.T) {
 	}
 	in.UserNS, in.UIDs, in.GIDs = userNS(t, ids), ids, ids
 	in.Namespaces[namespace.User] = Join{File: in.UserNS}
+	caps := append([]string{"CAP_SYS_ADMIN"}, testCaps...)
+	in.Spec.Process.Capabilities = &specs.LinuxCapabilities{Bounding: caps, Effective: caps, Permitted: caps}
 	in.Spec.Mounts = append(in.Spec.Mounts,
 		specs.Mount{Destination: "/vol", Source: vol, Options: []string{"rbind"}},
 		specs.Mount{Destination: "/tmp", Type: "tmpfs", Options: []string{"uid=7", "mode=1777"}})
@@ -299,8 +302,9 @@ func TestUserNamespace(t *testing.T) {
 0:0 /tmp/new
          0     100000      65536
 uid=0 gid=0
-CapEff:	00000000000004eb
+CapEff:	00000000002004eb
 locked
+its own
 0
 1
 2
