@@ -114,7 +114,7 @@ command gets a new one, and a /proc for it that only it sees.`,
 	)
 	o.declare(cmd)
 	nsFlag(cmd.Flags(), &sel, "default: see above")
-	cmd.Flags().StringVar(&rootfs, "rootfs", "", "root: a `directory` of the host, or the word host for the host's own")
+	cmd.Flags().StringVar(&rootfs, "rootfs", "", "root: a `directory` of the host (as by chroot), or the word host for the host's own")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		_, mntNamed := sel[namespace.Mnt]
 		if rootfs != "" && mntNamed {
@@ -132,9 +132,6 @@ command gets a new one, and a /proc for it that only it sees.`,
 				sel = namespace.Selection{}
 			}
 			sel[namespace.Mnt] = namespace.Source{From: namespace.Host}
-			if rootfs != "host" {
-				sel[namespace.Mnt] = namespace.Source{From: namespace.Private}
-			}
 		}
 		if err := j.enter(sel, namesPID(cmd.Flag("ns").Value.String())); err != nil {
 			return fmt.Errorf("join %s: %w", args[0], err)
