@@ -37,7 +37,7 @@ type Root struct {
 type CgroupHierarchy struct {
 	Dir     string   // name under the mount; "" for the unified hierarchy alone, which is the mount itself
 	Unified bool     // cgroup v2
-	Options []string // of the v1 mount: controllers, or "none" and "name=N"
+	Options []string // of the v1 mount: controllers, or "name=N"
 }
 
 // Input is what [Compile] makes a launch program of. Files are lent: they must
@@ -64,7 +64,7 @@ type Input struct {
 	UIDs, GIDs []specs.LinuxIDMapping
 
 	CgroupProcs []string          // absolute paths of the cgroup.procs files to join
-	Cgroups     []CgroupHierarchy // what a mount of type "cgroup" shows
+	Cgroups     []CgroupHierarchy // what a mount of type "cgroup" shows; see [CgroupHierarchies]
 
 	Stdin, Stdout, Stderr *os.File // nil: left as they are; not used with a terminal
 

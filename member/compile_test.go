@@ -16,6 +16,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/sandboxd/sandboxd/internal/cgroup"
 	"github.com/sandboxd/sandboxd/internal/launch"
 	"github.com/sandboxd/sandboxd/internal/namespace"
 	"github.com/sandboxd/sandboxd/internal/testenv"
@@ -113,14 +114,11 @@ func busyboxRoot(t testing.TB) string {
 
 func hostCgroups(t testing.TB) []CgroupHierarchy {
 	t.Helper()
-	var st unix.Statfs_t
-	if err := unix.Statfs("/sys/fs/cgroup", &st); err != nil {
+	host, err := cgroup.Detect()
+	if err != nil {
 		t.Fatal(err)
 	}
-	if st.Type == unix.CGROUP2_SUPER_MAGIC {
-		return []CgroupHierarchy{{Unified: true}}
-	}
-	return []CgroupHierarchy{{Dir: "memory", Options: []string{"memory"}}, {Dir: "pids", Options: []string{"pids"}}}
+	return CgroupHierarchies(host.Hierarchies())
 }
 
 // run compiles and executes in, and returns what it wrote.
@@ -242,6 +240,8 @@ func TestMemberIsAContainer(t *testing.T) {
 			mode, uid := os.FileMode(0o640), uint32(3)
 			in.Spec.Linux.Devices = []specs.LinuxDevice{{Path: "/dev/x/loop", Type: "b", Major: 7, Minor: 300, FileMode: &mode, UID: &uid}}
 		}, "block special file 640 3 7:12c\n"},
+		{"all cgroup hierarchies, read-only", `grep -cE "^cgroup /sys/fs/cgroup[^ ]* cgroup2? ro," /proc/mounts`, nil,
+			fmt.Sprintf("%d\n", len(hostCgroups(t)))},
 		{"root propagation", `grep " / / " /proc/self/mountinfo | grep -o shared`, func(in *Input) { in.Spec.Linux.RootfsPropagation = "shared" }, "shared\n"},
 	}
 	for _, tt := range tests {

@@ -12,6 +12,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/sandboxd/sandboxd/internal/cgroup"
 	"github.com/sandboxd/sandboxd/internal/launch"
 )
 
@@ -352,6 +353,19 @@ func (c *compiler) freshIn(m *mount) bool {
 		}
 	}
 	return true
+}
+
+// CgroupHierarchies makes [Input.Cgroups] of the hierarchies that the host has
+// mounted. They have the same names as there.
+func CgroupHierarchies(host []cgroup.Hierarchy) []CgroupHierarchy {
+	if len(host) == 1 && host[0].V2 {
+		return []CgroupHierarchy{{Unified: true}}
+	}
+	hs := make([]CgroupHierarchy, len(host))
+	for i, h := range host {
+		hs[i] = CgroupHierarchy{Dir: path.Base(h.Mount), Unified: h.V2, Options: h.Controllers}
+	}
+	return hs
 }
 
 // attachCgroups mounts the cgroup hierarchies that the host has: the unified one

@@ -54,7 +54,7 @@ func TestProgramsAreAsReviewed(t *testing.T) {
 				specs.Mount{Destination: "/etc/resolv.conf", Source: "/run/resolv.conf", Options: []string{"bind", "ro"}})
 			in.Spec.Linux.Devices = []specs.LinuxDevice{{Path: "/dev/fuse", Type: "c", Major: 10, Minor: 229}}
 			in.Cgroups = []CgroupHierarchy{
-				{Dir: "cpu,cpuacct", Options: []string{"cpu", "cpuacct"}}, {Dir: "systemd", Options: []string{"none", "name=systemd"}}, {Dir: "unified", Unified: true}}
+				{Dir: "cpu,cpuacct", Options: []string{"cpu", "cpuacct"}}, {Dir: "systemd", Options: []string{"name=systemd"}}, {Dir: "unified", Unified: true}}
 		}},
 		{"user-namespace", func(in *Input) {
 			withUserNS(in)
