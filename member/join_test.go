@@ -158,6 +158,7 @@ hostname target
 cd $r
 pivot_root . old
 umount -l /old
+/bin/busybox mount --make-rshared /
 echo ready
 exec /bin/busybox sleep 1000`
 	cmd := exec.Command("/bin/sh", "-c", script, "sh", rootfs)

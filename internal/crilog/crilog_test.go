@@ -135,6 +135,15 @@ func TestTail(t *testing.T) {
 		{"over blocks", many.String(), 3000, nil},
 		{"long lines", line("a"+long, false) + line("b"+long, false) + line("c"+long, false), 2, []string{"b", "c"}},
 	}
+	// The head of the first part lies across the boundary between two blocks.
+	rest := line(long[:16000], true) + line(long[:16000], true) + line(long[:16000], true)
+	across := line("across", true)
+	end := line("", false)
+	end = line(long[:64<<10+10-len(across)-len(rest)-len(end)], false)
+	tests = append(tests, tests[0])
+	last := &tests[len(tests)-1]
+	last.name, last.file, last.tail = "head across blocks", line("before", false)+across+rest+end, 1
+	last.want = []string{"across", "x", "x", "x", "x"}
 	for i := 2000; i < 5000; i++ {
 		tests[10].want = append(tests[10].want, fmt.Sprintf("%d ", i))
 	}
@@ -302,6 +311,29 @@ func TestFollow(t *testing.T) {
 	close(done)
 	f.want("g")
 	f.wantEnd()
+}
+
+func TestNextReadsTheOldFileOnceMore(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "log")
+	old, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer old.Close()
+	var got []string
+	r := &reader{path: path, buf: make([]byte, 2*MaxLine), fn: func(l Line) error { got = append(got, string(l.Content)); return nil }}
+	if err := errors.Join(r.open(), r.readToEnd(t.Context())); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { r.close() }()
+	// Between the end that was seen and the look at the path.
+	_, err = old.WriteString(line("late", false))
+	if err := errors.Join(err, os.Rename(path, path+".1"), os.WriteFile(path, nil, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	if replaced, err := r.next(t.Context()); !replaced || err != nil || !slices.Equal(got, []string{"late"}) {
+		t.Errorf("next = %v, %v after lines %q", replaced, err, got)
+	}
 }
 
 func TestFollowBeginsBeforeTheFileAndEndsWithTheDirectory(t *testing.T) {
