@@ -234,8 +234,8 @@ func (j *joiner) enter(sel namespace.Selection, pidNamed bool) error {
 				f, err = j.ofMember(m, k)
 			}
 		}
-		if k == namespace.PID && errors.Is(err, member.ErrDeadPID) && !pidNamed && j.root != nil {
-			j.spec.NewProc = true
+		if k == namespace.PID && errors.Is(err, member.ErrDeadPID) && !pidNamed {
+			j.spec.NewProc = j.root != nil // with the host's root, the host's /proc is right
 			continue
 		}
 		if errors.Is(err, os.ErrNotExist) {
