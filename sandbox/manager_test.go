@@ -330,3 +330,29 @@ func TestDirShowsTheSame(t *testing.T) {
 		t.Errorf("MemberConfigFile = %v, %v", s, err)
 	}
 }
+
+func TestOrphanedInitIsNotLost(t *testing.T) {
+	n := newFakeNode()
+	m := open(t, t.TempDir(), n)
+	ctx := t.Context()
+	must[Info](t)(m.Create(ctx, Config{Name: "web"}))
+	mi := must[MemberInfo](t)(m.Add(ctx, "web", member("app")))
+	must[MemberInfo](t)(m.Start(ctx, "web/app"))
+	k := mi.Sandbox + "/" + mi.ID
+	n.with(func() { n.faults["ReplaceMonitor"] = fails; n.killMonitor(k) })
+	soon(t, func() error {
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		if !n.monitors[k].orphaned {
+			return errors.New("the node was not told of the orphan")
+		}
+		return nil
+	})
+	n.with(func() { n.exitInit(k, Exit{Known: true, Code: 7}) })
+	if e := must[Exit](t)(m.Wait(ctx, "web/app")); !e.Known || e.Code != 7 {
+		t.Errorf("exit %+v, want code 7", e)
+	}
+	if mi := must[MemberInfo](t)(m.InspectMember("web/app")); mi.Custody.Held {
+		t.Error("custody is said to be held by a monitor that was killed")
+	}
+}
