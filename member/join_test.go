@@ -231,6 +231,7 @@ func runJoin(t *testing.T, s *JoinSpec, stdin io.Reader) (stdout string, code in
 
 func TestExecIntoTheLiving(t *testing.T) {
 	testenv.Root(t)
+	testenv.NoFDLeak(t)
 	tg := startTarget(t)
 	run := func(stdin io.Reader, args ...string) (string, int, error) {
 		return runJoin(t, &JoinSpec{Namespaces: tg.ns, Root: tg.root, Process: process(args...)}, stdin)
