@@ -179,3 +179,25 @@ func TestNotifyReady(t *testing.T) {
 		t.Error("nobody listens, but there is no error")
 	}
 }
+
+// What only looks works while no daemon runs.
+func TestWithoutDaemon(t *testing.T) {
+	dir := t.TempDir()
+	t.Setenv("SANDBOXD_ADDRESS", "")
+	t.Setenv("SANDBOXD_STATE", dir)
+	for _, args := range []string{"ls -o json", "ps -o json"} {
+		if code, out, errs := cli(t, strings.Fields(args)...); code != 0 || out != "[]\n" || errs != "" {
+			t.Errorf("%s: exit code %d, stdout %q, stderr %q", args, code, out, errs)
+		}
+	}
+	for _, args := range []string{"inspect web", "ps web", "logs web/m", "exec web/m -- x", "join web -- x", "cp web/m:/x -", "attach web/m", "wait web/m"} {
+		if code, out, errs := cli(t, strings.Fields(args)...); code != exitFailed || out != "" || !strings.Contains(errs, `no sandbox "web"`) {
+			t.Errorf("%s: exit code %d, stdout %q, stderr %q", args, code, out, errs)
+		}
+	}
+	// The flag goes before the environment.
+	away := filepath.Join(dir, "away")
+	if code, _, errs := cli(t, "--state", away, "ls"); code != exitFailed || !strings.Contains(errs, away+"/sandboxd.sock") || strings.Count(errs, "\n") != 1 {
+		t.Errorf("ls without a state directory: exit code %d, stderr %q", code, errs)
+	}
+}

@@ -210,7 +210,7 @@ func fallBack[T any](a *app, daemon func(*api.Client) (T, error), local func(*sa
 	}
 	d, derr := a.dir()
 	if derr != nil {
-		return none, errors.Join(err, derr)
+		return none, fmt.Errorf("%w; %w", err, derr)
 	}
 	return local(d)
 }
