@@ -3,12 +3,14 @@ package leak
 import (
 	"encoding/json"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -22,25 +24,34 @@ import (
 // shows of the whole process, so no test may take it elsewhere.
 func init() { runtime.LockOSThread() }
 
-// start runs a command until the returned function is called, or the test ends.
+// TestMain is also the program of the processes that tests plant: called by one
+// of our names, it waits for the end of its standard input.
+func TestMain(m *testing.M) {
+	if strings.HasPrefix(os.Args[0], "sandboxd-") {
+		io.Copy(io.Discard, os.Stdin)
+		return
+	}
+	os.Exit(m.Run())
+}
+
+// start runs a process until the returned function is called, or the test ends.
+// Its command line is argv, or "sandboxd-planted".
 func start(t *testing.T, attr *syscall.SysProcAttr, argv ...string) (pid int, end func()) {
 	t.Helper()
-	cmd := exec.Command(testenv.Program(t, "sleep"), "1000")
-	if len(argv) > 0 {
-		cmd.Args = append(argv, "1000")
-	}
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Args = append(argv, "sandboxd-planted")[:max(1, len(argv))]
 	cmd.SysProcAttr = attr
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	done := false
-	end = func() {
-		if !done {
-			done = true
-			cmd.Process.Kill()
-			cmd.Wait()
-		}
-	}
+	end = sync.OnceFunc(func() {
+		in.Close()
+		cmd.Wait()
+	})
 	t.Cleanup(end)
 	return cmd.Process.Pid, end
 }
@@ -82,9 +93,9 @@ func TestEachKind(t *testing.T) {
 		want  string // part of the finding
 	}{
 		{"a child", Process, Options{}, func(t *testing.T) func() {
-			_, end := start(t, nil, "sleep-leaktest")
+			_, end := start(t, nil)
 			return end
-		}, "(sleep-leaktest 1000)"},
+		}, "(sandboxd-planted)"},
 		{"a zombie", Process, Options{}, func(t *testing.T) func() {
 			pid, end := start(t, nil)
 			if err := unix.Kill(pid, unix.SIGKILL); err != nil {
@@ -98,7 +109,8 @@ func TestEachKind(t *testing.T) {
 			return end
 		}, "zombie, child of"},
 		{"a process with our mark", Process, Options{Ancestor: -1, Marks: []string{"0123456789abcdef"}}, func(t *testing.T) func() {
-			return marked(t)
+			_, end := start(t, nil, "sandboxd-monitor", "0123456789abcdef.aa/bb")
+			return end
 		}, "sandboxd-monitor 0123456789abcdef.aa/bb"},
 		{"a process in our cgroup", Process, Options{Ancestor: -1, CgroupParent: parent}, func(t *testing.T) func() {
 			pid, end := start(t, nil)
@@ -106,23 +118,22 @@ func TestEachKind(t *testing.T) {
 				t.Fatal(err)
 			}
 			return end
-		}, "sleep 1000"},
+		}, "(sandboxd-planted)"},
 		{"a process with a file of ours", Process, Options{Ancestor: -1, Dirs: []string{dir}}, func(t *testing.T) func() {
-			cmd := exec.Command(testenv.Program(t, "sleep"), "1000")
-			cmd.Dir = dir
-			if err := cmd.Start(); err != nil {
+			if err := os.Chdir(dir); err != nil {
 				t.Fatal(err)
 			}
-			return func() {
-				cmd.Process.Kill()
-				cmd.Wait()
+			_, end := start(t, nil)
+			if err := os.Chdir("/"); err != nil {
+				t.Fatal(err)
 			}
-		}, "sleep 1000"},
+			return end
+		}, "(sandboxd-planted)"},
 		{"a thread that went elsewhere", Thread, Options{}, func(t *testing.T) func() {
 			return strayThread(t)
 		}, "is in uts:["},
 		{"a namespace of a child", Namespace, Options{}, func(t *testing.T) func() {
-			_, end := start(t, &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET}, "sleep-leaktest")
+			_, end := start(t, &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET})
 			return end
 		}, "net:["},
 		{"a namespace of a thread", Namespace, Options{}, func(t *testing.T) func() {
@@ -230,33 +241,6 @@ func eventually(ok func() bool) bool {
 		if time.Now().After(deadline) {
 			return false
 		}
-	}
-}
-
-// marked starts a process that looks like a monitor of an installation.
-func marked(t *testing.T) func() {
-	t.Helper()
-	cmd := exec.Command("/bin/sh", "-c", "read x")
-	in, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	// A shell takes its second argument for a script, which waits here.
-	script := filepath.Join(t.TempDir(), "0123456789abcdef.aa")
-	if err := os.MkdirAll(script, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(filepath.Join(script, "bb"), []byte("read x\n"), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	cmd.Dir = filepath.Dir(script)
-	cmd.Args = []string{"sandboxd-monitor", "0123456789abcdef.aa/bb"}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	return func() {
-		in.Close()
-		cmd.Wait()
 	}
 }
 
@@ -378,7 +362,7 @@ func TestGlobal(t *testing.T) {
 	testenv.Root(t)
 	o := Options{Ancestor: -1, Global: true}
 	before := take(t, o)
-	pid, _ := start(t, &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWUTS}, "sleep-leaktest")
+	pid, _ := start(t, &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWUTS})
 	dir := t.TempDir()
 	t.Cleanup(tmpfs(t, dir))
 	_, cg := cgroup(t)

@@ -108,6 +108,10 @@ func (t *taker) processes() error {
 	if self == nil {
 		return errors.New("/proc does not show this process: it is of another pid namespace")
 	}
+	// Where the observer is was there before, whoever else is found there later.
+	for _, ns := range namespaces("/proc/self/") {
+		t.add(Namespace, ns, "the observer's")
+	}
 	for _, pid := range pids {
 		p := all[pid]
 		if ns, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/mnt", pid)); err == nil {
