@@ -382,9 +382,8 @@ func TestLink(t *testing.T) {
 	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 		t.Fatal(err)
 	}
-	fs := Diff(&Snapshot{}, take(t, Options{Ancestor: -1, Links: true}))
-	if want := []Finding{{Link, "lo", ""}}; !slices.Equal(fs, want) {
-		t.Errorf("got %s, want %v", Report(fs), want)
+	if fs := Diff(&Snapshot{}, take(t, Options{Ancestor: -1, Links: true})); !found(fs, Link, "lo") {
+		t.Errorf("no lo among: %s", Report(fs))
 	}
 }
 
