@@ -17,7 +17,7 @@ fi
 only=("$@")
 out=build/vm
 image=$out/image
-timeout=${VM_TIMEOUT:-1500}
+timeout=${VM_TIMEOUT:-480}
 
 # The kernel.
 mkdir -p "$out/cache" build/results
@@ -113,7 +113,7 @@ if [[ -n ${VM_SHELL:-} ]]; then
 fi
 status=0
 start=$SECONDS
-timeout "$timeout" "${qemu[@]}" -serial "file:$console" </dev/null || status=$?
+timeout -k 10 "$timeout" "${qemu[@]}" -serial "file:$console" </dev/null || status=$?
 echo "vm: ended after $((SECONDS - start)) s"
 
 # The console, package by package, is what `go test -json` would have said.
