@@ -50,6 +50,7 @@ func startDaemon(t *testing.T) *daemon {
 	t.Helper()
 	testenv.Root(t)
 	d := &daemon{state: t.TempDir(), root: t.TempDir(), parent: fmt.Sprintf("/sandboxd-e2e-%d", os.Getpid())}
+	makeParent(t, d.parent)
 	d.cmd = exec.Command(binary, d.serveArgs()...)
 	var log bytes.Buffer
 	d.cmd.Stderr = &log
@@ -72,6 +73,26 @@ func startDaemon(t *testing.T) *daemon {
 		if time.Now().After(deadline) {
 			t.Fatal("the daemon has no socket after 10 s")
 		}
+	}
+}
+
+// makeParent makes the cgroup parent in every hierarchy: the daemon makes it when
+// first needed, and leaves it, since it is not any sandbox's.
+func makeParent(t *testing.T, parent string) {
+	t.Helper()
+	roots, err := filepath.Glob("/sys/fs/cgroup/*/cgroup.procs")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, procs := range append(roots, "/sys/fs/cgroup/cgroup.procs") {
+		if _, err := os.Stat(procs); err != nil {
+			continue
+		}
+		dir := filepath.Join(filepath.Dir(procs), parent)
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { os.Remove(dir) })
 	}
 }
 
