@@ -63,7 +63,8 @@ type Input struct {
 	UserNS     *os.File
 	UIDs, GIDs []specs.LinuxIDMapping
 
-	CgroupProcs []string          // absolute paths of the cgroup.procs files to join
+	CgroupDir   *os.File          // the cgroup v2 directory to be in, or nil
+	CgroupTasks []string          // absolute paths of the tasks files of the v1 cgroups to join
 	Cgroups     []CgroupHierarchy // what a mount of type "cgroup" shows; see [CgroupHierarchies]
 
 	Stdin, Stdout, Stderr *os.File // nil: left as they are; not used with a terminal
@@ -79,7 +80,7 @@ type Input struct {
 // Compile makes the launch program of a member's init. It reports a field of
 // the specification that it does not do, and never passes one over.
 //
-// Paths on the host (Root.Path, DataDir, sources of bind mounts, cgroup.procs)
+// Paths on the host (Root.Path, DataDir, sources of bind mounts, tasks files)
 // are trusted. Paths inside the root are not: they are resolved with openat2(2)
 // from its descriptor, and no magic link is followed.
 func Compile(in *Input) (*launch.Program, error) {
@@ -148,7 +149,7 @@ func (c *compiler) check() error {
 	if len(l.TimeOffsets) > 0 && !c.ns(namespace.Time).Private {
 		return errors.New("linux.timeOffsets: the time namespace is not private")
 	}
-	for _, s := range slices.Concat([]string{c.Spec.Hostname, c.Spec.Domainname, c.DataDir}, l.MaskedPaths, l.ReadonlyPaths, c.CgroupProcs) {
+	for _, s := range slices.Concat([]string{c.Spec.Hostname, c.Spec.Domainname, c.DataDir}, l.MaskedPaths, l.ReadonlyPaths, c.CgroupTasks) {
 		if strings.Contains(s, "\x00") {
 			return fmt.Errorf("%q holds a NUL byte", s)
 		}
@@ -170,7 +171,7 @@ func (c *compiler) compile() error {
 	if c.mounts, err = c.parseMounts(); err != nil {
 		return err
 	}
-	for _, f := range c.CgroupProcs {
+	for _, f := range c.CgroupTasks {
 		c.writeFile("join cgroup "+path.Dir(f), f, "0")
 	}
 	if n := proc.OOMScoreAdj; n != nil {
@@ -225,33 +226,45 @@ func (c *compiler) compile() error {
 }
 
 // enterNamespaces joins and unshares, and forks where that is what enters a
-// namespace. The mount namespace comes last: everything before sees the host's
-// files.
+// namespace or the cgroup. The mount namespace comes last: everything before
+// sees the host's files. A new cgroup namespace shows the cgroup that it was
+// made in, so it comes after the fork.
 func (c *compiler) enterNamespaces() {
-	fork := false
-	for _, k := range []namespace.Kind{namespace.Net, namespace.IPC, namespace.UTS, namespace.Time, namespace.Cgroup, namespace.PID} {
-		switch j := c.ns(k); {
-		case j.File != nil:
-			c.p.Call(fmt.Sprintf("join the %s namespace", k), unix.SYS_SETNS, c.p.File(j.File), launch.Int(k.Flag()))
-			fork = fork || k == namespace.PID
-		case j.Private:
-			c.p.Call(fmt.Sprintf("make a %s namespace", k), unix.SYS_UNSHARE, launch.Int(k.Flag()))
-			fork = fork || k == namespace.PID || k == namespace.Time
-			if k == namespace.Time && len(c.lx.TimeOffsets) > 0 {
-				var lines strings.Builder
-				for _, clock := range slices.Sorted(maps.Keys(c.lx.TimeOffsets)) {
-					o := c.lx.TimeOffsets[clock]
-					fmt.Fprintf(&lines, "%s %d %d\n", clock, o.Secs, o.Nanosecs)
-				}
-				c.writeFile("set time offsets", "/proc/self/timens_offsets", lines.String())
-			}
-		}
+	fork := c.CgroupDir != nil
+	for _, k := range []namespace.Kind{namespace.Net, namespace.IPC, namespace.UTS, namespace.Time, namespace.PID} {
+		c.enter(k)
+		j := c.ns(k)
+		fork = fork || k == namespace.PID && (j.Private || j.File != nil) || k == namespace.Time && j.Private
 	}
 	if fork {
 		// In a shared pid namespace others see this process, which has the
 		// host's files open until its execve.
 		c.p.Call("be not dumpable", unix.SYS_PRCTL, launch.Int(unix.PR_SET_DUMPABLE), launch.Int(0), launch.Int(0), launch.Int(0), launch.Int(0))
-		c.p.Fork("fork")
+		var dir *launch.Arg
+		if c.CgroupDir != nil {
+			fd := c.p.File(c.CgroupDir)
+			dir = &fd
+		}
+		c.p.Fork("fork into the pid namespace and the cgroup", dir)
+	}
+	c.enter(namespace.Cgroup)
+}
+
+// enter joins or makes the namespace of kind k.
+func (c *compiler) enter(k namespace.Kind) {
+	switch j := c.ns(k); {
+	case j.File != nil:
+		c.p.Call(fmt.Sprintf("join the %s namespace", k), unix.SYS_SETNS, c.p.File(j.File), launch.Int(k.Flag()))
+	case j.Private:
+		c.p.Call(fmt.Sprintf("make a %s namespace", k), unix.SYS_UNSHARE, launch.Int(k.Flag()))
+		if k == namespace.Time && len(c.lx.TimeOffsets) > 0 {
+			var lines strings.Builder
+			for _, clock := range slices.Sorted(maps.Keys(c.lx.TimeOffsets)) {
+				o := c.lx.TimeOffsets[clock]
+				fmt.Fprintf(&lines, "%s %d %d\n", clock, o.Secs, o.Nanosecs)
+			}
+			c.writeFile("set time offsets", "/proc/self/timens_offsets", lines.String())
+		}
 	}
 }
 

@@ -62,7 +62,7 @@ func goldenInput() *Input {
 		Namespaces:  private(namespace.Net, namespace.IPC, namespace.UTS, namespace.PID, namespace.Mnt, namespace.Cgroup),
 		Root:        &Root{Path: "/image", Overlay: true},
 		DataDir:     "/data/m",
-		CgroupProcs: []string{"/sys/fs/cgroup/sandboxd/s/m/cgroup.procs"},
+		CgroupTasks: []string{"/sys/fs/cgroup/pids/sandboxd/s/m/tasks"},
 		Cgroups:     []CgroupHierarchy{{Unified: true}},
 		IsDir:       func(name string) (bool, error) { return !strings.HasSuffix(name, ".conf"), nil },
 	}
@@ -73,7 +73,7 @@ func realInput(t testing.TB, args ...string) *Input {
 	t.Helper()
 	in := goldenInput()
 	in.Spec = testSpec(args...)
-	in.CgroupProcs, in.IsDir = nil, nil
+	in.CgroupTasks, in.IsDir = nil, nil
 	in.Cgroups = hostCgroups(t)
 	in.Root.Path = busyboxRoot(t)
 	in.DataDir = t.TempDir()

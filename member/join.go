@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path"
 	"slices"
 	"strconv"
 
@@ -38,9 +39,10 @@ type JoinSpec struct {
 	// is dead. Nobody else sees these mounts. The new /proc shows processes only
 	// (subset=pid): what the member's own /proc masked must not come back.
 	NewProc bool
-	// CgroupProcs are the cgroup.procs files of the cgroups to join, as paths of
-	// the caller's.
-	CgroupProcs []string
+	// CgroupDir is the cgroup v2 directory to be in, or nil; lent. CgroupTasks
+	// are the tasks files of the v1 cgroups to join, as paths of the caller's.
+	CgroupDir   *os.File
+	CgroupTasks []string
 	Process     *specs.Process // Terminal asks for one: see CompileJoin
 	Seccomp     []unix.SockFilter
 	SeccompFlag uintptr // SECCOMP_FILTER_FLAG_*
@@ -57,7 +59,7 @@ const enterPID = "enter the pid namespace"
 //
 // The caller's privileges are kept as long as something needs them: the user
 // namespace is joined last. No descriptor of the caller's but the report pipes,
-// stdio, the terminal and the user namespace is open any more when the pid
+// stdio, the terminal, the cgroup and the user namespace is open any more when the pid
 // namespace is entered, and the process is not dumpable until its execve.
 func CompileJoin(s *JoinSpec) (*launch.Program, error) {
 	if err := s.check(); err != nil {
@@ -65,15 +67,24 @@ func CompileJoin(s *JoinSpec) (*launch.Program, error) {
 	}
 	p := new(launch.Program)
 	user := s.Namespaces[namespace.User]
+	// The first ones, so that their numbers are known: they are kept open longest.
+	kept := uint32(0)
 	if user != nil {
-		p.File(user) // the first, so that its number is known: it is kept open longest
+		p.File(user)
+		kept++
+	}
+	var cgroupDir *launch.Arg
+	if s.CgroupDir != nil {
+		fd := p.File(s.CgroupDir)
+		cgroupDir = &fd
+		kept++
 	}
 	at, cloexec := launch.Int(unix.AT_FDCWD), launch.Int(unix.O_WRONLY|unix.O_CLOEXEC)
 
 	// By paths and with the privileges of the caller.
-	for _, procs := range s.CgroupProcs {
-		step := "join the cgroup of " + procs
-		fd := p.Call(step, unix.SYS_OPENAT, at, p.String(procs), cloexec)
+	for _, tasks := range s.CgroupTasks {
+		step := "join the cgroup " + path.Dir(tasks)
+		fd := p.Call(step, unix.SYS_OPENAT, at, p.String(tasks), cloexec)
 		p.Call(step, unix.SYS_WRITE, fd.Result(), p.String("0"), launch.Int(1))
 		p.Call(step, unix.SYS_CLOSE, fd.Result())
 	}
@@ -131,13 +142,16 @@ func CompileJoin(s *JoinSpec) (*launch.Program, error) {
 		closeRange(5, 5)
 		first = launch.MasterFD + 1
 	}
-	if user != nil {
+	if kept > 0 {
 		closeRange(first, launch.FirstFD-1)
-		first = launch.FirstFD + 1
+		first = launch.FirstFD + kept
 	}
 	closeRange(first, ^uint32(0))
 	p.Call("be not dumpable", unix.SYS_PRCTL, launch.Int(unix.PR_SET_DUMPABLE), launch.Int(0), launch.Int(0), launch.Int(0), launch.Int(0))
-	p.Fork(enterPID)
+	p.Fork(enterPID, cgroupDir)
+	if cgroupDir != nil {
+		p.Call("close the cgroup", unix.SYS_CLOSE, *cgroupDir)
+	}
 	// A session of its own also without a terminal: a process with the caller's
 	// controlling terminal could type into it (TIOCSTI).
 	p.Call("make a session", unix.SYS_SETSID)

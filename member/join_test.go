@@ -70,9 +70,9 @@ func TestCompileJoinOrder(t *testing.T) {
 			Namespaces: map[namespace.Kind]*os.File{
 				namespace.User: f(), namespace.Mnt: f(), namespace.PID: f(), namespace.Net: f(), namespace.Cgroup: f(),
 			},
-			Root: f(), CgroupProcs: []string{"/c/cgroup.procs"}, Process: tty,
+			Root: f(), CgroupTasks: []string{"/c/tasks"}, Process: tty,
 		}, []string{
-			"join the cgroup of /c/cgroup.procs", "set oom_score_adj to 100", "open a terminal",
+			"join the cgroup /c", "set oom_score_adj to 100", "open a terminal",
 			"join the net namespace", "join the cgroup namespace", "join the pid namespace", "join the mnt namespace",
 			"change to the root", "change the root",
 			"open a terminal in /dev/pts", "unlock the terminal", "open the terminal's other end", "make the terminal stdio",

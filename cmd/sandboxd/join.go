@@ -77,7 +77,10 @@ To look into a member that has exited use join.`,
 		if err != nil {
 			return err
 		}
-		j.spec.CgroupProcs = host.Procs(t.member.Cgroup)
+		j.spec.CgroupTasks = host.Tasks(t.member.Cgroup)
+		if err := j.inCgroup(host, t.member.Cgroup); err != nil {
+			return fmt.Errorf("exec %s: %w", args[0], err)
+		}
 		return j.run(cmd.Context(), &o, args[1:])
 	}
 	return cmd
@@ -152,7 +155,12 @@ command gets a new one, and a /proc for it that only it sees.`,
 		if err := host.MakeLeaf(leaf); err != nil {
 			return fmt.Errorf("join %s: %w", args[0], err)
 		}
-		j.spec.CgroupProcs = []string{host.LeafProcs(leaf)}
+		if host.V2Mount() == "" {
+			j.spec.CgroupTasks = []string{host.LeafTasks(leaf)}
+		}
+		if err := j.inCgroup(host, leaf); err != nil {
+			return fmt.Errorf("join %s: %w", args[0], err)
+		}
 		return j.run(cmd.Context(), &o, args[1:])
 	}
 	return cmd
@@ -177,6 +185,17 @@ func (j *joiner) close() {
 	for _, f := range j.opened {
 		f.Close()
 	}
+}
+
+// inCgroup puts the command into the cgroup at path of the v2 hierarchy, if
+// there is one.
+func (j *joiner) inCgroup(host *cgroup.Host, path string) error {
+	dir, err := host.TrackingDir(path)
+	if dir != nil {
+		j.opened = append(j.opened, dir)
+		j.spec.CgroupDir = dir
+	}
+	return err
 }
 
 // selection returns where each kind comes from if sel is what was asked for.

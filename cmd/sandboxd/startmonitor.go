@@ -64,7 +64,13 @@ func (n *node) compilerInput(r *sandbox.Record, m *sandbox.MemberRecord, sibling
 		Spec:        spec,
 		Namespaces:  make(map[namespace.Kind]member.Join),
 		DataDir:     n.dataDir(m),
-		CgroupProcs: n.cg.Procs(m.Cgroup),
+		CgroupTasks: n.cg.Tasks(m.Cgroup),
+	}
+	if in.CgroupDir, err = n.cg.TrackingDir(m.Cgroup); err != nil {
+		return nil, closeAll, err
+	}
+	if in.CgroupDir != nil {
+		opened = append(opened, in.CgroupDir)
 	}
 	for _, h := range n.cg.Hierarchies() {
 		in.Cgroups = append(in.Cgroups, hierarchy(h.Mount, h.V2, h.Controllers))

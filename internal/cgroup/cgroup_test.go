@@ -214,7 +214,7 @@ func TestLimitsAreSet(t *testing.T) {
 	if err := unix.Mknod(disk, unix.S_IFBLK|0o600, int(unix.Mkdev(7, 0))); err != nil {
 		t.Fatal(err)
 	}
-	cmd := run(t, h.Procs(member), "echo; cat /dev/null && cat "+disk+" 2>&1 | grep -q 'Operation not permitted'")
+	cmd := run(t, procs(h, member), "echo; cat /dev/null && cat "+disk+" 2>&1 | grep -q 'Operation not permitted'")
 	if err := cmd.Wait(); err != nil {
 		t.Error(err)
 	}
@@ -252,7 +252,7 @@ func TestMembersJoinEveryHierarchy(t *testing.T) {
 	h, path := newSandbox(t)
 	makeMember(t, h, path+"/member", nil)
 	makeMember(t, h, path+"/member", nil) // again
-	cmd := run(t, h.Procs(path+"/member"), "echo; exec sleep 1000")
+	cmd := run(t, procs(h, path+"/member"), "echo; exec sleep 1000")
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", cmd.Process.Pid))
 	if err != nil {
 		t.Fatal(err)
@@ -323,7 +323,7 @@ func TestKillForking(t *testing.T) {
 		t.Run(way.name, func(t *testing.T) {
 			makeMember(t, h, member, res)
 			makeMember(t, h, member+"/inner", nil)
-			outer, inner := run(t, h.Procs(member), bomb), run(t, h.Procs(member+"/inner"), "echo; exec sleep 1000")
+			outer, inner := run(t, procs(h, member), bomb), run(t, procs(h, member+"/inner"), "echo; exec sleep 1000")
 			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 			defer cancel()
 			if err := way.kill(ctx); err != nil {
@@ -350,7 +350,7 @@ func TestKillForking(t *testing.T) {
 func TestKillGivesUp(t *testing.T) {
 	h, path := newSandbox(t)
 	makeMember(t, h, path+"/member", nil)
-	cmd := run(t, h.Procs(path+"/member"), "echo; exec sleep 1000")
+	cmd := run(t, procs(h, path+"/member"), "echo; exec sleep 1000")
 	ctx, cancel := context.WithCancelCause(t.Context())
 	boom := errors.New("boom")
 	cancel(boom)
@@ -390,4 +390,14 @@ func BenchmarkSandbox(b *testing.B) {
 		remove(b, h, path+"/"+strconv.Itoa(n))
 		b.StartTimer()
 	}
+}
+
+// procs are the files that a shell writes its pid to, to be in the cgroup at path
+// of every hierarchy.
+func procs(h *Host, path string) []string {
+	ps := h.Tasks(path)
+	if h.v2 != "" {
+		ps = append(ps, filepath.Join(h.v2, path, "cgroup.procs"))
+	}
+	return ps
 }

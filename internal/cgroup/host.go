@@ -195,19 +195,30 @@ func (h *Host) mounts() []string {
 // sandbox is in.
 func (h *Host) tracking() string { return h.mounts()[0] }
 
-// Procs returns the cgroup.procs files that a member of the cgroup at path is
-// written to, one in each hierarchy.
-func (h *Host) Procs(path string) []string {
-	ms := h.mounts()
-	for i, m := range ms {
-		ms[i] = filepath.Join(m, path, "cgroup.procs")
+// Tasks returns the tasks files of the cgroup at path, one in each v1 hierarchy.
+// A process with a single thread puts itself in by writing "0" to each. It could
+// write to cgroup.procs as well, but would then wait for an RCU grace period: the
+// kernel takes the lock that keeps thread groups whole (cgroup_threadgroup_rwsem)
+// for that file, and does without for a thread that moves only itself.
+//
+// There is no such file in v2; see [Host.TrackingDir].
+func (h *Host) Tasks(path string) []string {
+	var ts []string
+	for _, v1 := range h.v1 {
+		ts = append(ts, filepath.Join(v1.Mount, path, "tasks"))
 	}
-	return ms
+	return ts
 }
 
 // LeafProcs returns the one cgroup.procs file of a cgroup made by [Host.MakeLeaf].
 func (h *Host) LeafProcs(path string) string {
 	return filepath.Join(h.tracking(), path, "cgroup.procs")
+}
+
+// LeafTasks returns the tasks file of a cgroup made by [Host.MakeLeaf] where the
+// tracking hierarchy is v1; see [Host.Tasks].
+func (h *Host) LeafTasks(path string) string {
+	return filepath.Join(h.tracking(), path, "tasks")
 }
 
 // TrackingDir opens the cgroup at path in v2, for a child to be born in

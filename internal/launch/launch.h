@@ -41,8 +41,9 @@ struct prog_reloc {
 	uint32_t at, target; /* *(u64 *)(data + at) = data + target */
 };
 
-/* NR_FORK clones with the flags in arg 0. The child goes on with the next op;
- * the parent reports the child's pid and exits with 0. */
+/* NR_FORK makes a sibling that goes on with the next op; the process itself
+ * reports the sibling's pid and exits with 0. Arg 0 is -1, or a descriptor of
+ * the cgroup v2 directory that the sibling is born in. */
 #define NR_FORK 0xf0000001u
 
 /* What the child says on STATUS_FD, in this form only. */
@@ -141,13 +142,21 @@ static long prog_results[PROG_MAX_OPS] __attribute__((section(".bss.large")));
 
 /* prog_fork makes the rest of the program run in a child. The child waits until
  * its pid has been reported: what it says itself must come after that. */
-static long prog_fork(uint32_t op, long flags) {
+static long prog_fork(uint32_t op, long cgroup) {
+	/* struct clone_args of clone(2); with CLONE_PARENT the exit signal is the
+	 * caller's own. CLONE_INTO_CGROUP spares the write to cgroup.procs, which
+	 * waits for an RCU grace period. */
+	uint64_t args[11] = {0x8000 /* CLONE_PARENT */};
 	int fds[2];
 	char byte = 0;
 	long r = SYS2(pipe2, fds, 02000000 /* O_CLOEXEC */);
 	if (IS_ERR(r))
 		return r;
-	r = SYS5(clone, flags, 0, 0, 0, 0);
+	if (cgroup >= 0) {
+		args[0] |= 0x200000000 /* CLONE_INTO_CGROUP */;
+		args[10] = (uint64_t)cgroup;
+	}
+	r = SYS2(clone3, args, sizeof args);
 	if (r > 0) {
 		prog_report(REPORT_PID, op, (int32_t)r);
 		sys_exit(0); /* which closes the pipe */

@@ -96,11 +96,16 @@ func (p *Program) Call(step string, nr uintptr, args ...Arg) Op {
 	return Op{p, len(p.ops) - 1}
 }
 
-// Fork makes the rest of the program run in a new child, which has the same
+// Fork makes the rest of the program run in a new process, which has the same
 // parent as the present one (CLONE_PARENT). It is how a pid namespace that was
-// joined or unshared is entered.
-func (p *Program) Fork(step string) Op {
-	return p.Call(step, nrFork, Int(unix.CLONE_PARENT|int(unix.SIGCHLD)))
+// joined or unshared is entered, and how a cgroup is: the process is born in the
+// cgroup v2 directory that cgroup is a descriptor of, if it is not nil.
+func (p *Program) Fork(step string, cgroup *Arg) Op {
+	fd := Int(-1)
+	if cgroup != nil {
+		fd = *cgroup
+	}
+	return p.Call(step, nrFork, fd)
 }
 
 // Result is what the call returned, as an argument of a later one: usually a
