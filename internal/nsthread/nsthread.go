@@ -1,4 +1,5 @@
-// Package nsthread runs code on an OS thread that sits in other namespaces.
+// Package nsthread runs code on an OS thread that sits in other namespaces, or
+// makes files as somebody else.
 //
 // It is the only package that may call setns, unshare or
 // [runtime.LockOSThread]; the linter enforces it.

@@ -11,6 +11,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/internal/nsthread"
 )
 
 // Extract unpacks a tar stream into the directory at name under root, which may
@@ -25,8 +27,18 @@ func Extract(ctx context.Context, root *os.File, name string, r io.Reader, o Opt
 		return err
 	}
 	defer dir.Close()
-	x := newExtractor(ctx, dir, o)
-	return x.all(tar.NewReader(r), nil)
+	return unpack(tar.NewReader(r), nil, newExtractor(ctx, dir, o))
+}
+
+// unpack lets x unpack first, if it is not nil, and the rest of r, as the root
+// of the user namespace if there is one.
+func unpack(r *tar.Reader, first *tar.Header, x *extractor) error {
+	if x.o.IDs == nil {
+		return x.all(r, first)
+	}
+	// The member's mounts are idmapped, and its root is who can make files there.
+	root := int(x.o.IDs.Start)
+	return nsthread.FilesAs(root, root, func() error { return x.all(r, first) })
 }
 
 // Copy unpacks a stream of [Write] to name under root, as docker cp does:
@@ -91,7 +103,7 @@ func Copy(ctx context.Context, root *os.File, name string, r io.Reader, o Option
 	defer dest.Close()
 	x := newExtractor(ctx, dest, o)
 	x.from, x.as = top, as
-	return x.all(tr, first)
+	return unpack(tr, first, x)
 }
 
 // followEnd replaces name by what the symbolic links at its end lead to, unless
