@@ -17,6 +17,7 @@ import (
 
 	"github.com/sandboxd/sandboxd/internal/namespace"
 	"github.com/sandboxd/sandboxd/internal/request"
+	"github.com/sandboxd/sandboxd/internal/signum"
 )
 
 // Limits of what is taken from a request.
@@ -154,7 +155,7 @@ func (r *resolver) checkRequest() error {
 	}
 	r.out.StopSignal = unix.SIGTERM
 	if req.StopSignal != "" {
-		sig, err := ParseSignal(req.StopSignal)
+		sig, err := signum.Parse(req.StopSignal)
 		if err != nil {
 			return fmt.Errorf("stop signal: %w", err)
 		}

@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
+	"os"
 	"path"
 	"reflect"
 	"slices"
@@ -13,13 +15,10 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/sandboxd/sandboxd/internal/crash"
+	"github.com/sandboxd/sandboxd/internal/idrange"
 	"github.com/sandboxd/sandboxd/internal/namespace"
 	"github.com/sandboxd/sandboxd/internal/statefile"
 )
-
-// idsPerSandbox is the size of the range that a sandbox with a user namespace
-// gets: all that a 16-bit uid can name.
-const idsPerSandbox = 65536
 
 // run does one step of an operation, between the points where a test may kill
 // the daemon, and names the step in its error.
@@ -128,20 +127,32 @@ func (m *Manager) claim(id string, c Config) (b *box, mine bool, err error) {
 	return b, true, nil
 }
 
-// freeIDs returns a range of ids that no sandbox has. Preconditions: m.mu is held.
-func (m *Manager) freeIDs() (*IDRange, error) {
-	used := map[uint32]bool{}
+// freeIDs returns a range of ids that no sandbox has, and no user of the host as
+// subordinate ids. Preconditions: m.mu is held.
+func (m *Manager) freeIDs() (*idrange.Range, error) {
+	var used []idrange.Range
 	for _, b := range m.boxes {
 		if ids := b.rec.Load().IDs; ids != nil {
-			used[ids.Start] = true
+			used = append(used, *ids)
 		}
 	}
-	for n := range m.o.IDs.Size / idsPerSandbox {
-		if start := m.o.IDs.Start + n*idsPerSandbox; !used[start] {
-			return &IDRange{Start: start, Size: idsPerSandbox}, nil
+	var subids []io.Reader
+	for _, name := range []string{"/etc/subuid", "/etc/subgid"} {
+		f, err := os.Open(name)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
 		}
+		if err != nil {
+			return nil, err
+		}
+		defer f.Close()
+		subids = append(subids, f)
 	}
-	return nil, statef("user namespace: all %d ranges of ids are in use", len(used))
+	ids, err := idrange.Free(used, subids...)
+	if err != nil {
+		return nil, statef("user namespace: %v", err)
+	}
+	return &ids, nil
 }
 
 // create makes what b's record says. Preconditions: b.op is held.

@@ -43,7 +43,6 @@ type Options struct {
 	NewID        func() string    // 16 hex digits; default: random
 	CgroupParent string           // default: /sandboxd
 	LogDir       string           // a member's log is LogDir/SANDBOX/MEMBER/log unless it says where; default: /var/lib/sandboxd/sandboxes
-	IDs          IDRange          // from which sandboxes with a user namespace get their ids; default: 536870912 + 536870912
 
 	// For tests, whose processes do not exist and whose time is short.
 	alive       func(procid.ID) bool
@@ -52,11 +51,6 @@ type Options struct {
 	retryMin    time.Duration // between attempts to replace a monitor
 	retryMax    time.Duration
 }
-
-// defaultIDs lies within what systemd reserves for containers
-// (0x00080000-0x6fffffff, systemd's UIDS-GIDS.md) and far above the ranges that
-// useradd(8) puts into /etc/subuid.
-var defaultIDs = IDRange{Start: 0x20000000, Size: 0x20000000}
 
 // Manager owns the sandboxes of one state directory: nobody else changes it
 // while the Manager is open. Its methods may be called from several goroutines.
@@ -185,9 +179,6 @@ func Open(ctx context.Context, state string, node Node, o Options) (*Manager, er
 	}
 	o.CgroupParent = cmp.Or(o.CgroupParent, "/sandboxd")
 	o.LogDir = cmp.Or(o.LogDir, "/var/lib/sandboxd/sandboxes")
-	if o.IDs.Size == 0 {
-		o.IDs = defaultIDs
-	}
 	if o.alive == nil {
 		o.alive = procid.ID.Alive
 	}

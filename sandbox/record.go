@@ -3,6 +3,7 @@ package sandbox
 import (
 	"time"
 
+	"github.com/sandboxd/sandboxd/internal/idrange"
 	"github.com/sandboxd/sandboxd/internal/namespace"
 	"github.com/sandboxd/sandboxd/internal/procid"
 )
@@ -21,16 +22,10 @@ type Record struct {
 	CreatedAt time.Time                 `json:"createdAt"`
 	Config    Config                    `json:"config"` // every default filled in
 	Cgroup    string                    `json:"cgroup"` // PARENT/ID
-	IDs       *IDRange                  `json:"ids,omitempty"`
+	IDs       *idrange.Range            `json:"ids,omitempty"`
 	Pause     procid.ID                 `json:"pause,omitzero"`
 	Inodes    map[namespace.Kind]uint64 `json:"inodes,omitempty"` // of the namespaces that pause holds
 	Reason    string                    `json:"reason,omitempty"` // why it is NotReady or Unclean
-}
-
-// IDRange maps ids 0..Size-1 of a user namespace to Start... of the host.
-type IDRange struct {
-	Start uint32 `json:"start"`
-	Size  uint32 `json:"size"`
 }
 
 // Holds reports whether the sandbox's pause holds a namespace of kind k for

@@ -134,19 +134,6 @@ func TestCompleteSandbox(t *testing.T) {
 	}
 }
 
-func TestParseSignal(t *testing.T) {
-	tests := map[string]int{
-		"TERM": 15, "SIGTERM": 15, "sigterm": 15, "15": 15, "KILL": 9, "RTMIN": 34, "SIGRTMIN+3": 37, "RTMAX": 64, "RTMAX-1": 63, "64": 64,
-		"": 0, "0": 0, "65": 0, "-1": 0, "FOO": 0, "RTMIN-1": 0, "RTMIN+31": 0, "RTMAX+1": 0, "SIG": 0,
-	}
-	for in, want := range tests {
-		got, err := ParseSignal(in)
-		if int(got) != want || (want == 0) != errors.Is(err, ErrInvalid) {
-			t.Errorf("ParseSignal(%q) = %d, %v; want %d", in, got, err, want)
-		}
-	}
-}
-
 // FuzzRecord reads arbitrary bytes as records. What is accepted is written and
 // read again unchanged, and names no cgroup but its own.
 func FuzzRecord(f *testing.F) {

@@ -7,6 +7,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/sandboxd/sandboxd/internal/signum"
 	"github.com/sandboxd/sandboxd/internal/undo"
 )
 
@@ -103,7 +104,7 @@ func (m *Manager) stopMember(ctx context.Context, b *box, mb *memb, timeout time
 		return statef("the member is %s; remove it", r.State)
 	}
 	if r.State == MemberRunning && timeout > 0 {
-		sig, err := ParseSignal(r.Config.StopSignal)
+		sig, err := signum.Parse(r.Config.StopSignal)
 		if err != nil {
 			return err
 		}

@@ -4,15 +4,13 @@ import (
 	"maps"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"unicode"
 	"unicode/utf8"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/sandboxd/sandboxd/internal/namespace"
 	"github.com/sandboxd/sandboxd/internal/request"
+	"github.com/sandboxd/sandboxd/internal/signum"
 )
 
 const (
@@ -113,8 +111,8 @@ func completeMember(c MemberConfig, id string) (MemberConfig, error) {
 	if c.StopSignal == "" {
 		c.StopSignal = "SIGTERM"
 	}
-	if _, err := ParseSignal(c.StopSignal); err != nil {
-		return c, err
+	if _, err := signum.Parse(c.StopSignal); err != nil {
+		return c, invalidf("stop signal: %v", err)
 	}
 	if c.LogPath != "" && (!filepath.IsAbs(c.LogPath) || strings.ContainsRune(c.LogPath, 0)) {
 		return c, invalidf("log path %s is not absolute", quote(c.LogPath))
@@ -147,49 +145,4 @@ func checkMetadata(what string, kv map[string]string) error {
 
 func printable(s string) bool {
 	return utf8.ValidString(s) && !strings.ContainsFunc(s, unicode.IsControl)
-}
-
-// sigRTMin and sigRTMax are the kernel's bounds (signal(7)). C libraries keep
-// the first two or three for themselves, and their SIGRTMIN starts above them.
-const (
-	sigRTMin = 34 // glibc's
-	sigRTMax = 64
-)
-
-// ParseSignal returns the signal called s: "TERM", "SIGTERM", "15", in any
-// case, or "RTMIN+n" and "RTMAX-n" counted as glibc does. Errors wrap
-// [ErrInvalid].
-func ParseSignal(s string) (unix.Signal, error) {
-	if n, err := strconv.Atoi(s); err == nil {
-		if n < 1 || n > sigRTMax {
-			return 0, invalidf("signal %s: want 1 to %d", quote(s), sigRTMax)
-		}
-		return unix.Signal(n), nil
-	}
-	name := strings.TrimPrefix(strings.ToUpper(s), "SIG")
-	if n := unix.SignalNum("SIG" + name); n != 0 {
-		return n, nil
-	}
-	for _, rt := range []struct {
-		name string
-		base int
-		sign int
-	}{{"RTMIN", sigRTMin, +1}, {"RTMAX", sigRTMax, -1}} {
-		rest, ok := strings.CutPrefix(name, rt.name)
-		if !ok {
-			continue
-		}
-		off := 0
-		if rest != "" {
-			var err error
-			off, err = strconv.Atoi(rest)
-			if err != nil || off*rt.sign < 0 {
-				break
-			}
-		}
-		if n := rt.base + off; n >= sigRTMin && n <= sigRTMax {
-			return unix.Signal(n), nil
-		}
-	}
-	return 0, invalidf("unknown signal %s", quote(s))
 }

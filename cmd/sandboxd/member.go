@@ -13,7 +13,7 @@ import (
 	"github.com/sandboxd/sandboxd/api"
 	"github.com/sandboxd/sandboxd/internal/namespace"
 	"github.com/sandboxd/sandboxd/internal/request"
-	"github.com/sandboxd/sandboxd/member"
+	"github.com/sandboxd/sandboxd/internal/signum"
 	"github.com/sandboxd/sandboxd/sandbox"
 )
 
@@ -240,7 +240,7 @@ func (a *app) killCommand() *cobra.Command {
 		sig := unix.SIGKILL
 		if len(args) == 2 {
 			var err error
-			if sig, err = member.ParseSignal(args[1]); err != nil {
+			if sig, err = signum.Parse(args[1]); err != nil {
 				return usageError(cmd, "%s", err)
 			}
 		}

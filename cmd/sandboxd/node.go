@@ -17,7 +17,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/internal/cgroup"
-	"github.com/sandboxd/sandboxd/internal/idrange"
 	"github.com/sandboxd/sandboxd/internal/namespace"
 	"github.com/sandboxd/sandboxd/internal/procid"
 	"github.com/sandboxd/sandboxd/internal/proctree"
@@ -184,9 +183,7 @@ func (n *node) startPause(ctx context.Context, r *sandbox.Record, from map[names
 	} else {
 		spec.CgroupProcs = []string{n.cg.LeafProcs(leaf)}
 	}
-	if r.IDs != nil {
-		spec.IDs = &idrange.Range{Start: r.IDs.Start, Size: r.IDs.Size}
-	}
+	spec.IDs = r.IDs
 	if r.Holds(namespace.UTS) {
 		spec.Hostname = r.Config.Hostname
 	}

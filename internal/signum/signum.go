@@ -1,4 +1,5 @@
-package member
+// Package signum reads the names of signals.
+package signum
 
 import (
 	"fmt"
@@ -15,9 +16,9 @@ const (
 	sigRTMax = 64
 )
 
-// ParseSignal returns the signal called s: a number from 1 to 64, or a name with
+// Parse returns the signal called s: a number from 1 to 64, or a name with
 // or without SIG in any case, also RTMIN, RTMIN+n, RTMAX and RTMAX-n.
-func ParseSignal(s string) (unix.Signal, error) {
+func Parse(s string) (unix.Signal, error) {
 	bad := fmt.Errorf("unknown signal %q (a name such as TERM or RTMIN+3, or a number from 1 to %d)", s, sigRTMax)
 	if s != "" && s[0] >= '0' && s[0] <= '9' {
 		n, err := strconv.Atoi(s)
