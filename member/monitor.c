@@ -267,7 +267,12 @@ static void client_answer(struct client *c, long r) {
 
 static void broadcast(char kind, const void *p, size_t n) {
 	for (struct client *c = clients; c < clients + CLIENTS_MAX; c++)
-		if (c->fd && (kind == 'p' ? c->told : c->attached))
+		if (c->fd && c->attached)
+			client_send(c, kind, p, n);
+	/* The daemon comes last: when it learns of an exit it may end this process,
+	 * and with it what is still unsaid to others. */
+	for (struct client *c = clients; kind == 'p' && c < clients + CLIENTS_MAX; c++)
+		if (c->fd && c->told && !c->attached)
 			client_send(c, kind, p, n);
 }
 
