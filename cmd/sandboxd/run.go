@@ -7,6 +7,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/sandboxd/sandboxd/api"
 	"github.com/sandboxd/sandboxd/member"
 	"github.com/sandboxd/sandboxd/sandbox"
 )
@@ -102,6 +103,13 @@ func (a *app) runAttached(ctx context.Context, ref string, c sandbox.MemberConfi
 		return sandbox.Exit{}, err
 	}
 	r := <-exited
+	if c.AutoRemove {
+		// The daemon removes it by itself. This waits until it has, so that the
+		// name is free for whoever comes next; without a daemon it will later.
+		if err := d.RemoveMember(context.WithoutCancel(ctx), ref, true); err != nil && !errors.Is(err, sandbox.ErrNotFound) && !errors.Is(err, api.ErrUnavailable) {
+			return r.exit, errors.Join(r.err, err)
+		}
+	}
 	return r.exit, r.err
 }
 
