@@ -181,7 +181,7 @@ func (t *writer) seen(st *unix.Stat_t, name string) string {
 	key := inode{st.Dev, st.Ino}
 	l := t.links[key]
 	if l == nil {
-		t.links[key] = &link{name, st.Nlink - 1}
+		t.links[key] = &link{name, uint64(st.Nlink) - 1} //nolint:unconvert // 32 bits on arm64
 		return ""
 	}
 	if l.left--; l.left == 0 {
