@@ -10,8 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
-	"strconv"
+	"runtime"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -22,11 +21,6 @@ type Program struct {
 	name string
 	file *os.File
 }
-
-// minFD is above every descriptor number that a child is given, so that giving
-// the child its files never overwrites the program's own descriptor before the
-// execve that goes through /proc/self/fd.
-const minFD = 512
 
 // Open makes a program of elf. fallbackDir is where a file is put if memfds
 // cannot be executed; it must be on a file system mounted without noexec, and
@@ -56,46 +50,59 @@ type Files map[int]*os.File
 // Start starts the program and returns its pid. The caller waits for it.
 // attr.Files is set from files. The files are lent: the caller closes them.
 func (p *Program) Start(argv, env []string, files Files, attr *syscall.ProcAttr) (pid int, err error) {
-	maxFD := 2
-	for n, f := range files {
-		if n >= minFD {
-			return 0, fmt.Errorf("descriptor number %d is not below %d", n, minFD)
-		}
-		if f != nil {
-			maxFD = max(maxFD, n)
-		}
+	fds := make([]uintptr, 3)
+	for n := range files {
+		fds = append(fds, make([]uintptr, max(0, n+1-len(fds)))...)
 	}
-	fds := make([]uintptr, maxFD+1)
 	for i := range fds {
 		fds[i] = ^uintptr(0)
 		if f := files[i]; f != nil {
 			fds[i] = f.Fd()
 		}
 	}
-	// Package syscall uses numbers right above the highest of fds in the child
-	// while it shuffles them; the program's own must be higher still.
-	high := minFD
-	for _, fd := range fds {
-		if fd != ^uintptr(0) {
-			high = max(high, int(fd))
-		}
-	}
-	exe, err := unix.FcntlInt(p.file.Fd(), unix.F_DUPFD_CLOEXEC, high+len(fds)+2)
-	if err != nil {
-		return 0, os.NewSyscallError("fcntl F_DUPFD_CLOEXEC", err)
-	}
-	defer unix.Close(exe)
 	a := *attr
 	a.Files = fds
 	a.Env = env
 	if env == nil {
 		a.Env = []string{}
 	}
-	pid, err = syscall.ForkExec("/proc/self/fd/"+strconv.Itoa(exe), argv, &a)
+	// The child finds the program among this process's descriptors: its own are
+	// being moved to the numbers that it is to have.
+	path := fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), p.file.Fd())
+	if a.Sys != nil && a.Sys.Cloneflags&unix.CLONE_NEWUSER != 0 {
+		// Out of a new user namespace they cannot be reached.
+		exe, err := dupAbove(p.file, fds)
+		if err != nil {
+			return 0, err
+		}
+		defer exe.Close()
+		path = fmt.Sprintf("/proc/self/fd/%d", exe.Fd())
+	}
+	pid, err = syscall.ForkExec(path, argv, &a)
+	runtime.KeepAlive(files)
 	if err != nil {
 		return 0, fmt.Errorf("start %s: %w", p.name, err)
 	}
 	return pid, nil
+}
+
+// dupAbove duplicates f to a number that [syscall.ForkExec] does not use in the
+// child: while it moves fds there, it takes numbers right above the highest of them.
+//
+// A high number has a price: the kernel waits for an RCU grace period, about
+// 10 ms, when the descriptor table of a process with threads has to grow.
+func dupAbove(f *os.File, fds []uintptr) (*os.File, error) {
+	high := len(fds)
+	for _, fd := range fds {
+		if fd != ^uintptr(0) {
+			high = max(high, int(fd))
+		}
+	}
+	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, high+len(fds)+2)
+	if err != nil {
+		return nil, os.NewSyscallError("fcntl F_DUPFD_CLOEXEC", err)
+	}
+	return os.NewFile(uintptr(fd), f.Name()), nil
 }
 
 // openMemfd fails with EACCES if the host forbids executable memfds.
@@ -118,7 +125,7 @@ func openMemfd(name string, elf []byte) (*os.File, error) {
 		f.Close()
 		return nil, os.NewSyscallError("fcntl F_ADD_SEALS", err)
 	}
-	return raise(f)
+	return f, nil
 }
 
 func openFile(name string, elf []byte, dir string) (*os.File, error) {
@@ -139,19 +146,5 @@ func openFile(name string, elf []byte, dir string) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	f, err := os.Open(filepath.Clean(tmp.Name()))
-	if err != nil {
-		return nil, err
-	}
-	return raise(f)
-}
-
-// raise moves f to a descriptor number of at least minFD.
-func raise(f *os.File) (*os.File, error) {
-	defer f.Close()
-	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, minFD)
-	if err != nil {
-		return nil, os.NewSyscallError("fcntl F_DUPFD_CLOEXEC", err)
-	}
-	return os.NewFile(uintptr(fd), f.Name()), nil
+	return os.Open(tmp.Name())
 }
