@@ -30,7 +30,7 @@ cleanup() {
 }
 trap cleanup EXIT
 
-leakcheck snapshot >"$work/before.json"
+leakcheck snapshot --dir "$work/state" --dir "$work/root" --cgroup-parent "$parent" >"$work/before.json"
 tools/rootfs.sh "$work/rootfs" "$(command -v redis-server)" "$(command -v redis-cli)"
 serve
 

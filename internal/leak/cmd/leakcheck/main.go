@@ -1,16 +1,18 @@
 // Command leakcheck says what a command, a demonstration or a test suite has
 // left behind on the host.
 //
-//	leakcheck --before --dir STATE --dir ROOT --cgroup-parent PATH FILE   writes down what there is
-//	leakcheck FILE                                                        says what is there beside it
+//	leakcheck snapshot --dir STATE --dir ROOT --cgroup-parent PATH >FILE   writes down what there is
+//	leakcheck verdict FILE                                                 says what is there beside it
 //
-// The second form takes the options of the first from the file. It exits with 1
-// if something was left behind, and with 2 if it could not look.
+// A verdict takes the options from the file. It exits with 1 if something was
+// left behind, and with 2 if it could not look.
 package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
 	"os"
 	"time"
 
@@ -30,7 +32,6 @@ func main() {
 func run(args []string) (int, error) {
 	flags := pflag.NewFlagSet("leakcheck", pflag.ContinueOnError)
 	var o leak.Options
-	take := flags.Bool("before", false, "write down what there is")
 	flags.StringSliceVar(&o.Dirs, "dir", nil, "`directory` below which everything is ours; repeatable")
 	flags.StringVar(&o.CgroupParent, "cgroup-parent", "", "`path` of the cgroup that is ours")
 	flags.StringSliceVar(&o.Marks, "mark", nil, "installation's `mark`; repeatable")
@@ -38,36 +39,40 @@ func run(args []string) (int, error) {
 	flags.BoolVar(&o.Links, "links", false, "count all new network links")
 	flags.BoolVar(&o.Global, "global", false, "everything new is ours")
 	wait := flags.Duration("wait", 5*time.Second, "how long the kernel is given to free things")
-	if err := flags.Parse(args); err != nil {
+	switch err := flags.Parse(args); {
+	case errors.Is(err, pflag.ErrHelp):
+		return 0, nil
+	case err != nil:
 		return 2, err
 	}
-	if flags.NArg() != 1 {
-		return 2, fmt.Errorf("want one file, got %d arguments", flags.NArg())
-	}
-	file := flags.Arg(0)
-	if *take {
+	args = flags.Args()
+	switch {
+	case len(args) == 1 && args[0] == "snapshot":
+		if !o.Global && len(o.Dirs) == 0 && o.CgroupParent == "" && len(o.Marks) == 0 && o.PID == 0 && !o.Links {
+			return 2, errors.New("nothing is ours without --dir, --cgroup-parent, --mark, --pid, --links or --global")
+		}
 		o.Ancestor = -1
-		if err := before(o, file); err != nil {
+		if err := snapshot(o, os.Stdout); err != nil {
 			return 2, err
 		}
 		return 0, nil
+	case len(args) == 2 && args[0] == "verdict":
+		return verdict(args[1], *wait)
 	}
-	return after(file, *wait)
+	return 2, fmt.Errorf("want snapshot, or verdict and a file, not %q", args)
 }
 
-func before(o leak.Options, file string) error {
+func snapshot(o leak.Options, w io.Writer) error {
 	s, err := leak.Take(o)
 	if err != nil {
 		return err
 	}
-	b, err := json.MarshalIndent(s, "", "\t")
-	if err != nil {
-		return err
-	}
-	return os.WriteFile(file, b, 0o644)
+	e := json.NewEncoder(w)
+	e.SetIndent("", "\t")
+	return e.Encode(s)
 }
 
-func after(file string, wait time.Duration) (int, error) {
+func verdict(file string, wait time.Duration) (int, error) {
 	b, err := os.ReadFile(file)
 	if err != nil {
 		return 2, err
