@@ -71,8 +71,9 @@ bench: build ## medians against runc, crun and bare unshare
 	go run ./e2e/bench
 
 .PHONY: demo
-demo: build ## the story of the README, with the leak oracle's verdict
-	e2e/demo.sh build/sandboxd
+demo: build ## what it is for, on real input, with the leak oracle's verdict
+	go build -o build/leakcheck ./internal/leak/cmd/leakcheck
+	tools/demo.sh
 
 .PHONY: tools
 tools: build/bin/staticcheck build/bin/golangci-lint ## builds the linters

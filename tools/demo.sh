@@ -1,87 +1,151 @@
 #!/bin/bash
-# The main job on real input, as a user would do it: `make demo` runs this as
-# root after it has built build/sandboxd. Nothing of it stays on the host.
+# What sandboxd is for, on real input: `make demo` runs this as root when it has
+# built build/sandboxd and build/leakcheck. Every command that it shows is the
+# one that it runs; whatever does not come out as it should ends it with an error.
+# It leaves nothing on the host.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-work=$(mktemp -d)
-export SANDBOXD_STATE=$work/state SANDBOXD_ADDRESS=unix://$work/sandboxd.sock
 PATH=$PWD/build:$PATH
-parent=/sandboxd-demo-$$
-daemon=
+if [[ $(id -u) != 0 ]]; then
+	echo "demo: must be run as root" >&2
+	exit 1
+fi
+if command -v apt-get >/dev/null; then
+	tools/deps.sh busybox-static redis-server iproute2
+fi
 
-say() { printf '\n\033[1m# %s\033[0m\n' "$*"; }
-show() { # prints a command as a user would type it, and runs it
-	printf '\033[36m$ %s\033[0m\n' "${*//$work/\$work}"
-	"$@"
-}
-serve() {
-	sandboxd serve --address "$SANDBOXD_ADDRESS" --state "$SANDBOXD_STATE" --root "$work/root" --cgroup-parent $parent >>"$work/daemon.log" 2>&1 &
-	daemon=$!
-	for _ in $(seq 100); do
-		[ -S "$work/sandboxd.sock" ] && return
-		sleep 0.05
-	done
-	cat "$work/daemon.log" >&2
+work=$(mktemp -d)
+parent=sandboxd-demo-$$
+daemon=
+export SANDBOXD_STATE=$work/state
+touch "$work/daemon.log" "$work/serve.log"
+bold='' cyan='' plain=''
+if [[ -t 1 ]]; then
+	bold=$'\e[1m' cyan=$'\e[36m' plain=$'\e[0m'
+fi
+
+say() { printf '\n%s# %s%s\n' "$bold" "$*" "$plain"; }
+prompt() { printf '%s$ %s%s\n' "$cyan" "$1" "$plain"; }
+die() {
+	echo "demo: $*" >&2
 	exit 1
 }
+
+# run COMMAND [PATTERN [CODE]] shows a command, runs it, shows what it prints, and
+# insists on a pattern in that and on an exit code.
+run() {
+	local out code=0
+	prompt "$1"
+	out=$(eval "$1" 2>&1) || code=$?
+	[[ -z $out ]] || cut -c1-110 <<<"$out"
+	[[ $code == "${3:-0}" ]] || die "exit code $code, want ${3:-0}: $1"
+	grep -qE -- "${2:-}" <<<"$out" || die "no \"$2\" in the output of: $1"
+}
+
+serve() {
+	cat "$work/serve.log" >>"$work/daemon.log"
+	: >"$work/serve.log"
+	# In a session of its own: an interrupt of this script is not one of the daemon.
+	setsid sandboxd serve --root "$work/root" --cgroup-parent "/$parent" >"$work/serve.log" 2>&1 &
+	daemon=$!
+	disown
+	until grep -q msg=Ready "$work/serve.log"; do
+		kill -0 "$daemon" 2>/dev/null || die "the daemon has ended"
+		sleep 0.02
+	done
+}
+
+# end SIGNAL ends the daemon, and returns when it is gone.
+end() {
+	kill "-$1" "$daemon" 2>/dev/null || true
+	while kill -0 "$daemon" 2>/dev/null; do sleep 0.02; done
+	daemon=
+}
+
 cleanup() {
-	[ -z "$daemon" ] || kill "$daemon" 2>/dev/null || true
+	local code=$?
+	set +e
+	trap '' INT TERM
+	trap - EXIT
+	if [[ -n $(ls "$SANDBOXD_STATE/sandboxes" 2>/dev/null) ]]; then
+		[[ -n $daemon ]] && kill -0 "$daemon" 2>/dev/null || serve
+		sandboxd ls -q | xargs -r sandboxd rm -f
+	fi
+	[[ -z $daemon ]] || end TERM
+	find /sys/fs/cgroup -depth -type d -path "*/$parent*" -exec rmdir {} + || code=1
+	if ((code)); then
+		echo "demo: the daemon's log ends with:" >&2
+		cat "$work/daemon.log" "$work/serve.log" | tail -n 20 >&2
+	fi
 	rm -rf "$work"
+	exit "$code"
 }
 trap cleanup EXIT
+trap 'exit 130' INT TERM
 
-leakcheck snapshot --dir "$work/state" --dir "$work/root" --cgroup-parent "$parent" >"$work/before.json"
 tools/rootfs.sh "$work/rootfs" "$(command -v redis-server)" "$(command -v redis-cli)"
+cd "$work"
+
+# What a daemon makes once and keeps (its directories, its cgroup) is no leak:
+# the oracle looks for the first time after a daemon has done all of it.
+serve
+sandboxd create first >/dev/null
+sandboxd run --rm first --rootfs rootfs -- true
+sandboxd rm first
+end TERM
+leakcheck snapshot --dir "$work/state" --dir "$work/root" --cgroup-parent "/$parent" >before.json
 serve
 
-say "A sandbox: namespaces that no process of yours has to keep alive"
-show sandboxd create web --label app=shop
-show sandboxd ls
+say "A sandbox: a network, IPC objects and a host name that need no process of yours to stay"
+run 'sandboxd create web --label app=shop' '^[0-9a-f]{16}$'
+run 'sandboxd ls' 'web +Ready'
 
-say "A server in it, and a second member that talks to it over the sandbox's loopback"
-show sandboxd run -d web --name redis --rootfs "$work/rootfs" --memory 64m -- redis-server --save '' --daemonize no
-for _ in $(seq 100); do
-	[ "$(sandboxd run --rm web --rootfs "$work/rootfs" -- redis-cli ping 2>/dev/null)" = PONG ] && break
-	sleep 0.05
-done
-show sandboxd run --rm web --rootfs "$work/rootfs" -- redis-cli set answer 42
-show sandboxd run --rm web --rootfs "$work/rootfs" -- redis-cli get answer
+say "A member: Debian's redis-server. What it saves goes to a tmpfs"
+run 'sandboxd run web -d --name redis --rootfs rootfs --memory 64m --tmpfs /data -- redis-server --dir /data --enable-debug-command yes' '^[0-9a-f]{16}$'
+until [[ $(sandboxd exec web/redis -- redis-cli ping 2>/dev/null) == PONG ]]; do sleep 0.05; done
 
-say "A third that joins the pid namespace of the first, and a program of the host in the sandbox's network"
-show sandboxd run --rm web --ns pid=member:redis --rootfs "$work/rootfs" -- ps
-show sandboxd join web -- ss -Htln
+say "A second member talks to it over the sandbox's loopback"
+run 'sandboxd run web --rm --rootfs rootfs -- redis-cli set answer 42' '^OK$'
+run 'sandboxd run web --rm --rootfs rootfs -- redis-cli save' '^OK$'
 
-say "A member that writes a report into a tmpfs and crashes"
-show sandboxd run web --name job --rootfs "$work/rootfs" --tmpfs /scratch:size=1m -- \
-	sh -c 'echo "step 3 of 7: out of cheese" >/scratch/report; echo "crashing now" >&2; kill -SEGV $$' || echo "exit code $?"
+say "A third joins the first one's pid namespace, and a program of the host the sandbox's network"
+run 'sandboxd run web --rm --rootfs rootfs --ns pid=member:redis -- ps' '^ +1 .*redis-server'
+run 'sandboxd join web -- ss -Hltn' '^LISTEN .*:6379 '
 
-say "The daemon is killed; the rest works without it"
-show kill -9 "$daemon"
-wait "$daemon" 2>/dev/null || true
-daemon=
-show sandboxd ps web
-show sandboxd logs web/job
-show sandboxd exec web/redis -- redis-cli get answer
+say "The daemon is killed. Nothing stops, and what follows works without it"
+prompt "kill -9 $daemon"
+end KILL
+run 'sandboxd exec web/redis -- redis-cli get answer' '^42$'
 
-say "The dead member is still there: its exit record, the file in its tmpfs, a shell in its mounts"
-sandboxd inspect web/job | jq '{state, exit, custody}'
-show sandboxd cp web/job:/scratch/report "$work/report"
-show cat "$work/report"
-show sandboxd join web/job -- sh -c 'mount | grep scratch; ls -l /scratch; ps'
+say "Now redis crashes: a real segmentation fault, while there is no daemon"
+run 'sandboxd join web -- redis-cli debug segfault' 'closed the connection' 1
+run 'sandboxd wait -o json web/redis' '"signal": 11' 139
+run 'sandboxd ps web' 'redis +Exited \(139\) .* held'
+run 'sandboxd logs web/redis | grep crashed' 'crashed by signal: 11'
 
-say "The daemon comes back and knows everything"
+say "It is dead, and its mounts are still there: a shell in them, and the file out of its tmpfs"
+run "sandboxd join web/redis -- sh -c 'grep /data /proc/self/mounts; ls -l /data'" 'dump\.rdb'
+run 'sandboxd cp web/redis:/data/dump.rdb .'
+run 'ls -l dump.rdb' ' dump\.rdb'
+
+say "The daemon comes back, and knows what happened while it was dead"
+prompt 'sandboxd serve &'
 serve
-show sandboxd ps web
-show sandboxd wait web/job || echo "exit code $?"
+run 'sandboxd ps web' 'redis +Exited \(139\) .* held'
+
+say "A successor in the same sandbox: created, given the file, and only then started"
+run 'sandboxd add web --name redis2 --rootfs rootfs --tmpfs /data -- redis-server --dir /data' '^[0-9a-f]{16}$'
+run 'sandboxd cp dump.rdb web/redis2:/data'
+run 'sandboxd start web/redis2'
+until [[ $(sandboxd exec web/redis2 -- redis-cli ping 2>/dev/null) == PONG ]]; do sleep 0.05; done
+run 'sandboxd run web --rm --rootfs rootfs -- redis-cli get answer' '^42$'
 
 say "Teardown, on purpose"
-show sandboxd stop --time 2s web
-show sandboxd rm web
-show sandboxd ls
-kill "$daemon" && wait "$daemon" 2>/dev/null || true
-daemon=
-find /sys/fs/cgroup -depth -type d -name "${parent#/}" -exec rmdir {} + 2>/dev/null || true
+run 'sandboxd stop web'
+run 'sandboxd ps web' 'redis2 +Exited \(0\)'
+run 'sandboxd rm web'
+run 'sandboxd ls -o json' '^\[\]$'
+end TERM
 
-say "The leak oracle's verdict: what is on the host now that was not before"
-rm -rf "$work/state" "$work/root"
-leakcheck verdict "$work/before.json"
+say "The leak oracle: processes, namespaces, mounts, cgroups, files that were not there before"
+run 'leakcheck verdict before.json'

@@ -1,6 +1,7 @@
 #!/bin/bash
 # Installs what building and testing everything needs, on Debian, as root. What
-# is there already is left alone, so that it may be run every time.
+# is there already is left alone, so that it may be run every time. With arguments
+# it installs these packages instead.
 set -euo pipefail
 
 packages=(
@@ -13,6 +14,10 @@ packages=(
 	runc crun                                                # what the benchmark compares with
 	strace iproute2 attr libcap2-bin jq shellcheck make git ca-certificates
 )
+
+if (($# > 0)); then
+	packages=("$@")
+fi
 
 missing=()
 for p in "${packages[@]}"; do
