@@ -371,8 +371,9 @@ func TestMonitorIsSmall(t *testing.T) {
 		}
 	}
 	t.Logf("resident: %d KiB", kib)
-	if kib == 0 || kib > 32 {
-		t.Errorf("resident memory is %d KiB, want at most 32:\n%s", kib, b)
+	// The stack's begin is random, so that it has two pages, or three.
+	if kib == 0 || kib > 36 {
+		t.Errorf("resident memory is %d KiB, want at most 36:\n%s", kib, b)
 	}
 }
 

@@ -19,6 +19,18 @@ import (
 
 var update = flag.Bool("update", false, "write testdata/programs anew")
 
+// Files of which only matters which is which. Stdout and stderr would not do: go
+// test -json makes one of them.
+var aFile, anotherFile = devNull(), devNull()
+
+func devNull() *os.File {
+	f, err := os.Open(os.DevNull)
+	if err != nil {
+		panic(err)
+	}
+	return f
+}
+
 // withUserNS puts in into a user namespace; the descriptor is of no matter here.
 func withUserNS(in *Input) {
 	in.UserNS = os.Stdin
@@ -61,11 +73,11 @@ func TestProgramsAreAsReviewed(t *testing.T) {
 			in.Spec.Mounts = append(in.Spec.Mounts, specs.Mount{Destination: "/data", Source: "/srv/data", Options: []string{"rbind"}})
 		}},
 		{"shared-pid", func(in *Input) {
-			in.Namespaces = map[namespace.Kind]Join{namespace.PID: {File: os.Stdin}, namespace.Net: {File: os.Stdout}, namespace.Mnt: {Private: true}}
-			in.Shm, in.HostMnt = os.Stderr, os.Stdin
+			in.Namespaces = map[namespace.Kind]Join{namespace.PID: {File: os.Stdin}, namespace.Net: {File: aFile}, namespace.Mnt: {Private: true}}
+			in.Shm, in.HostMnt = anotherFile, os.Stdin
 		}},
 		{"joined-mnt", func(in *Input) {
-			in.Root, in.RootFD = nil, os.Stdout
+			in.Root, in.RootFD = nil, aFile
 			in.Namespaces = map[namespace.Kind]Join{namespace.Mnt: {File: os.Stdin}}
 			in.Spec.Mounts, in.Spec.Linux = nil, nil
 			in.Spec.Process.NoNewPrivileges = false
