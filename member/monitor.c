@@ -271,7 +271,7 @@ static void broadcast(char kind, const void *p, size_t n) {
 			client_send(c, kind, p, n);
 	/* The daemon comes last: when it learns of an exit it may end this process,
 	 * and with it what is still unsaid to others. */
-	for (struct client *c = clients; kind == 'p' && c < clients + CLIENTS_MAX; c++)
+	for (struct client *c = clients; c < clients + CLIENTS_MAX && (kind == 'p' || kind == 'c'); c++)
 		if (c->fd && c->told && !c->attached)
 			client_send(c, kind, p, n);
 }
@@ -331,8 +331,11 @@ static void client_read(struct client *c) {
 		client_answer(c, n);
 		break;
 	case 'c':
+		/* The flag first: whoever opens the FIFO looks at it afterwards. */
+		st->flags |= STATUS_STDIN_CLOSED;
 		SYS1(close, FD_STDIN);
 		client_answer(c, 0);
+		broadcast('c', 0, 0);
 		break;
 	case 'r':
 		client_answer(c, log_open());

@@ -152,6 +152,11 @@ func (m *Monitors) Start(ctx context.Context, spec MonitorSpec) (*Monitor, error
 func (m *Monitors) Adopt(ctx context.Context, spec AdoptSpec) (*Monitor, error) {
 	var fs files
 	defer fs.close()
+	before, err := ReadStatus(spec.Dir)
+	if err != nil {
+		return nil, fmt.Errorf("adopt init %v: %w", spec.Init, err)
+	}
+	spec.Stdin = spec.Stdin && !before.StdinClosed // else its end would be taken back
 	if _, err := fs.streams(&spec.MonitorSpec, false); err != nil {
 		return nil, err
 	}
@@ -511,6 +516,7 @@ type Monitor struct {
 
 	done chan struct{} // closed when init has ended or the monitor has
 	gone chan struct{} // closed when the monitor has, or Close was called
+	eof  chan struct{} // closed when the monitor has closed stdin
 
 	mu      sync.Mutex
 	phase   Phase
@@ -557,6 +563,13 @@ func (m *Monitor) Init() procid.ID { return m.init }
 // the monitor is gone.
 func (m *Monitor) Done() <-chan struct{} { return m.done }
 
+// InitEnded reports whether the monitor has told that init has ended.
+func (m *Monitor) InitEnded() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.phase >= PhaseExited
+}
+
 // Gone is closed when the monitor is gone, or Close was called.
 func (m *Monitor) Gone() <-chan struct{} { return m.gone }
 
@@ -594,6 +607,31 @@ func (m *Monitor) Start(ctx context.Context) error {
 // reads an end of file once all other writers have closed theirs.
 func (m *Monitor) CloseStdin(ctx context.Context) error { return m.ask(ctx, 'c') }
 
+// StdinClosed is closed when the monitor closes its writing end of init's
+// standard input, if it does so after the connection was made.
+func (m *Monitor) StdinClosed() <-chan struct{} { return m.eof }
+
+// HoldStdin opens the writing end of init's standard input, so that init reads
+// no end of file should its monitor be killed. The caller closes it at the
+// latest when [Monitor.StdinClosed] is. The file is nil if stdin has been closed
+// already, or nobody can read it any more.
+func (m *Monitor) HoldStdin() (*os.File, error) {
+	f, err := OpenStdin(m.dir)
+	if errors.Is(err, procid.ErrGone) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	// Only now: had it been closed before, f would take that back.
+	st, err := ReadStatus(m.dir)
+	if err != nil || st.StdinClosed {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
 // ReopenLog makes the monitor open the log by its name again, after it was
 // renamed. On error the old file is written on.
 func (m *Monitor) ReopenLog(ctx context.Context) error {
@@ -606,7 +644,7 @@ func (m *Monitor) ReopenLog(ctx context.Context) error {
 // run starts the goroutine that reads conn.
 func (m *Monitor) run(conn *os.File) {
 	m.conn = conn
-	m.done, m.gone, m.changed = make(chan struct{}), make(chan struct{}), make(chan struct{})
+	m.done, m.gone, m.eof, m.changed = make(chan struct{}), make(chan struct{}), make(chan struct{}), make(chan struct{})
 	go m.read()
 }
 
@@ -628,6 +666,12 @@ func (m *Monitor) read() {
 			if m.phase >= PhaseExited && !ended {
 				ended = true
 				close(m.done)
+			}
+		case kind == 'c':
+			select {
+			case <-m.eof: // somebody has asked for it twice
+			default:
+				close(m.eof)
 			}
 		case len(m.asked) == 0:
 		case kind == 'k':

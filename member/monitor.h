@@ -50,7 +50,7 @@ static int config_check(const struct config *c, uint64_t len) {
 #define STATUS_SIZE 4096
 
 enum { PHASE_NONE, PHASE_CREATED, PHASE_RUNNING, PHASE_EXITED, PHASE_FAILED };
-enum { STATUS_EXEC_FAILED = 1, STATUS_CUSTODY = 2, STATUS_UNKNOWN = 4 };
+enum { STATUS_EXEC_FAILED = 1, STATUS_CUSTODY = 2, STATUS_UNKNOWN = 4, STATUS_STDIN_CLOSED = 8 };
 
 /* fail_op below zero: what failed was none of the program's calls. */
 enum {

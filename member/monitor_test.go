@@ -684,6 +684,54 @@ func TestMonitorIsReplaced(t *testing.T) {
 	}
 }
 
+func TestMonitorKilledDoesNotEndStdin(t *testing.T) {
+	testenv.Kernel(t, testenv.PIDFDInfo)
+	m := newMonitored(t, "read x || exit 1; echo got $x; cat; exit 6")
+	m.spec.Stdin = true
+	m.start()
+	held, err := m.mon.HoldStdin()
+	if err != nil || held == nil {
+		t.Fatalf("HoldStdin = %v, %v", held, err)
+	}
+	defer held.Close()
+	m.replace()
+	if _, err := held.WriteString("x\n"); err != nil { // init reads on
+		t.Fatal(err)
+	}
+	m.eventually("x is logged", func() bool { b, _ := os.ReadFile(m.spec.LogPath); return bytes.Contains(b, []byte("got x")) })
+	if err := m.mon.CloseStdin(m.ctx); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-m.mon.StdinClosed():
+	case <-m.ctx.Done():
+		t.Fatal("the monitor does not tell that stdin is closed")
+	}
+	if f, err := m.mon.HoldStdin(); f != nil || err != nil {
+		t.Errorf("HoldStdin after it was closed = %v, %v", f, err)
+	}
+	m.replace() // nor does the new one open it again
+	held.Close()
+	if r := m.exit(); r.Code != 6 {
+		t.Errorf("exit = %+v, want code 6", r)
+	}
+}
+
+// replace kills the monitor and starts another.
+func (m *monitored) replace() {
+	m.t.Helper()
+	old := m.mon
+	if err := old.Process().Signal(unix.SIGKILL); err != nil {
+		m.t.Fatal(err)
+	}
+	<-old.Gone()
+	mon, err := m.ms.Adopt(m.ctx, AdoptSpec{MonitorSpec: m.spec, Init: old.Init()})
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	m.watch(mon)
+}
+
 func TestMonitorIsReplacedBeforeTheStart(t *testing.T) {
 	testenv.Kernel(t, testenv.PIDFDInfo)
 	m := newMonitored(t, "echo ran; exit 8").create()

@@ -61,6 +61,7 @@ const (
 	statusExecFailed  = 1
 	statusCustody     = 2
 	statusUnknownExit = 4
+	statusStdinClosed = 8
 )
 
 // What Status.FailOp is if none of the launch program's calls failed, as in
@@ -80,6 +81,7 @@ type Status struct {
 	ExecFailed     bool // the execve failed; FailOp and FailErrno say how
 	Custody        bool // the monitor holds root and namespaces, if it lives
 	UnknownExit    bool // init has ended, and nobody can know how
+	StdinClosed    bool // the monitor has been told to close stdin
 	MonitorPID     int
 	Init           procid.ID // zero if there was none yet
 	CreatedAt      time.Time // the zero time if it has not happened; so are the next two
@@ -133,6 +135,7 @@ func parseStatus(b []byte) (Status, error) {
 		ExecFailed:     flags&statusExecFailed != 0,
 		Custody:        flags&statusCustody != 0,
 		UnknownExit:    flags&statusUnknownExit != 0,
+		StdinClosed:    flags&statusStdinClosed != 0,
 		MonitorPID:     int(int32(u32(16))),
 		CreatedAt:      fromNanos(u64(32)),
 		StartedAt:      fromNanos(u64(40)),

@@ -67,6 +67,7 @@ type Manager struct {
 
 	mu    sync.Mutex
 	boxes map[string]*box // by id; guarded by mu
+	past  past            // guarded by mu
 }
 
 // box is the entry of one sandbox.
@@ -409,10 +410,17 @@ func (m *Manager) memberInfo(b *box, mb *memb) MemberInfo {
 }
 
 // Wait returns a member's exit record, as soon as there is one. It fails with
-// [ErrNotFound] if the member is removed without ever having had one.
+// [ErrNotFound] if the member is removed without ever having had one. That of a
+// member that has removed itself can be asked for, by its ids, for some time after.
 func (m *Manager) Wait(ctx context.Context, ref string) (Exit, error) {
 	_, mb, err := m.member(ref)
 	if err != nil {
+		m.mu.Lock()
+		e, ok := m.past.exits[ref]
+		m.mu.Unlock()
+		if ok {
+			return e, nil
+		}
 		return Exit{}, &OpError{Op: "wait", Err: err}
 	}
 	select {

@@ -120,6 +120,17 @@ func TestStopTimeout(t *testing.T) {
 	check(t, n.empty())
 }
 
+func TestPastIsBounded(t *testing.T) {
+	var p past
+	for i := range pastMax + 10 {
+		p.add(fmt.Sprint(i), Exit{Code: i})
+	}
+	_, oldest := p.exits["9"]
+	if e, ok := p.exits["10"]; oldest || !ok || e.Code != 10 || len(p.exits) != pastMax || len(p.order) != pastMax {
+		t.Errorf("%d exits, %d in order; the oldest but ten is %+v", len(p.exits), len(p.order), e)
+	}
+}
+
 func TestAutoRemoveAnswersWaiters(t *testing.T) {
 	n := newFakeNode()
 	m := open(t, t.TempDir(), n)
@@ -158,6 +169,12 @@ func TestAutoRemoveAnswersWaiters(t *testing.T) {
 		}
 		return nil
 	})
+	if e, err := m.Wait(ctx, mi.Sandbox+"/"+mi.ID); err != nil || e.Code != 3 {
+		t.Errorf("asked too late: %+v, %v, want code 3", e, err)
+	}
+	if _, err := m.Wait(ctx, "web/app"); !errors.Is(err, ErrNotFound) {
+		t.Errorf("by its name, which may be another's: %v", err)
+	}
 }
 
 func TestStartError(t *testing.T) {

@@ -69,10 +69,40 @@ func (m *Manager) takeDownMember(ctx context.Context, b *box, mb *memb, op strin
 // Preconditions: mb.op is held.
 func (m *Manager) forgetMember(b *box, mb *memb) {
 	mb.gone = true
+	r := mb.rec.Load()
+	if r.Config.AutoRemove && r.Exit != nil {
+		m.mu.Lock()
+		m.past.add(r.Sandbox+"/"+r.ID, *r.Exit)
+		m.mu.Unlock()
+	}
 	mb.setOver()
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	delete(b.members, mb.id())
+}
+
+// past is how members ended that have removed themselves, for those who ask a
+// moment too late: whoever started one could not know when to ask. The zero
+// value is ready.
+type past struct {
+	exits map[string]Exit // by SANDBOX/MEMBER, ids
+	order []string        // the oldest first
+}
+
+// pastMax is how many are remembered: more than anybody starts between a start
+// and the wait for it.
+const pastMax = 1024
+
+func (p *past) add(ref string, e Exit) {
+	if p.exits == nil {
+		p.exits = map[string]Exit{}
+	}
+	if len(p.order) == pastMax {
+		delete(p.exits, p.order[0])
+		p.order = p.order[1:]
+	}
+	p.exits[ref] = e
+	p.order = append(p.order, ref)
 }
 
 // dropMember removes a member's directory, or sets it aside if its record could

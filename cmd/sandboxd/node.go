@@ -42,9 +42,11 @@ type node struct {
 	hostMnt  *os.File
 	reaper   *reaper
 
-	mu      sync.Mutex
-	pauses  map[string]*pause.Pause // by sandbox; guarded by mu
-	masters map[string]*os.File     // duplicates of terminals, by member: a killed monitor must not hang them up; guarded by mu
+	mu     sync.Mutex
+	pauses map[string]*pause.Pause // by sandbox; guarded by mu
+	// What a killed monitor must not take away from init, by member: a
+	// duplicate of its terminal, the writing end of its stdin. Guarded by mu.
+	masters, stdins map[string]*os.File
 }
 
 type nodeOptions struct {
@@ -57,7 +59,7 @@ type nodeOptions struct {
 // newNode makes the process a child subreaper, so that an init whose monitor is
 // killed becomes its child. The caller closes the node.
 func newNode(o nodeOptions) (_ *node, err error) {
-	n := &node{nodeOptions: o, mark: installationMark(o.State), pauses: map[string]*pause.Pause{}, masters: map[string]*os.File{}}
+	n := &node{nodeOptions: o, mark: installationMark(o.State), pauses: map[string]*pause.Pause{}, masters: map[string]*os.File{}, stdins: map[string]*os.File{}}
 	defer func() {
 		if err != nil {
 			n.Close()
@@ -96,8 +98,10 @@ func (n *node) Close() error {
 	for _, p := range n.pauses {
 		errs = append(errs, p.Close())
 	}
-	for _, f := range n.masters {
-		errs = append(errs, f.Close())
+	for _, kept := range []map[string]*os.File{n.masters, n.stdins} {
+		for _, f := range kept {
+			errs = append(errs, f.Close())
+		}
 	}
 	if n.hostMnt != nil {
 		errs = append(errs, n.hostMnt.Close())
@@ -440,8 +444,11 @@ func (n *node) watched(m *sandbox.MemberRecord, mon *member.Monitor) (sandbox.Mo
 	if m.Config.TTY {
 		// Absent if the monitor has ended already; then there is nothing to keep.
 		if f, err := member.Master(mon.Process()); err == nil {
-			n.keepMaster(m.ID, f)
+			n.keep(n.masters, m.ID, f)
 		}
+	}
+	if m.Config.Stdin && !m.Config.TTY {
+		n.holdStdin(m.ID, mon)
 	}
 	inodes := make(map[namespace.Kind]uint64)
 	for _, k := range namespace.Kinds() {
@@ -455,11 +462,35 @@ func (n *node) watched(m *sandbox.MemberRecord, mon *member.Monitor) (sandbox.Mo
 	return &monitor{mon, inodes}, nil
 }
 
-func (n *node) keepMaster(id string, f *os.File) {
+// holdStdin keeps the writing end of a member's stdin until the monitor is told
+// to close it or init has ended.
+func (n *node) holdStdin(id string, mon *member.Monitor) {
+	f, err := mon.HoldStdin()
+	if err != nil {
+		n.Log.Warn("Stdin would end with the monitor", "member", id, "err", err)
+	}
+	n.keep(n.stdins, id, f)
+	if f == nil {
+		return
+	}
+	go func() {
+		select {
+		case <-mon.StdinClosed():
+		case <-mon.Done():
+			if !mon.InitEnded() {
+				return // a new monitor is about to take its place
+			}
+		}
+		n.letGo(n.stdins, id, f)
+	}()
+}
+
+// keep puts f in the place of what kept has for the member id, which is closed.
+func (n *node) keep(kept map[string]*os.File, id string, f *os.File) {
 	n.mu.Lock()
-	old := n.masters[id]
-	if n.masters[id] = f; f == nil {
-		delete(n.masters, id)
+	old := kept[id]
+	if kept[id] = f; f == nil {
+		delete(kept, id)
 	}
 	n.mu.Unlock()
 	if old != nil {
@@ -467,9 +498,23 @@ func (n *node) keepMaster(id string, f *os.File) {
 	}
 }
 
+// letGo closes f, unless another has taken its place and it is closed already.
+func (n *node) letGo(kept map[string]*os.File, id string, f *os.File) {
+	n.mu.Lock()
+	is := kept[id] == f
+	if is {
+		delete(kept, id)
+	}
+	n.mu.Unlock()
+	if is {
+		f.Close()
+	}
+}
+
 // KillMonitor implements [sandbox.MemberNode].
 func (n *node) KillMonitor(ctx context.Context, m *sandbox.MemberRecord) error {
-	n.keepMaster(m.ID, nil)
+	n.keep(n.masters, m.ID, nil)
+	n.keep(n.stdins, m.ID, nil)
 	err := killProcess(ctx, m.Monitor)
 	if m.State != sandbox.MemberRunning {
 		err = errors.Join(err, killProcess(ctx, m.Init))
