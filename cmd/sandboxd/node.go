@@ -450,14 +450,16 @@ func (n *node) watched(m *sandbox.MemberRecord, mon *member.Monitor) (sandbox.Mo
 	if m.Config.Stdin && !m.Config.TTY {
 		n.holdStdin(m.ID, mon)
 	}
+	// By path, and checked once: this is on the way of every start.
 	inodes := make(map[namespace.Kind]uint64)
 	for _, k := range namespace.Kinds() {
-		if f, err := member.OpenNamespace(mon.Process(), k); err == nil {
-			if ino, err := inode(f); err == nil {
-				inodes[k] = ino
-			}
-			f.Close()
+		var st unix.Stat_t
+		if unix.Stat(member.NamespacePath(mon.Process().PID, k), &st) == nil {
+			inodes[k] = st.Ino
 		}
+	}
+	if !mon.Process().Alive() {
+		clear(inodes) // perhaps of another process with its pid
 	}
 	return &monitor{mon, inodes}, nil
 }
