@@ -401,3 +401,27 @@ func procs(h *Host, path string) []string {
 	}
 	return ps
 }
+
+// A cgroup that somebody else made above, as with mkdir, has no processors in
+// the v1 cpuset hierarchy, and nothing could run below it.
+func TestMembersRunBelowABareCgroup(t *testing.T) {
+	testenv.Root(t)
+	h, err := Detect()
+	if err != nil {
+		t.Fatal(err)
+	}
+	parent := fmt.Sprintf("/sandboxd-test-bare-%d", os.Getpid())
+	t.Cleanup(func() { remove(t, h, parent) })
+	for _, m := range h.mounts() {
+		if err := os.Mkdir(m+parent, 0o755); err != nil && !os.IsExist(err) {
+			t.Fatal(err)
+		}
+	}
+	if err := h.MakeSandbox(parent + "/sandbox"); err != nil {
+		t.Fatal(err)
+	}
+	makeMember(t, h, parent+"/sandbox/member", nil)
+	if err := run(t, procs(h, parent+"/sandbox/member"), "echo").Wait(); err != nil {
+		t.Error(err)
+	}
+}

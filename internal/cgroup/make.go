@@ -110,6 +110,12 @@ func inheritCpuset(dir string) error {
 			continue
 		}
 		parents, err := read(filepath.Dir(dir), name)
+		if err == nil && len(bytes.TrimSpace(parents)) == 0 {
+			// Somebody else made that one. The hierarchy's root always has some.
+			if err = inheritCpuset(filepath.Dir(dir)); err == nil {
+				parents, err = read(filepath.Dir(dir), name)
+			}
+		}
 		if err != nil {
 			return err
 		}
