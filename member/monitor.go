@@ -210,7 +210,9 @@ func (m *Monitors) start(ctx context.Context, spec *MonitorSpec, fs *files, fres
 	status, err := os.OpenFile(filepath.Join(spec.Dir, statusName), flags, 0o600)
 	fs.own(monitorStatus, status)
 	if err == nil && fresh {
-		err = status.Truncate(statusSize)
+		// Not by making it longer: the monitor maps it, and would be killed by
+		// SIGBUS at its first store if the file system is full by then.
+		_, err = status.Write(make([]byte, statusSize))
 	}
 	if err != nil {
 		return nil, fmt.Errorf("make status page: %w", err)
