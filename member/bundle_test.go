@@ -60,7 +60,7 @@ func TestBundleErrors(t *testing.T) {
 		{"namespace path", linux(`"namespaces":[{"type":"network","path":"/x"}]`), "--ns net=SOURCE"},
 		{"user namespace", linux(`"namespaces":[{"type":"user"}]`), "user=private is not supported"},
 		{"shared hostname", wrap(`,"hostname":"x"`), `hostname: "x" would change the uts namespace`},
-		{"shared sysctl", linux(`"sysctl":{"net.ipv4.ip_forward":"1"}`), "of the net namespace, which is shared"},
+		{"shared sysctl", linux(`"sysctl":{"net.ipv4.ip_forward":"1"}`), "of the net namespace, which is not its own"},
 		{"host sysctl", linux(`"sysctl":{"vm.swappiness":"1"}`), "can only be set for the whole host"},
 		{"timeOffsets", linux(`"timeOffsets":{"boottime":{"secs":1}}`), "linux.timeOffsets: they need a time namespace"},
 		{"capability", proc(`,"capabilities":{"bounding":["CAP_FOO"]}`), `process.capabilities.bounding: unknown capability "CAP_FOO"`},

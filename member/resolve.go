@@ -689,7 +689,7 @@ func CheckSysctl(key string, kinds []namespace.Kind) error {
 		return fmt.Errorf("sysctl %q is not of a namespace: it can only be set for the whole host", key)
 	}
 	if !slices.Contains(kinds, k) {
-		return fmt.Errorf("sysctl %q is of the %s namespace, which is shared", key, k)
+		return fmt.Errorf("sysctl %q is of the %s namespace, which is not its own", key, k)
 	}
 	return nil
 }

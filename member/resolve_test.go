@@ -289,7 +289,7 @@ func TestCheckSysctl(t *testing.T) {
 	}{
 		{"net.ipv4.ip_forward", all, ""},
 		{"net/ipv4/conf/eth0.1/forwarding", all, ""},
-		{"net.ipv4.ip_forward", []namespace.Kind{namespace.IPC}, "of the net namespace, which is shared"},
+		{"net.ipv4.ip_forward", []namespace.Kind{namespace.IPC}, "of the net namespace, which is not its own"},
 		{"kernel.shmmax", []namespace.Kind{namespace.IPC}, ""},
 		{"kernel.sem", []namespace.Kind{namespace.Net}, "of the ipc namespace"},
 		{"fs.mqueue.msg_max", []namespace.Kind{namespace.IPC}, ""},
