@@ -33,11 +33,15 @@ var ErrUnavailable = wire.ErrUnavailable
 const maxMessage = 256 << 20
 
 // SocketPath returns the path in address, which is unix://PATH or an absolute
-// PATH.
+// PATH, of a length that a socket can have.
 func SocketPath(address string) (string, error) {
 	path := strings.TrimPrefix(address, "unix://")
 	if !filepath.IsAbs(path) {
 		return "", fmt.Errorf("address %q is not unix:///PATH", address)
+	}
+	// The length of sun_path, less the NUL (unix(7)).
+	if most := len(unix.RawSockaddrUnix{}.Path) - 1; len(path) > most {
+		return "", fmt.Errorf("address %.100q…: the path has %d bytes, that of a socket has at most %d", address, len(path), most)
 	}
 	return path, nil
 }

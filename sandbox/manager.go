@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"maps"
 	"os"
@@ -210,19 +211,42 @@ func Open(ctx context.Context, state string, node Node, o Options) (*Manager, er
 	return m, nil
 }
 
+// Free fails, as [Open] would, if another process has the state directory open.
+// It changes nothing.
+func Free(state string) error {
+	f, err := os.Open(filepath.Join(state, lockFile))
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("lock state directory: %w", err)
+	}
+	defer f.Close()
+	return flock(f, unix.LOCK_SH, state)
+}
+
+// flock takes a lock on f, which is in the state directory called state.
+func flock(f *os.File, how int, state string) error {
+	err := unix.Flock(int(f.Fd()), how|unix.LOCK_NB)
+	if err == nil {
+		return nil
+	}
+	if !errors.Is(err, unix.EWOULDBLOCK) {
+		return fmt.Errorf("lock state directory: %w", os.NewSyscallError("flock", err))
+	}
+	pid, _ := io.ReadAll(io.LimitReader(f, 32)) // only to be helpful
+	return statef("state directory %s is in use by the daemon with pid %s", state, strings.TrimSpace(string(pid)))
+}
+
 // takeLock makes this process the only one that changes the state directory.
 func (m *Manager) takeLock() error {
 	f, err := m.root.OpenFile(lockFile, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return fmt.Errorf("lock state directory: %w", err)
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		defer f.Close()
-		if !errors.Is(err, unix.EWOULDBLOCK) {
-			return fmt.Errorf("lock state directory: %w", os.NewSyscallError("flock", err))
-		}
-		pid, _ := io.ReadAll(io.LimitReader(f, 32)) // only to be helpful
-		return statef("state directory %s is in use by the daemon with pid %s", m.path, strings.TrimSpace(string(pid)))
+	if err := flock(f, unix.LOCK_EX, m.path); err != nil {
+		f.Close()
+		return err
 	}
 	m.lock = f
 	// The pid is for the message above; who holds the flock decides.

@@ -15,8 +15,14 @@ import (
 // already is replaced if nobody answers on it; anything else at path is left
 // alone and is an error. Closing the listener removes the socket.
 func Listen(ctx context.Context, path string) (net.Listener, error) {
-	if err := removeStale(path); err != nil {
+	stale, err := look(path)
+	if err != nil {
 		return nil, err
+	}
+	if stale {
+		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return nil, err
+		}
 	}
 	lc := net.ListenConfig{
 		// The mode of an unbound socket becomes that of the file that bind makes
@@ -33,26 +39,35 @@ func Listen(ctx context.Context, path string) (net.Listener, error) {
 	return lc.Listen(ctx, "unix", path)
 }
 
-func removeStale(path string) error {
+// Free reports why [Listen] would not take path, and changes nothing. It is for
+// those who have much to do before they can listen.
+func Free(path string) error {
+	_, err := look(path)
+	return err
+}
+
+// look fails if path cannot be listened on. stale means that a socket is there
+// on which nobody answers.
+func look(path string) (stale bool, err error) {
 	fi, err := os.Lstat(path)
 	if errors.Is(err, os.ErrNotExist) {
-		return nil
+		return false, nil
 	}
 	if err != nil {
-		return err
+		return false, err
 	}
 	if fi.Mode().Type() != os.ModeSocket {
-		return fmt.Errorf("socket %s: there is something else of that name, which is not a socket", path)
+		return false, fmt.Errorf("socket %s: there is something else of that name, which is not a socket", path)
 	}
 	c, err := net.Dial("unix", path)
 	switch {
 	case err == nil:
 		c.Close()
-		return fmt.Errorf("socket %s is taken: another process answers on it", path)
+		return false, fmt.Errorf("socket %s is taken: another process answers on it", path)
 	case errors.Is(err, unix.ECONNREFUSED):
-		return os.Remove(path)
+		return true, nil
 	case errors.Is(err, os.ErrNotExist):
-		return nil
+		return false, nil
 	}
-	return fmt.Errorf("socket %s: %w", path, err)
+	return false, fmt.Errorf("socket %s: %w", path, err)
 }

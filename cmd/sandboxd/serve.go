@@ -77,6 +77,14 @@ func (a *app) serve(ctx context.Context, o serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
+	// Before anything is made. The daemon of the same state directory, if there
+	// is one, has the same socket too; the lock tells more.
+	if err := sandbox.Free(state); err != nil {
+		return err
+	}
+	if err := server.Free(socket); err != nil {
+		return err
+	}
 	log := newLogger(a.err, o.level, o.json)
 	node, err := newNode(nodeOptions{State: state, Root: root, CgroupParent: o.cgroupParent, Log: log})
 	if err != nil {
