@@ -404,6 +404,9 @@ func (j *joiner) hostProcess(rootfs string) error {
 // run runs args as o says, and returns an [exitCode].
 func (j *joiner) run(ctx context.Context, o *processFlags, args []string) error {
 	p := j.spec.Process
+	if args[0] == "" {
+		return errors.New("no command: the first argument is empty")
+	}
 	p.Args, p.Terminal, p.ConsoleSize = args, o.tty, nil
 	env, err := j.app.environment(o.env)
 	if err != nil {

@@ -10,6 +10,7 @@ import (
 	"io"
 	"os"
 	"strings"
+	"unicode"
 
 	"golang.org/x/sys/unix"
 
@@ -32,7 +33,7 @@ func main() {
 // run is the program without its process: it returns the exit code. Only if
 // the streams are files can terminals be used.
 func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
-	a := &app{in: stdin, out: stdout, err: stderr, lookupEnv: os.LookupEnv}
+	a := &app{args: args, in: stdin, out: stdout, err: stderr, lookupEnv: os.LookupEnv}
 	defer a.close()
 	root := a.rootCommand()
 	root.SetArgs(args)
@@ -88,13 +89,19 @@ func asExit(code int) error {
 	return exitCode(code)
 }
 
-// oneLine keeps messages to one line whatever a path or a foreign program's
-// output holds.
+// oneLine keeps messages to one line of readable length, whatever a path or a
+// foreign program's output holds: nor do they do anything to a terminal. What
+// failed is at the beginning and why at the end, so it is the middle that goes.
 func oneLine(s string) string {
-	return strings.Map(func(r rune) rune {
-		if r < ' ' || r == 0x7f {
+	const head, tail = 600, 300
+	s = strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) {
 			return ' '
 		}
 		return r
 	}, strings.TrimSpace(s))
+	if len(s) <= head+tail {
+		return s
+	}
+	return strings.ToValidUTF8(s[:head], "") + "…" + strings.ToValidUTF8(s[len(s)-tail:], "")
 }

@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"os"
+	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -61,6 +63,11 @@ func (a *app) memberFlags(cmd *cobra.Command) func(command []string) (sandbox.Me
 		c.LogPath = log
 		if c.Env, err = a.environment(env); err != nil {
 			return c, usageError(cmd, "%s", err)
+		}
+		for _, kv := range c.Env {
+			if name, _, _ := strings.Cut(kv, "="); !utf8.ValidString(kv) {
+				return c, usageError(cmd, "the value of environment variable %.100q is not UTF-8 text", name)
+			}
 		}
 		if c.Labels, err = parsePairs("label", labels); err != nil {
 			return c, usageError(cmd, "%s", err)

@@ -7,6 +7,7 @@ import (
 	"io"
 	"slices"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/spf13/cobra"
 
@@ -18,6 +19,7 @@ const defaultState = "/run/sandboxd"
 
 // app is what the subcommands share.
 type app struct {
+	args      []string // of the command line
 	in        io.Reader
 	out, err  io.Writer
 	lookupEnv func(string) (string, bool)
@@ -165,6 +167,12 @@ func (a *app) socketAddress() string {
 // client returns the connection to the daemon. [app.close] closes it.
 func (a *app) client() (*api.Client, error) {
 	if a.conn == nil {
+		// Nor would it be kept in records as it is: they are JSON.
+		for _, s := range a.args {
+			if !utf8.ValidString(s) {
+				return nil, fmt.Errorf("argument %.100q is not UTF-8 text, which is all that the daemon takes", s)
+			}
+		}
 		c, err := api.Dial(a.socketAddress())
 		if err != nil {
 			return nil, err

@@ -46,7 +46,7 @@ running.`,
 		ref := m.Sandbox + "/" + m.ID
 		if *detach {
 			if _, err := d.Start(cmd.Context(), ref); err != nil {
-				return err
+				return a.discard(cmd.Context(), ref, err)
 			}
 			writeLine(a.out, m.ID)
 			return nil
@@ -76,7 +76,7 @@ func (a *app) runAttached(ctx context.Context, ref string, c sandbox.MemberConfi
 		err  error
 	}
 	exited := make(chan result, 1)
-	started := false
+	started := false // its command has been executed, as far as is known
 	err = func() error {
 		t, err := a.target(ref)
 		if err != nil {
@@ -94,10 +94,8 @@ func (a *app) runAttached(ctx context.Context, ref string, c sandbox.MemberConfi
 			return err
 		})
 	}()
-	if !started {
-		if rerr := d.RemoveMember(context.WithoutCancel(ctx), ref, true); rerr != nil {
-			err = errors.Join(err, fmt.Errorf("remove %s: %w", ref, rerr))
-		}
+	if _, ok := errors.AsType[*sandbox.StartError](err); ok || !started {
+		err = a.discard(ctx, ref, err)
 	}
 	if err != nil {
 		return sandbox.Exit{}, err
@@ -111,6 +109,16 @@ func (a *app) runAttached(ctx context.Context, ref string, c sandbox.MemberConfi
 		}
 	}
 	return r.exit, r.err
+}
+
+// discard removes a member whose command has not run, because of err, which it
+// returns: whoever asked for it has nothing of it, and wants its name back.
+func (a *app) discard(ctx context.Context, ref string, err error) error {
+	rerr := a.conn.RemoveMember(context.WithoutCancel(ctx), ref, true)
+	if rerr != nil && !errors.Is(rerr, sandbox.ErrNotFound) {
+		return errors.Join(err, fmt.Errorf("remove %s: %w", ref, rerr))
+	}
+	return err
 }
 
 func (a *app) attachCommand() *cobra.Command {

@@ -1,0 +1,445 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/sandboxd/sandboxd/internal/leak"
+	"github.com/sandboxd/sandboxd/internal/testenv"
+)
+
+// world is what the host looks like to a refusal: it must look the same after it.
+type world struct {
+	d      *daemon
+	before *leak.Snapshot
+}
+
+func (d *daemon) look(t *testing.T) *world {
+	t.Helper()
+	s, err := leak.Take(leak.Options{Ancestor: d.cmd.Process.Pid, CgroupParent: d.parent, Dirs: []string{d.state, d.root}, PID: d.cmd.Process.Pid})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &world{d, s}
+}
+
+// unchanged fails the test unless the host is as it was, neither more nor less.
+func (w *world) unchanged(t *testing.T) {
+	t.Helper()
+	more, err := w.before.Wait(5 * time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(more) > 0 {
+		t.Errorf("not as before: %s", leak.Report(more))
+	}
+	after, err := leak.Take(w.before.Options)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range leak.Diff(after, w.before) {
+		// Descriptors of the daemon come and go with connections, and so do
+		// processes that only look at what is ours, such as an oracle.
+		if f.Kind != leak.FD && (f.Kind != leak.Process || strings.Contains(f.Detail, "(sandboxd-")) {
+			t.Errorf("gone: %s", f)
+		}
+	}
+}
+
+// refusal is a call that must fail: with one line on stderr that holds every
+// text of want, nothing on stdout, and nothing done.
+type refusal struct {
+	name string
+	args []string
+	code int // 0 stands for 125
+	want []string
+}
+
+func (d *daemon) refuse(t *testing.T, r refusal) {
+	t.Helper()
+	w := d.look(t)
+	stdout, stderr, code := d.run(t, r.args...)
+	checkRefusal(t, r, stdout, stderr, code)
+	w.unchanged(t)
+}
+
+func checkRefusal(t *testing.T, r refusal, stdout, stderr string, code int) {
+	t.Helper()
+	want := r.code
+	if want == 0 {
+		want = 125
+	}
+	if code != want || stdout != "" {
+		t.Errorf("exit code %d, stdout %.200q; want %d and nothing", code, stdout, want)
+	}
+	line, ok := strings.CutSuffix(stderr, "\n")
+	if !ok || line == "" || strings.ContainsAny(line, "\n\r\x1b\x00") || !strings.HasPrefix(line, "sandboxd: ") {
+		t.Errorf("stderr is not one line: %.1000q", stderr)
+	}
+	const longest = 1000
+	if len(line) > longest {
+		t.Errorf("the line has %d bytes: %.200q…", len(line), line)
+	}
+	for _, s := range r.want {
+		if !strings.Contains(line, s) {
+			t.Errorf("the line does not say %q: %.1000q", s, line)
+		}
+	}
+	t.Logf("%.300s", line)
+}
+
+// sh is a command line for the shell of a busybox.
+func sh(script string) []string { return []string{"--", "/bin/sh", "-c", script} }
+
+// must runs a client that must succeed, and returns what it wrote.
+func (d *daemon) must(t *testing.T, args ...string) string {
+	t.Helper()
+	stdout, stderr, code := d.run(t, args...)
+	if code != 0 {
+		t.Fatalf("%.300q: exit code %d, %s", args, code, stderr)
+	}
+	return stdout
+}
+
+// remove takes sandboxes down at the end of the test, before the oracle looks.
+func (d *daemon) remove(t *testing.T, sandboxes ...string) {
+	t.Helper()
+	t.Cleanup(func() {
+		for _, s := range sandboxes {
+			d.must(t, "rm", "-f", s)
+		}
+	})
+}
+
+// foreignELF writes an executable for a machine that this is not.
+func foreignELF(t *testing.T, path string) {
+	t.Helper()
+	elf := "../pause/pause_arm64.elf"
+	if b, err := os.ReadFile("/bin/true"); err == nil && len(b) > 18 && b[18] == 183 /* EM_AARCH64 */ {
+		elf = "../pause/pause_amd64.elf"
+	}
+	b, err := os.ReadFile(elf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, b, 0o755); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// bundle makes a bundle of the rootfs whose configuration change has been at.
+func bundle(t *testing.T, rootfs string, change func(c map[string]any)) string {
+	t.Helper()
+	dir := t.TempDir()
+	c := map[string]any{
+		"ociVersion": "1.2.0",
+		"root":       map[string]any{"path": rootfs, "readonly": true},
+		"process":    map[string]any{"args": []any{"/bin/true"}, "cwd": "/", "user": map[string]any{"uid": 0, "gid": 0}},
+		"mounts":     []any{map[string]any{"destination": "/proc", "type": "proc", "source": "proc"}},
+		"linux":      map[string]any{"namespaces": []any{map[string]any{"type": "mount"}, map[string]any{"type": "pid"}}},
+	}
+	if change != nil {
+		change(c)
+	}
+	b, err := json.Marshal(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "config.json"), b, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+func TestBadInput(t *testing.T) {
+	testenv.Root(t)
+	rootfs := testenv.Busybox(t)
+	foreignELF(t, filepath.Join(rootfs, "bin/foreign"))
+	for name, b := range map[string]string{"bin/plain": "#!/bin/sh\n", "bin/garbage": "\x7fELF garbage", "bin/nointerpreter": "#!/no/such/shell\n", "bin/empty": ""} {
+		mode := os.FileMode(0o755)
+		if name == "bin/plain" {
+			mode = 0o644
+		}
+		if err := os.WriteFile(filepath.Join(rootfs, name), []byte(b), mode); err != nil {
+			t.Fatal(err)
+		}
+	}
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	long := strings.Repeat("x", 10_000)
+
+	d := startDaemon(t)
+	d.must(t, "create", "web")
+	d.must(t, "create", "pidbox", "--share", "net,pid")
+	d.must(t, "create", "bare", "--share", "")
+	d.remove(t, "web", "pidbox", "bare")
+	d.must(t, append([]string{"run", "web", "--rootfs", rootfs, "--name", "up", "-d"}, sh("exec sleep 1000")...)...)
+	d.must(t, append([]string{"run", "web", "--rootfs", rootfs, "--name", "dead"}, sh("exit 0")...)...)
+	d.must(t, append([]string{"run", "web", "--rootfs", rootfs, "--name", "gone", "--custody", "never"}, sh("exit 0")...)...)
+	d.must(t, append([]string{"add", "web", "--rootfs", rootfs, "--name", "made"}, sh("exit 0")...)...)
+
+	d.must(t, "join", "web", "--", "/bin/true") // makes the cgroup of joins
+
+	run := func(args ...string) []string {
+		if !strings.Contains(strings.Join(args, " "), " -- ") && args[len(args)-1] != "--" {
+			args = append(args, "--", "/bin/true")
+		}
+		return append([]string{"run", "web", "--rootfs", rootfs}, args...)
+	}
+	cmd := func(args ...string) []string {
+		return append([]string{"run", "web", "--rootfs", rootfs, "--"}, args...)
+	}
+	inBundle := func(change func(map[string]any)) []string {
+		return []string{"run", "web", "--bundle", bundle(t, rootfs, change)}
+	}
+	namespaces := func(l ...any) func(map[string]any) {
+		return func(c map[string]any) { c["linux"].(map[string]any)["namespaces"] = l }
+	}
+	ns := func(typ string) any { return map[string]any{"type": typ} }
+
+	for _, r := range []refusal{
+		// What does not exist.
+		{"inspect an unknown sandbox", []string{"inspect", "nosuch"}, 0, []string{`no sandbox "nosuch"`}},
+		{"run in an unknown sandbox", []string{"run", "nosuch", "--rootfs", rootfs, "--", "/bin/true"}, 0, []string{`no sandbox "nosuch"`}},
+		{"add to an unknown sandbox", []string{"add", "nosuch", "--rootfs", rootfs, "--", "/bin/true"}, 0, []string{`no sandbox "nosuch"`}},
+		{"join an unknown sandbox", []string{"join", "nosuch", "--", "/bin/true"}, 0, []string{`no sandbox "nosuch"`}},
+		{"stop an unknown sandbox", []string{"stop", "nosuch"}, 0, []string{`no sandbox "nosuch"`}},
+		{"rm an unknown sandbox", []string{"rm", "nosuch"}, 0, []string{`no sandbox "nosuch"`}},
+		{"ps of an unknown sandbox", []string{"ps", "nosuch"}, 0, []string{`no sandbox "nosuch"`}},
+		{"inspect an unknown member", []string{"inspect", "web/nosuch"}, 0, []string{`no member "nosuch"`}},
+		{"exec in an unknown member", []string{"exec", "web/nosuch", "--", "true"}, 0, []string{`no member "nosuch"`}},
+		{"join an unknown member", []string{"join", "web/nosuch", "--", "true"}, 0, []string{`no member "nosuch"`}},
+		{"start an unknown member", []string{"start", "web/nosuch"}, 0, []string{`no member "nosuch"`}},
+		{"stop an unknown member", []string{"stop", "web/nosuch"}, 0, []string{`no member "nosuch"`}},
+		{"kill an unknown member", []string{"kill", "web/nosuch"}, 0, []string{`no member "nosuch"`}},
+		{"wait for an unknown member", []string{"wait", "web/nosuch"}, 0, []string{`no member "nosuch"`}},
+		{"attach to an unknown member", []string{"attach", "web/nosuch"}, 0, []string{`no member "nosuch"`}},
+		{"logs of an unknown member", []string{"logs", "web/nosuch"}, 0, []string{`no member "nosuch"`}},
+		{"rm an unknown member", []string{"rm", "web/nosuch"}, 0, []string{`no member "nosuch"`}},
+		{"cp from an unknown member", []string{"cp", "web/nosuch:/etc", "-"}, 0, []string{`no member "nosuch"`}},
+		{"cp from an unknown sandbox", []string{"cp", "nosuch/x:/etc", "-"}, 0, []string{`no sandbox "nosuch"`}},
+		{"a member where a sandbox is needed", []string{"run", "web/up", "--rootfs", rootfs, "--", "/bin/true"}, 0, []string{`"web/up"`, "sandbox"}},
+		{"a sandbox where a member is needed", []string{"exec", "web", "--", "true"}, 0, []string{`"web"`, "SANDBOX/MEMBER"}},
+		{"an unknown command", []string{"crate"}, 0, []string{`"crate"`, "create"}},
+
+		// Names.
+		{"a sandbox's name in use", []string{"create", "web"}, 0, []string{"web", "already"}},
+		{"a member's name in use", run("--name", "up"), 0, []string{"up", "already"}},
+		{"the name of an exited member", run("--name", "dead"), 0, []string{"dead", "already"}},
+		{"an empty name", []string{"create", ""}, 0, []string{"name", "empty"}},
+		{"a name with a slash", []string{"create", "a/b"}, 0, []string{`"a/b"`, "letter or digit"}},
+		{"a name with a newline", []string{"create", "a\nb"}, 0, []string{`"a\nb"`}},
+		{"a name with an escape", []string{"create", "a\x1b[31m"}, 0, []string{`"a\x1b[31m"`}},
+		{"a name that is a flag", []string{"create", "--", "-x"}, 0, []string{`"-x"`}},
+		{"a name that is not UTF-8", []string{"create", "a\xff"}, 0, []string{`"a\xff"`, "UTF-8"}},
+		{"a name that is dots", []string{"create", ".."}, 0, []string{`".."`}},
+		{"a name like an id", []string{"create", "0123456789abcdef"}, 0, []string{"looks like an id"}},
+		{"a name of 10000 characters", []string{"create", long}, 0, []string{"10000 bytes", "letter or digit"}},
+		{"a member's name of 10000 characters", run("--name", long), 0, []string{"10000 bytes"}},
+		{"a member's name with a newline", run("--name", "a\nb"), 0, []string{`"a\nb"`}},
+		{"a hostname of 10000 characters", []string{"create", "x", "--hostname", long}, 0, []string{"hostname", "10000 bytes"}},
+		{"a hostname with a newline", []string{"create", "x", "--hostname", "a\nb"}, 0, []string{`hostname "a\nb"`}},
+		{"a hostname without uts", []string{"create", "x", "--share", "net", "--hostname", "h"}, 0, []string{"hostname", "uts"}},
+		{"a reference of 10000 characters", []string{"inspect", long}, 0, []string{"10000 bytes"}},
+		{"a member's reference of 10000 characters", []string{"exec", "web/" + long, "--", "true"}, 0, []string{"10000 bytes"}},
+
+		// Namespaces.
+		{"share of an unknown namespace", []string{"create", "x", "--share", "net,disk"}, 0, []string{"disk"}},
+		{"share of mnt", []string{"create", "x", "--share", "mnt"}, 0, []string{"mnt"}},
+		{"share of net with the host's", []string{"create", "x", "--net", "host", "--share", "net"}, 0, []string{"net", "host"}},
+		{"an unknown network", []string{"create", "x", "--net", "bridge"}, 0, []string{`"bridge"`, "none"}},
+		{"a namespace that the sandbox does not hold", run("--ns", "pid=sandbox"), 0, []string{"pid=sandbox", "--share pid"}},
+		{"join to a namespace that the sandbox does not hold", []string{"join", "--ns", "pid=sandbox", "web", "--", "/bin/true"}, 0, []string{"web", "pid"}},
+		{"mnt of the sandbox", run("--ns", "mnt=sandbox"), 0, []string{"mnt=sandbox", "member:NAME"}},
+		{"a member that does not exist", run("--ns", "net=member:nosuch"), 0, []string{"net=member:nosuch", "no such member"}},
+		{"join to a member that does not exist", []string{"join", "--ns", "net=member:nosuch", "web", "--", "/bin/true"}, 0, []string{`"nosuch"`}},
+		{"a circle of one", run("--name", "self", "--ns", "net=member:self"), 0, []string{"net=member:self", "no such member"}},
+		{"a dead pid namespace", run("--ns", "pid=member:dead"), 0, []string{"dead", "pid=private"}},
+		{"join to a dead pid namespace", []string{"join", "--ns", "pid=member:dead", "web", "--", "/bin/true"}, 0, []string{"dead", "exited"}},
+		{"a namespace that nobody holds", run("--ns", "cgroup=member:gone"), 0, []string{"cgroup=member:gone", "not held"}},
+		{"the mounts that nobody holds", []string{"join", "web/gone", "--", "/bin/true"}, 0, []string{"gone", "custody never"}},
+		{"files that nobody holds", []string{"cp", "web/gone:/etc", "-"}, 0, []string{"gone", "custody never"}},
+		{"a private user namespace", run("--ns", "user=private"), 0, []string{"user=private", "--share user"}},
+		{"an unknown namespace", run("--ns", "disk=host"), 0, []string{"disk"}},
+		{"an unknown source", run("--ns", "net=nowhere"), 0, []string{"nowhere"}},
+		{"a namespace given twice", run("--ns", "net=host,net=private"), 0, []string{"net"}},
+		{"a source without a kind", run("--ns", "host"), 0, []string{"host"}},
+		{"a member without a name", run("--ns", "net=member:"), 0, []string{"member:"}},
+		{"a rootfs with another's mounts", run("--ns", "mnt=member:up"), 0, []string{"mnt=member:up", "rootfs"}},
+		{"exec in an exited member", []string{"exec", "web/dead", "--", "/bin/true"}, 0, []string{"dead", "join"}},
+
+		// Roots.
+		{"no root", []string{"run", "web", "--", "/bin/true"}, 0, []string{"rootfs", "bundle"}},
+		{"a missing rootfs", []string{"run", "web", "--rootfs", rootfs + "/no", "--", "/bin/true"}, 0, []string{rootfs + "/no", "no such file"}},
+		{"a rootfs that is a file", []string{"run", "web", "--rootfs", file, "--", "/bin/true"}, 0, []string{file, "not a directory"}},
+		{"an empty rootfs", []string{"run", "web", "--rootfs", "", "--", "/bin/true"}, 0, []string{"--rootfs", "empty"}},
+		{"a rootfs with a newline", []string{"run", "web", "--rootfs", "/no\nsuch", "--", "/bin/true"}, 0, []string{`"/no\nsuch"`}},
+		{"a rootfs of 10000 characters", []string{"run", "web", "--rootfs", "/" + long, "--", "/bin/true"}, 0, []string{"rootfs", "10001 bytes"}},
+		{"a rootfs that is not UTF-8", []string{"run", "web", "--rootfs", "/no\xff", "--", "/bin/true"}, 0, []string{`"/no\xff"`, "UTF-8"}},
+		{"rootfs and bundle", run("--bundle", bundle(t, rootfs, nil)), 0, []string{"rootfs", "bundle"}},
+		{"join with a missing rootfs", []string{"join", "--rootfs", rootfs + "/no", "web", "--", "/bin/true"}, 0, []string{rootfs + "/no"}},
+		{"join with rootfs and mnt", []string{"join", "--rootfs", rootfs, "--ns", "mnt=host", "web", "--", "/bin/true"}, 0, []string{"--rootfs", "mnt"}},
+
+		// Commands.
+		{"no command", []string{"run", "web", "--rootfs", rootfs}, 0, []string{"command"}},
+		{"an empty command", cmd(""), 0, []string{"command"}},
+		{"a command that is missing", cmd("/bin/nosuch"), 127, []string{"/bin/nosuch", "no such file"}},
+		{"a command that is not in $PATH", cmd("nosuch"), 127, []string{`"nosuch"`, "$PATH"}},
+		{"a command in a file", cmd("/etc/passwd/x"), 127, []string{"/etc/passwd/x"}},
+		{"a command that is not executable", cmd("/bin/plain"), 126, []string{"/bin/plain", "permission denied"}},
+		{"a command that is a directory", cmd("/etc"), 126, []string{"/etc"}},
+		{"a command for another machine", cmd("/bin/foreign"), 126, []string{"/bin/foreign", "exec format"}},
+		{"a command that is garbage", cmd("/bin/garbage"), 126, []string{"/bin/garbage", "exec format"}},
+		{"a command that is empty", cmd("/bin/empty"), 126, []string{"/bin/empty", "exec format"}},
+		{"a script without its interpreter", cmd("/bin/nointerpreter"), 127, []string{"/bin/nointerpreter", "no such file"}},
+		{"a command of 10000 characters", cmd("/" + long), 126, []string{"too long"}},
+		{"exec of a missing command", []string{"exec", "web/up", "--", "nosuch"}, 127, []string{`"nosuch"`}},
+		{"exec for another machine", []string{"exec", "web/up", "--", "/bin/foreign"}, 126, []string{"/bin/foreign", "exec format"}},
+		{"exec of an empty command", []string{"exec", "web/up", "--", ""}, 0, []string{"command"}},
+		{"join with a missing command", []string{"join", "web/dead", "--", "nosuch"}, 127, []string{`"nosuch"`}},
+		{"join with an empty command", []string{"join", "web", "--", ""}, 0, []string{"command"}},
+		{"exec without a command", []string{"exec", "web/up"}, 0, []string{"CMD"}},
+		{"a working directory that is missing", run("-w", "/nosuch"), 0, []string{"/nosuch", "no such file"}},
+		{"a working directory that is a file", run("-w", "/etc/passwd"), 0, []string{"/etc/passwd", "not a directory"}},
+		{"a relative working directory", run("-w", "etc"), 0, []string{`"etc"`, "absolute"}},
+		{"exec in a relative working directory", []string{"exec", "-w", "etc", "web/up", "--", "true"}, 0, []string{`"etc"`, "absolute"}},
+		{"exec in a missing working directory", []string{"exec", "-w", "/nosuch", "web/up", "--", "true"}, 0, []string{"/nosuch"}},
+		{"an unknown user", run("-u", "nosuch"), 0, []string{`"nosuch"`, "/etc/passwd"}},
+		{"an unknown group", run("-u", "0:nosuch"), 0, []string{`"nosuch"`, "/etc/group"}},
+		{"a user beyond all", run("-u", "4294967295"), 0, []string{"4294967295"}},
+		{"exec as an unknown user", []string{"exec", "-u", "nosuch", "web/up", "--", "true"}, 0, []string{`"nosuch"`}},
+		{"arguments too long together", cmd(append([]string{"/bin/true"}, manyArgs(120)...)...), 0, []string{"arguments", "allowed"}},
+
+		// Volumes and tmpfs.
+		{"a missing volume", run("-v", "/no/such:/mnt"), 0, []string{"volume source", "/no/such"}},
+		{"a volume without a target", run("-v", "/etc"), 0, []string{`"/etc"`, "SRC:DST"}},
+		{"a volume on a relative target", run("-v", "/etc:mnt"), 0, []string{`"/etc:mnt"`, "absolute"}},
+		{"a volume on the root", run("-v", "/etc:/"), 0, []string{"root"}},
+		{"a volume in proc", run("-v", "/etc:/proc/sys"), 0, []string{"/proc/sys"}},
+		{"a volume outside", run("-v", "/etc:/mnt/../../x"), 0, []string{"/mnt/../../x"}},
+		{"a volume with an unknown option", run("-v", "/etc:/mnt:rx"), 0, []string{`"rx"`, "ro"}},
+		{"a volume with a colon too many", run("-v", "/etc:/mnt:ro:x"), 0, []string{"SRC:DST"}},
+		{"a volume with a newline", run("-v", "/etc\n:/mnt"), 0, []string{`\n`}},
+		{"a volume of 10000 characters", run("-v", "/"+long+":/mnt"), 0, []string{"volume source", "10001 bytes"}},
+		{"two volumes on one target", run("-v", "/etc:/mnt", "-v", "/usr:/mnt"), 0, []string{"/mnt", "already"}},
+		{"a volume and a tmpfs on one target", run("-v", "/etc:/mnt", "--tmpfs", "/mnt"), 0, []string{"/mnt", "already"}},
+		{"a tmpfs of nonsense", run("--tmpfs", "/mnt:size=lots"), 0, []string{`"lots"`, "64m"}},
+		{"a tmpfs of nothing", run("--tmpfs", "/mnt:size=0"), 0, []string{"size is 0"}},
+		{"a tmpfs of a byte", run("--tmpfs", "/mnt:size=1"), 0, []string{"page"}},
+		{"a negative tmpfs", run("--tmpfs", "/mnt:size=-1"), 0, []string{`"-1"`}},
+		{"a tmpfs beyond all", run("--tmpfs", "/mnt:size=99999999999g"), 0, []string{"99999999999g"}},
+		{"an unknown option of tmpfs", run("--tmpfs", "/mnt:mode=1"), 0, []string{`"mode=1"`}},
+		{"a tmpfs on the root", run("--tmpfs", "/"), 0, []string{"root"}},
+		{"a relative tmpfs", run("--tmpfs", "mnt"), 0, []string{`"mnt"`}},
+		{"shm of nonsense", []string{"create", "x", "--shm-size", "lots"}, 0, []string{`"lots"`}},
+		{"shm of a byte", []string{"create", "x", "--shm-size", "1"}, 0, []string{"shm", "4096"}},
+
+		// What a process may do and have.
+		{"an unknown capability", run("--cap-add", "FLY"), 0, []string{"FLY"}},
+		{"an unknown capability to drop", run("--cap-drop", "CAP_FLY"), 0, []string{"FLY"}},
+		{"an unknown stop signal", run("--stop-signal", "WAVE"), 0, []string{"WAVE"}},
+		{"stop signal 0", run("--stop-signal", "0"), 0, []string{"0"}},
+		{"an unknown signal", []string{"kill", "web/up", "WAVE"}, 0, []string{"WAVE"}},
+		{"signal 65", []string{"kill", "web/up", "65"}, 0, []string{"65"}},
+		{"a signal to an exited member", []string{"kill", "web/dead"}, 0, []string{"dead"}},
+		{"an unknown custody", run("--custody", "sometimes"), 0, []string{`"sometimes"`, "always"}},
+		{"a sysctl of the host", []string{"create", "x", "--sysctl", "kernel.core_pattern=|/x"}, 0, []string{"kernel.core_pattern", "host"}},
+		{"a sysctl of a namespace not held", []string{"create", "x", "--share", "uts", "--sysctl", "net.ipv4.ip_forward=1"}, 0, []string{"net.ipv4.ip_forward", "net namespace"}},
+		{"a sysctl that leads elsewhere", []string{"create", "x", "--sysctl", "net/../kernel/core_pattern=|/x"}, 0, []string{"net/../kernel/core_pattern"}},
+		{"a sysctl that does not exist", []string{"create", "x", "--sysctl", "net.nosuch=1"}, 0, []string{"net.nosuch"}},
+		{"a value that a sysctl does not take", []string{"create", "x", "--sysctl", "net.ipv4.ip_forward=yes"}, 0, []string{"net.ipv4.ip_forward"}},
+		{"a sysctl without a value", []string{"create", "x", "--sysctl", "net.ipv4.ip_forward"}, 0, []string{"net.ipv4.ip_forward", "KEY=VALUE"}},
+		{"too little memory", run("--memory", "64k"), 0, []string{"memory", "1048576"}},
+		{"memory of nonsense", run("--memory", "lots"), 0, []string{`"lots"`}},
+		{"negative memory", run("--memory", "-1"), 0, []string{`"-1"`}},
+		{"no CPU", run("--cpus", "0"), 0, []string{`"0"`}},
+		{"too little CPU", run("--cpus", "0.001"), 0, []string{"0.001", "0.01"}},
+		{"CPUs of nonsense", run("--cpus", "NaN"), 0, []string{`"NaN"`}},
+		{"no processes", run("--pids-limit", "0"), 0, []string{"--pids-limit", "0"}},
+		{"negative processes", run("--pids-limit", "-5"), 0, []string{"--pids-limit", "-5"}},
+
+		// Lifecycle.
+		{"rm of a running member", []string{"rm", "web/up"}, 0, []string{"up", "Running", "-f"}},
+		{"rm of a sandbox with a running member", []string{"rm", "web"}, 0, []string{"web", "up", "-f"}},
+		{"start of an exited member", []string{"start", "web/dead"}, 0, []string{"dead", "Exited"}},
+		{"a negative time to stop", []string{"stop", "--time", "-1s", "web/up"}, 0, []string{"-1s", "negative"}},
+		{"a time of nonsense", []string{"stop", "--time", "soon", "web/up"}, 0, []string{"soon"}},
+
+		// Bundles.
+		{"a missing bundle", []string{"run", "web", "--bundle", rootfs + "/no"}, 0, []string{rootfs + "/no"}},
+		{"a bundle that is a file", []string{"run", "web", "--bundle", file}, 0, []string{file}},
+		{"a directory that is no bundle", []string{"run", "web", "--bundle", rootfs}, 0, []string{rootfs, "config.json"}},
+		{"a bundle with a namespace twice", inBundle(namespaces(ns("mount"), ns("pid"), ns("pid"))), 0, []string{"pid", "config.json"}},
+		{"a bundle with an unknown namespace", inBundle(namespaces(ns("mount"), ns("disk"))), 0, []string{"disk"}},
+		{"a bundle of a newer version", inBundle(func(c map[string]any) { c["ociVersion"] = "9.0.0" }), 0, []string{"9.0.0"}},
+		{"a bundle with a newer field", inBundle(func(c map[string]any) { c["linux"].(map[string]any)["shiny"] = true }), 0, []string{"linux.shiny"}},
+		{"a bundle without a root", inBundle(func(c map[string]any) { delete(c, "root") }), 0, []string{"root"}},
+		{"a bundle without a process", inBundle(func(c map[string]any) { delete(c, "process") }), 0, []string{"command"}},
+		{"a bundle whose root is missing", inBundle(func(c map[string]any) { c["root"] = map[string]any{"path": "nosuch"} }), 0, []string{"nosuch", "no such file"}},
+		{"a bundle with hooks", inBundle(func(c map[string]any) {
+			c["hooks"] = map[string]any{"prestart": []any{map[string]any{"path": "/bin/true"}}}
+		}), 0, []string{"hooks"}},
+		{"a bundle with a hostname in a shared uts", inBundle(func(c map[string]any) { c["hostname"] = "h" }), 0, []string{"hostname", "uts=private"}},
+		{"a bundle with a sysctl in a shared net", inBundle(func(c map[string]any) {
+			c["linux"].(map[string]any)["sysctl"] = map[string]any{"net.ipv4.ip_forward": "1"}
+		}), 0, []string{"net.ipv4.ip_forward", "--sysctl"}},
+		{"a bundle with another type", inBundle(func(c map[string]any) { c["process"].(map[string]any)["args"] = "true" }), 0, []string{"process.args"}},
+
+		// Flags and words.
+		{"an unknown flag", []string{"create", "x", "--colour"}, 0, []string{"--colour", "--help"}},
+		{"an unknown letter", []string{"rm", "-z", "x"}, 0, []string{"-z"}},
+		{"a flag without its value", []string{"create", "x", "--net"}, 0, []string{"--net"}},
+		{"one argument too many", []string{"create", "x", "y"}, 0, []string{`"y"`}},
+		{"no argument", []string{"rm"}, 0, []string{"rm", "SANDBOX"}},
+		{"an argument for ls", []string{"ls", "x"}, 0, []string{`"x"`}},
+		{"an environment variable without a name", run("-e", "=x"), 0, []string{`"=x"`, "name"}},
+		{"an empty environment variable", run("-e", ""), 0, []string{"name"}},
+		{"exec with a variable without a name", []string{"exec", "-e", "=x", "web/up", "--", "true"}, 0, []string{`"=x"`}},
+		{"a label without a value", run("--label", "key"), 0, []string{`"key"`, "KEY=VALUE"}},
+		{"a label without a key", run("--label", "=v"), 0, []string{`"=v"`}},
+		{"a sandbox's label without a key", []string{"create", "x", "--label", "=v"}, 0, []string{`"=v"`}},
+		{"a label given twice", []string{"create", "x", "--label", "a=1", "--label", "a=2"}, 0, []string{`"a"`, "twice"}},
+		{"labels without end", []string{"create", "x", "--label", "a=" + strings.Repeat("x", 100_000), "--label", "b=" + strings.Repeat("x", 100_000), "--label", "c=" + strings.Repeat("x", 100_000)}, 0, []string{"label", "bytes"}},
+		{"output of another form", []string{"ls", "-o", "xml"}, 0, []string{"xml", "json"}},
+		{"an address of another kind", []string{"ls", "--address", "tcp://localhost:1"}, 0, []string{"tcp://localhost:1", "unix://"}},
+		{"an address of 10000 characters", []string{"create", "--address", "unix:///" + long}, 0, []string{"address", "10001", "107"}},
+		{"nobody at the address", []string{"create", "--address", "unix:///no/such.sock"}, 0, []string{"/no/such.sock"}},
+		{"a log in a missing directory", run("--log", "/no/such/log"), 0, []string{"/no/such/log"}},
+		{"lines of nonsense", []string{"logs", "--tail", "few", "web/up"}, 0, []string{"few"}},
+		{"negative lines", []string{"logs", "--tail", "-1", "web/up"}, 0, []string{"-1"}},
+		{"exec -t without a terminal", []string{"exec", "-i", "-t", "web/up", "--", "true"}, 0, []string{"-t", "terminal"}},
+		{"run -t without a terminal", run("-i", "-t"), 0, []string{"-t", "terminal"}},
+
+		// Copies.
+		{"cp within the host", []string{"cp", "/etc/passwd", "/tmp/x"}, 0, []string{"SANDBOX/MEMBER:PATH"}},
+		{"cp from member to member", []string{"cp", "web/up:/etc", "web/dead:/"}, 0, []string{"SANDBOX/MEMBER:PATH"}},
+		{"cp of a missing file", []string{"cp", "web/up:/nosuch", t.TempDir()}, 0, []string{"/nosuch", "no such file"}},
+		{"cp of no file", []string{"cp", "web/up:", t.TempDir()}, 0, []string{"empty"}},
+		{"cp of a missing file of the host", []string{"cp", "/no/such", "web/up:/tmp"}, 0, []string{"/no/such"}},
+		{"cp into a missing directory", []string{"cp", file, "web/up:/no/such/"}, 0, []string{"/no/such"}},
+		{"cp into a file", []string{"cp", file, "web/up:/etc/passwd/x"}, 0, []string{"/etc/passwd"}},
+		{"cp to a missing directory of the host", []string{"cp", "web/up:/etc/passwd", "/no/such/"}, 0, []string{"/no/such"}},
+		{"cp of a sandbox", []string{"cp", "web:/etc", "-"}, 0, []string{"web:/etc", "SANDBOX/MEMBER"}},
+		{"cp from a path with a newline", []string{"cp", "web/up:/a\nb", "-"}, 0, []string{"no such file"}},
+		{"cp of 10000 characters", []string{"cp", "web/up:/" + long, "-"}, 0, []string{"too long"}},
+	} {
+		t.Run(r.name, func(t *testing.T) { d.refuse(t, r) })
+	}
+}
+
+// manyArgs returns n arguments of 10000 bytes.
+func manyArgs(n int) []string {
+	args := make([]string, n)
+	for i := range args {
+		args[i] = strings.Repeat("x", 10_000)
+	}
+	return args
+}
