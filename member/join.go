@@ -8,6 +8,7 @@ import (
 	"path"
 	"slices"
 	"strconv"
+	"strings"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -34,11 +35,15 @@ type JoinSpec struct {
 	// the mount namespace of the process; lent like the namespaces. nil is the
 	// root of that namespace, or with the caller's mount namespace its own root.
 	Root *os.File
-	// NewProc gives the process a copy of its mount namespace and a pid
-	// namespace of its own with its own /proc, for members whose pid namespace
-	// is dead. Nobody else sees these mounts. The new /proc shows processes only
-	// (subset=pid): what the member's own /proc masked must not come back.
-	NewProc bool
+	// RootDir is a directory of the caller's that becomes the root of a copy of
+	// the caller's mount namespace, in place of Root and of a mnt namespace. It
+	// is itself the root, not a copy; the caller's /dev is bound to its /dev,
+	// and sysfs is mounted on its /sys, if there are such directories.
+	RootDir string
+	// Proc, if not nil, puts a new /proc over the one there is, in a copy of the
+	// mount namespace that only the process has: one that shows the pid
+	// namespace that the process is in.
+	Proc *ProcMount
 	// CgroupDir is the cgroup v2 directory to be in, or nil; lent. CgroupTasks
 	// are the tasks files of the v1 cgroups to join, as paths of the caller's.
 	CgroupDir   *os.File
@@ -46,6 +51,16 @@ type JoinSpec struct {
 	Process     *specs.Process // Terminal asks for one: see CompileJoin
 	Seccomp     []unix.SockFilter
 	SeccompFlag uintptr // SECCOMP_FILTER_FLAG_*
+}
+
+// ProcMount is how a new /proc is mounted.
+type ProcMount struct {
+	// Options are those of the mount, as in [specs.Mount]; nil is nosuid, nodev
+	// and noexec.
+	Options []string
+	// Masked and ReadOnly are paths as in [specs.Linux], of which those under
+	// /proc matter: what a member's own /proc hid must not come back.
+	Masked, ReadOnly []string
 }
 
 // enterPID is the step that fails with ENOMEM if the pid namespace is dead.
@@ -120,8 +135,8 @@ func CompileJoin(s *JoinSpec) (*launch.Program, error) {
 			late |= k.Flag()
 		}
 	}
-	if s.NewProc {
-		early |= unix.CLONE_NEWPID | unix.CLONE_NEWNS
+	if s.Proc != nil || s.RootDir != "" {
+		early |= unix.CLONE_NEWNS
 	}
 	if early != 0 {
 		p.Call("make the private namespaces", unix.SYS_UNSHARE, launch.Int(early))
@@ -129,6 +144,9 @@ func CompileJoin(s *JoinSpec) (*launch.Program, error) {
 	if early&unix.CLONE_NEWNS != 0 {
 		p.Call("make mounts private", unix.SYS_MOUNT, launch.Int(0), p.String("/"), launch.Int(0),
 			launch.Int(unix.MS_REC|unix.MS_PRIVATE), launch.Int(0))
+	}
+	if s.RootDir != "" {
+		addRootDir(p, s.RootDir)
 	}
 	if s.Process.Terminal {
 		addPty(p)
@@ -158,8 +176,10 @@ func CompileJoin(s *JoinSpec) (*launch.Program, error) {
 	if s.Process.Terminal {
 		p.Call("take the terminal", unix.SYS_IOCTL, launch.Int(0), launch.Int(unix.TIOCSCTTY), launch.Int(0))
 	}
-	if s.NewProc {
-		addNewProc(p)
+	if s.Proc != nil {
+		if err := addProc(p, s.Proc); err != nil {
+			return nil, err
+		}
 	}
 	if user != nil {
 		p.Call("join the user namespace", unix.SYS_SETNS, p.File(user), launch.Int(unix.CLONE_NEWUSER))
@@ -204,8 +224,11 @@ func (s *JoinSpec) check() error {
 			return fmt.Errorf("unknown namespace type %q", k)
 		}
 	}
-	if s.NewProc && s.Namespaces[namespace.PID] != nil {
-		return errors.New("a process with its own /proc cannot join a pid namespace")
+	if s.RootDir != "" && (s.Root != nil || s.Namespaces[namespace.Mnt] != nil) {
+		return fmt.Errorf("root %s: there is another root, or a mnt namespace to join", s.RootDir)
+	}
+	if s.RootDir != "" && !path.IsAbs(s.RootDir) {
+		return fmt.Errorf("root %s is not an absolute path", s.RootDir)
 	}
 	return nil
 }
@@ -238,22 +261,66 @@ func addPty(p *launch.Program) {
 	}
 }
 
-// addNewProc mounts proc over /proc, if there is a directory of that name. It is
-// run in the new pid namespace.
-func addNewProc(p *launch.Program) {
-	null := launch.Int(0)
-	dir := p.Call("open /proc", unix.SYS_OPENAT2, launch.Int(unix.AT_FDCWD), p.String("/proc"),
+// addRootDir makes dir the root. It is run in a mount namespace of the
+// process's own.
+func addRootDir(p *launch.Program, dir string) {
+	c := &compiler{Input: &Input{}, p: p}
+	at := launch.Int(unix.AT_FDCWD)
+	dev := c.openTree("clone /dev", at, "/dev", unix.AT_RECURSIVE)
+	step := "make " + dir + " the root"
+	root := c.openTree(step, at, dir, unix.AT_RECURSIVE)
+	c.moveMount(step, root, at, dir) // a root must be a mount
+	p.Call(step, unix.SYS_FCHDIR, root)
+	p.Call(step, unix.SYS_PIVOT_ROOT, p.String("."), p.String("."))
+	p.Call("detach the old root", unix.SYS_UMOUNT2, p.String("."), launch.Int(unix.MNT_DETACH))
+	p.Call("change to /", unix.SYS_CHDIR, p.String("/"))
+	over(p, "/dev", func(dir launch.Arg) { c.moveMount("bind /dev on /dev", dev, dir, "") })
+	over(p, "/sys", func(dir launch.Arg) {
+		const step, attr = "mount sysfs on /sys", unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOEXEC
+		c.moveMount(step, c.newMount(step, "sysfs", "sysfs", nil, attr), dir, "")
+	})
+}
+
+// over calls body to mount something over name, if there is a directory of that
+// name in the root.
+func over(p *launch.Program, name string, body func(dir launch.Arg)) {
+	dir := p.Call("open "+name, unix.SYS_OPENAT2, launch.Int(unix.AT_FDCWD), p.String(name),
 		openHow(p, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, unix.RESOLVE_NO_SYMLINKS), launch.Int(unix.SizeofOpenHow))
-	dir.Then(func() {
+	dir.Then(func() { body(dir.Result()) }, unix.ENOENT, unix.ENOTDIR, unix.ELOOP)
+}
+
+// addProc mounts proc over /proc, if there is a directory of that name. It is run
+// in the pid namespace that is to be seen there, and in a mount namespace of the
+// process's own.
+func addProc(p *launch.Program, pm *ProcMount) error {
+	m := &mount{Mount: specs.Mount{Destination: "/proc", Type: "proc", Options: pm.Options}}
+	if pm.Options == nil {
+		m.Options = []string{"nosuid", "nodev", "noexec"}
+	}
+	if err := m.parse(); err != nil {
+		return fmt.Errorf("/proc: %w", err)
+	}
+	inProc := func(names []string) []string {
+		return slices.DeleteFunc(slices.Clone(names), func(n string) bool { return !strings.HasPrefix(path.Clean(n), "/proc/") })
+	}
+	c := &compiler{Input: &Input{}, p: p, hows: map[unix.OpenHow]launch.Arg{}, ownDev: true}
+	c.lx.MaskedPaths, c.lx.ReadonlyPaths = inProc(pm.Masked), inProc(pm.ReadOnly)
+	over(p, "/proc", func(dir launch.Arg) {
+		if len(c.lx.MaskedPaths) > 0 {
+			// Files are masked with clones of a null device, in a tmpfs that
+			// the new /proc is about to cover.
+			const step = "make a null device"
+			c.dev = c.newMount(step, "tmpfs", "", nil, unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NOEXEC)
+			c.moveMount(step, c.dev, dir, "")
+			p.Call(step, unix.SYS_MKNODAT, c.dev, p.String("null"), launch.Int(unix.S_IFCHR|0o666), launch.Int(unix.Mkdev(1, 3)))
+		}
 		const step = "mount proc on /proc"
-		fs := p.Call(step, unix.SYS_FSOPEN, p.String("proc"), launch.Int(unix.FSOPEN_CLOEXEC))
-		p.Call(step, unix.SYS_FSCONFIG, fs.Result(), launch.Int(unix.FSCONFIG_SET_STRING), p.String("subset"), p.String("pid"), null)
-		p.Call(step, unix.SYS_FSCONFIG, fs.Result(), launch.Int(unix.FSCONFIG_CMD_CREATE), null, null, null)
-		m := p.Call(step, unix.SYS_FSMOUNT, fs.Result(), launch.Int(unix.FSMOUNT_CLOEXEC),
-			launch.Int(unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV|unix.MOUNT_ATTR_NOEXEC))
-		p.Call(step, unix.SYS_MOVE_MOUNT, m.Result(), p.String(""), dir.Result(), p.String(""),
-			launch.Int(unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_EMPTY_PATH))
-	}, unix.ENOENT, unix.ENOTDIR, unix.ELOOP)
+		c.moveMount(step, c.newMount(step, "proc", "proc", m.data, m.attr.set|m.rec.set), dir, "")
+		c.root = p.Call("open the root", unix.SYS_OPENAT, launch.Int(unix.AT_FDCWD), p.String("/"),
+			launch.Int(unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC), launch.Int(0)).Result()
+		c.protect()
+	})
+	return nil
 }
 
 // openHow is a struct open_how (openat2(2)).

@@ -80,11 +80,13 @@ func TestCompileJoinOrder(t *testing.T) {
 			"join the user namespace", "become root of the user namespace", "own the terminal", "close descriptor 5", "close descriptors",
 		}},
 		{"a dead member", JoinSpec{
-			Namespaces: map[namespace.Kind]*os.File{namespace.Mnt: f()}, Root: f(), NewProc: true,
-			Private: []namespace.Kind{namespace.UTS}, Process: process("/bin/true"),
+			Namespaces: map[namespace.Kind]*os.File{namespace.Mnt: f()}, Root: f(),
+			Proc:    &ProcMount{Masked: []string{"/proc/keys", "/sys/firmware"}, ReadOnly: []string{"/proc/sys"}},
+			Private: []namespace.Kind{namespace.UTS, namespace.PID}, Process: process("/bin/true"),
 		}, []string{
 			"join the mnt namespace", "change to the root", "change the root", "make the private namespaces", "make mounts private",
-			"close descriptors", "be not dumpable", "enter the pid namespace", "make a session", "open /proc", "mount proc on /proc",
+			"close descriptors", "be not dumpable", "enter the pid namespace", "make a session", "open /proc", "make a null device", "close", "make a null device", "mount proc on /proc", "close", "mount proc on /proc",
+			"open the root", "make /proc/sys read-only", "close", "mask /proc/keys", "close", "mask /proc/keys", "close", "mask /proc/keys", "close", "mask /proc/keys", "close",
 			"make the private namespaces", "close descriptors",
 		}},
 	}
@@ -109,7 +111,9 @@ func TestCompileJoinRefuses(t *testing.T) {
 		{JoinSpec{Process: process("x"), Namespaces: map[namespace.Kind]*os.File{"moon": f}}, `"moon"`},
 		{JoinSpec{Process: process("x"), Namespaces: map[namespace.Kind]*os.File{namespace.Net: nil}}, "no net namespace"},
 		{JoinSpec{Process: process("x"), Namespaces: map[namespace.Kind]*os.File{namespace.Net: f}, Private: []namespace.Kind{namespace.Net}}, "joined and private"},
-		{JoinSpec{Process: process("x"), Namespaces: map[namespace.Kind]*os.File{namespace.PID: f}, NewProc: true}, "own /proc"},
+		{JoinSpec{Process: process("x"), Namespaces: map[namespace.Kind]*os.File{namespace.Mnt: f}, RootDir: "/x"}, "/x"},
+		{JoinSpec{Process: process("x"), RootDir: "x"}, "absolute"},
+		{JoinSpec{Process: process("x"), Proc: &ProcMount{Options: []string{"tmpcopyup"}}}, "tmpcopyup"},
 	}
 	for _, tt := range tests {
 		if _, err := CompileJoin(&tt.spec); err == nil || !strings.Contains(err.Error(), tt.want) {
@@ -283,7 +287,7 @@ func TestExecInUserNamespace(t *testing.T) {
 
 	tg.kill()
 	dead := map[namespace.Kind]*os.File{namespace.Mnt: tg.ns[namespace.Mnt], namespace.User: tg.ns[namespace.User]}
-	out, code, err = runJoin(t, &JoinSpec{Namespaces: dead, Root: tg.root, NewProc: true, Process: process("sh", "-c", "cat /tmp/kept; echo $$; ls -d /proc/1")}, nil)
+	out, code, err = runJoin(t, &JoinSpec{Namespaces: dead, Root: tg.root, Private: newPID, Proc: &ProcMount{}, Process: process("sh", "-c", "cat /tmp/kept; echo $$; ls -d /proc/1")}, nil)
 	if want := "content\n1\n/proc/1\n"; out != want || code != 0 || err != nil {
 		t.Errorf("join of the dead = %q, %d, %v, want %q", out, code, err, want)
 	}
@@ -320,6 +324,49 @@ func TestExecWithTerminal(t *testing.T) {
 	}
 }
 
+// newPID is a pid namespace of the process's own.
+var newPID = []namespace.Kind{namespace.PID}
+
+func TestJoinShowsItsPIDNamespace(t *testing.T) {
+	testenv.Root(t)
+	tg := startTarget(t)
+	// With the caller's mounts, and with a directory as the root.
+	dir := testenv.Busybox(t)
+	for _, d := range []string{"proc", "dev", "sys"} {
+		if err := os.MkdirAll(filepath.Join(dir, d), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	before, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ns := map[namespace.Kind]*os.File{namespace.PID: tg.ns[namespace.PID], namespace.Net: tg.ns[namespace.Net]}
+	for name, s := range map[string]JoinSpec{
+		"with the caller's root": {Namespaces: ns, Proc: &ProcMount{}},
+		"with a directory":       {Namespaces: ns, Proc: &ProcMount{}, RootDir: dir},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s.Process = process("sh", "-c", "cat /proc/1/root/tmp/kept; test -d /proc/self/fd && : </dev/null && echo ok")
+			s.Process.Capabilities.Bounding = append(s.Process.Capabilities.Bounding, "CAP_SYS_PTRACE")
+			s.Process.Capabilities.Effective, s.Process.Capabilities.Permitted = s.Process.Capabilities.Bounding, s.Process.Capabilities.Bounding
+			if out, code, err := runJoin(t, &s, nil); out != "content\nok\n" || code != 0 || err != nil {
+				t.Errorf("join = %q, %d, %v", out, code, err)
+			}
+		})
+	}
+	out, _, err := runJoin(t, &JoinSpec{Namespaces: ns, RootDir: dir, Process: process("sh", "-c", "ls /; ls /sys/class/net; : >/made; cat /proc/self/mountinfo | wc -l")}, nil)
+	if !strings.Contains(out, "proc\n") || strings.Contains(out, "boot") || !strings.Contains(out, "\nlo\n") || strings.Contains(out, "eth") || err != nil {
+		t.Errorf("in the directory: %q, %v", out, err)
+	}
+	if _, err := os.Stat(filepath.Join(dir, "made")); err != nil {
+		t.Errorf("the directory itself is the root: %v", err)
+	}
+	if after, err := os.ReadFile("/proc/self/mountinfo"); err != nil || !bytes.Equal(before, after) {
+		t.Errorf("the caller's mounts have changed: %v\n%s", err, after)
+	}
+}
+
 func TestJoinTheDead(t *testing.T) {
 	testenv.Root(t)
 	tg := startTarget(t)
@@ -331,8 +378,9 @@ func TestJoinTheDead(t *testing.T) {
 
 	ns := map[namespace.Kind]*os.File{namespace.Mnt: tg.ns[namespace.Mnt]}
 	// The first joiner stays while the second looks at the mounts.
-	const look = "cat /tmp/kept; grep -c ' /proc ' /proc/self/mountinfo; echo $$; ls /proc | grep -cx sys"
-	hold, err := CompileJoin(&JoinSpec{Namespaces: ns, Root: tg.root, NewProc: true, Process: process("sleep", "1000")})
+	proc := &ProcMount{Masked: []string{"/proc/keys", "/proc/bus"}, ReadOnly: []string{"/proc/sys"}}
+	const look = "cat /tmp/kept; grep -c ' /proc ' /proc/self/mountinfo; echo $$; grep -c MemTotal /proc/meminfo; wc -c </proc/keys; ls /proc/bus; echo h >/proc/sys/kernel/domainname || echo no"
+	hold, err := CompileJoin(&JoinSpec{Namespaces: ns, Root: tg.root, Private: newPID, Proc: proc, Process: process("sleep", "1000")})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -343,9 +391,10 @@ func TestJoinTheDead(t *testing.T) {
 	defer held.Wait()
 	defer held.Signal(unix.SIGKILL)
 	for range 2 {
-		// Two mounts on /proc: the dead member's, and its own; not the other's.
-		out, _, err := runJoin(t, &JoinSpec{Namespaces: ns, Root: tg.root, NewProc: true, Process: process("sh", "-c", look)}, nil)
-		if want := "content\n2\n1\n0\n"; out != want || err != nil {
+		// Three mounts on /proc: the dead member's, that of the masks' device,
+		// and its own; not the other's.
+		out, _, err := runJoin(t, &JoinSpec{Namespaces: ns, Root: tg.root, Private: newPID, Proc: proc, Process: process("sh", "-c", look)}, nil)
+		if want := "content\n3\n1\n1\n0\nno\n"; out != want || err != nil {
 			t.Errorf("join = %q, %v, want %q", out, err, want)
 		}
 	}

@@ -114,19 +114,7 @@ func (c *compiler) pivot() {
 // closeRoot does what must come after everything has been made: read-only and
 // masked paths, a read-only root, its propagation.
 func (c *compiler) closeRoot() error {
-	for _, name := range c.lx.ReadonlyPaths {
-		step := "make " + name + " read-only"
-		o := c.openIn(step, name, unix.O_PATH)
-		o.Then(func() {
-			t := o.Result()
-			clone := c.openTree(step, t, "", unix.AT_RECURSIVE)
-			c.setattr(step, clone, "", unix.AT_RECURSIVE, unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY})
-			c.moveMount(step, clone, t, "")
-			c.close(clone)
-			c.close(t)
-		}, unix.ENOENT, unix.ENOTDIR)
-	}
-	c.mask()
+	c.protect()
 	if c.Root.ReadOnly && !c.Root.Overlay {
 		c.setattr("make the root file system read-only", c.root, "", 0, unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY})
 	}
@@ -142,6 +130,23 @@ func (c *compiler) closeRoot() error {
 		c.setattr("make the root "+name, c.root, "", flags, unix.MountAttr{Propagation: prop})
 	}
 	return nil
+}
+
+// protect makes the read-only paths so and covers the masked ones.
+func (c *compiler) protect() {
+	for _, name := range c.lx.ReadonlyPaths {
+		step := "make " + name + " read-only"
+		o := c.openIn(step, name, unix.O_PATH)
+		o.Then(func() {
+			t := o.Result()
+			clone := c.openTree(step, t, "", unix.AT_RECURSIVE)
+			c.setattr(step, clone, "", unix.AT_RECURSIVE, unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY})
+			c.moveMount(step, clone, t, "")
+			c.close(clone)
+			c.close(t)
+		}, unix.ENOENT, unix.ENOTDIR)
+	}
+	c.mask()
 }
 
 // mask covers files with /dev/null and directories with an empty read-only

@@ -102,7 +102,13 @@ user, capabilities and seccomp filter; with the host's root it has this
 program's.
 
 A pid namespace dies with its first process. In the root of an exited member the
-command gets a new one, and a /proc for it that only it sees.`,
+command gets a new one. Where /proc would show another pid namespace than the
+command's, the command gets a new /proc, which only it sees.
+
+--rootfs DIR is for tools that neither the member nor the host has: DIR becomes
+the root, as it is, in a mount namespace that is the command's own, with a /proc of
+the pid namespace that it joins, /sys, and the host's /dev. A member's files are
+then below /proc/PID/root.`,
 		Example: `  sandboxd join web -- ss -tlnp
   sandboxd join web/crashed -- ls -l /tmp
   sandboxd join --ns mnt=member:crashed,pid=member:redis web -i -t -- sh
@@ -117,7 +123,7 @@ command gets a new one, and a /proc for it that only it sees.`,
 	)
 	o.declare(cmd)
 	nsFlag(cmd.Flags(), &sel, "default: see above")
-	cmd.Flags().StringVar(&rootfs, "rootfs", "", "root: a `directory` of the host (as by chroot), or the word host for the host's own")
+	cmd.Flags().StringVar(&rootfs, "rootfs", "", "root: a `directory` of the host, or the word host for the host's own")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		_, mntNamed := sel[namespace.Mnt]
 		if rootfs != "" && mntNamed {
@@ -254,7 +260,9 @@ func (j *joiner) enter(sel namespace.Selection, pidNamed bool) error {
 			}
 		}
 		if k == namespace.PID && errors.Is(err, member.ErrDeadPID) && !pidNamed {
-			j.spec.NewProc = j.root != nil // with the host's root, the host's /proc is right
+			if j.root != nil { // with the host's root, the host's pid namespace is right
+				j.spec.Private = append(j.spec.Private, k)
+			}
 			continue
 		}
 		if errors.Is(err, os.ErrNotExist) {
@@ -272,6 +280,9 @@ func (j *joiner) enter(sel namespace.Selection, pidNamed bool) error {
 			j.spec.Namespaces[k] = f
 		}
 	}
+	if err := j.proc(); err != nil {
+		return err
+	}
 	if j.root == nil || j.spec.Namespaces[namespace.Mnt] == nil {
 		return nil
 	}
@@ -281,6 +292,70 @@ func (j *joiner) enter(sel namespace.Selection, pidNamed bool) error {
 	}
 	j.spec.Root = root
 	j.opened = append(j.opened, root)
+	return nil
+}
+
+// proc asks for a new /proc if the one under the root shows another pid namespace
+// than that of the process.
+func (j *joiner) proc() error {
+	var own, is, shown uint64 // inodes; 0 is a new namespace
+	var st unix.Stat_t
+	if err := unix.Stat("/proc/self/ns/pid", &st); err != nil {
+		return &os.PathError{Op: "stat", Path: "/proc/self/ns/pid", Err: err}
+	}
+	own = st.Ino
+	switch f := j.spec.Namespaces[namespace.PID]; {
+	case f != nil:
+		var err error
+		if is, err = inode(f); err != nil {
+			return err
+		}
+	case !slices.Contains(j.spec.Private, namespace.PID):
+		is = own
+	}
+	if shown = own; j.root != nil {
+		shown = j.root.Inodes[namespace.PID]
+	}
+	if is == shown {
+		return nil
+	}
+	pm := &member.ProcMount{}
+	j.spec.Proc = pm
+	if j.root == nil {
+		return nil
+	}
+	// Whose mounts they are: a member may have another's.
+	m := j.root
+	for range j.target.siblings {
+		src := m.Namespaces[namespace.Mnt]
+		if src.From != namespace.Member {
+			break
+		}
+		next, err := j.sibling(src.Member)
+		if err != nil {
+			break // removed meanwhile
+		}
+		m = next
+	}
+	if m.Namespaces[namespace.Mnt].From == namespace.Host {
+		return nil
+	}
+	pm.Options = []string{"nosuid", "nodev", "noexec", "subset=pid"} // unless more is known to be right
+	if m.Namespaces[namespace.Mnt].From != namespace.Private {
+		return nil
+	}
+	s, err := j.config(m)
+	if err != nil {
+		return err
+	}
+	for _, mnt := range s.Mounts {
+		if filepath.Clean(mnt.Destination) == "/proc" && mnt.Type == "proc" {
+			pm.Options = mnt.Options
+		}
+	}
+	if s.Linux != nil {
+		pm.Masked, pm.ReadOnly = s.Linux.MaskedPaths, s.Linux.ReadonlyPaths
+	}
 	return nil
 }
 
@@ -354,11 +429,7 @@ func isOwn(f *os.File, k namespace.Kind) (bool, error) {
 
 // memberProcess makes the process one of m's kind.
 func (j *joiner) memberProcess(m *sandbox.MemberRecord) error {
-	d, err := j.app.dir()
-	if err != nil {
-		return err
-	}
-	s, err := d.MemberConfigFile(m.Sandbox + "/" + m.ID)
+	s, err := j.config(m)
 	if err != nil {
 		return err
 	}
@@ -375,6 +446,15 @@ func (j *joiner) memberProcess(m *sandbox.MemberRecord) error {
 	return err
 }
 
+// config reads the resolved configuration of m.
+func (j *joiner) config(m *sandbox.MemberRecord) (*specs.Spec, error) {
+	d, err := j.app.dir()
+	if err != nil {
+		return nil, err
+	}
+	return d.MemberConfigFile(m.Sandbox + "/" + m.ID)
+}
+
 // hostProcess makes the process one like this, with the host's root or, if
 // rootfs names a directory, in that.
 func (j *joiner) hostProcess(rootfs string) error {
@@ -387,12 +467,17 @@ func (j *joiner) hostProcess(rootfs string) error {
 		cwd = "/"
 	}
 	if rootfs != "" && rootfs != "host" {
-		root, err := os.OpenFile(rootfs, unix.O_PATH|unix.O_DIRECTORY, 0)
+		dir, err := filepath.Abs(rootfs)
+		if err != nil {
+			return err
+		}
+		root, err := os.OpenFile(dir, unix.O_PATH|unix.O_DIRECTORY, 0)
 		if err != nil {
 			return fmt.Errorf("%w: root: %w", sandbox.ErrInvalid, err)
 		}
-		j.opened = append(j.opened, root)
-		j.spec.Root, cwd = root, "/"
+		root.Close()
+		cwd = "/"
+		j.spec.RootDir, j.spec.Proc = dir, &member.ProcMount{}
 	}
 	j.spec.Process = &specs.Process{
 		Env: os.Environ(), Cwd: cwd,
@@ -423,6 +508,8 @@ func (j *joiner) run(ctx context.Context, o *processFlags, args []string) error 
 		root := "/"
 		if j.spec.Root != nil {
 			root = fmt.Sprintf("/proc/self/fd/%d", j.spec.Root.Fd())
+		} else if j.spec.RootDir != "" {
+			root = j.spec.RootDir
 		}
 		if p.User, err = member.LookupUser(root, o.user); err != nil {
 			return err
