@@ -178,3 +178,18 @@ func (c *Client) ReopenLog(ctx context.Context, ref string) error {
 	_, err := c.rpc.ReopenMemberLog(ctx, &pb.ReopenMemberLogRequest{Member: ref})
 	return c.err(err)
 }
+
+// Exec runs a command in a running member and returns when it has ended. A
+// command that cannot be executed is a [*sandbox.StartError]. When ctx ends the
+// command is killed.
+func (c *Client) Exec(ctx context.Context, ref string, r sandbox.ExecRequest) (sandbox.ExecResult, error) {
+	res, err := c.rpc.ExecMember(ctx, &pb.ExecMemberRequest{
+		Member: ref, Args: r.Args, Env: r.Env, Cwd: r.Cwd, User: r.User, Stdin: r.Stdin,
+	})
+	if err != nil {
+		return sandbox.ExecResult{}, c.err(err)
+	}
+	return sandbox.ExecResult{
+		Code: int(res.GetExitCode()), Stdout: res.GetStdout(), Stderr: res.GetStderr(), Truncated: res.GetTruncated(),
+	}, nil
+}

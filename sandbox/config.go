@@ -18,3 +18,22 @@ type (
 
 // DefaultStopTimeout is what the CLI and the API use if nothing is said.
 const DefaultStopTimeout = 10 * time.Second
+
+// ExecRequest is a command to run in a running member.
+type ExecRequest struct {
+	Args  []string
+	Env   []string // K=V; added to the member's
+	Cwd   string   // default: the member's
+	User  string   // UID[:GID] or names; default: the member's
+	Stdin []byte
+}
+
+// ExecResult is how such a command ended and what it wrote.
+type ExecResult struct {
+	Code           int // exit code, or 128+signal
+	Stdout, Stderr []byte
+	Truncated      bool // there was more than [ExecOutputMax] of either
+}
+
+// ExecOutputMax is how many bytes of each output of a command are kept.
+const ExecOutputMax = 1 << 20

@@ -39,6 +39,11 @@ type Manager interface {
 	InspectMember(ref string) (sandbox.MemberInfo, error)
 }
 
+// Execer runs commands in members. Package cmd/sandboxd has the real one.
+type Execer interface {
+	Exec(ctx context.Context, ref string, r sandbox.ExecRequest) (sandbox.ExecResult, error)
+}
+
 var _ Manager = (*sandbox.Manager)(nil)
 
 // Server answers calls with a Manager that it does not own.
@@ -48,7 +53,7 @@ type Server struct {
 }
 
 // New returns a server. Failed calls are logged to log, which must not be nil.
-func New(m Manager, log *slog.Logger) *Server {
+func New(m Manager, x Execer, log *slog.Logger) *Server {
 	quit, cancel := context.WithCancel(context.Background())
 	s := &Server{quit: cancel}
 	s.grpc = grpc.NewServer(grpc.UnaryInterceptor(
@@ -60,7 +65,7 @@ func New(m Manager, log *slog.Logger) *Server {
 			}
 			return resp, err
 		}))
-	pb.RegisterSandboxdServer(s.grpc, &service{m: m, quit: quit})
+	pb.RegisterSandboxdServer(s.grpc, &service{m: m, x: x, quit: quit})
 	return s
 }
 
@@ -79,6 +84,7 @@ func (s *Server) Shutdown(ctx context.Context) {
 type service struct {
 	pb.UnimplementedSandboxdServer
 	m    Manager
+	x    Execer
 	quit context.Context // ends when the server shuts down
 }
 
@@ -199,4 +205,16 @@ func timeout(d *durationpb.Duration) (time.Duration, error) {
 		return 0, fmt.Errorf("%w: timeout %s is negative", sandbox.ErrInvalid, d.AsDuration())
 	}
 	return d.AsDuration(), nil
+}
+
+func (s *service) ExecMember(ctx context.Context, r *pb.ExecMemberRequest) (*pb.ExecMemberResponse, error) {
+	res, err := s.x.Exec(ctx, r.GetMember(), sandbox.ExecRequest{
+		Args: r.GetArgs(), Env: r.GetEnv(), Cwd: r.GetCwd(), User: r.GetUser(), Stdin: r.GetStdin(),
+	})
+	if err != nil {
+		return nil, wire.ToStatus(err)
+	}
+	return &pb.ExecMemberResponse{
+		ExitCode: int32(res.Code), Stdout: res.Stdout, Stderr: res.Stderr, Truncated: res.Truncated,
+	}, nil
 }

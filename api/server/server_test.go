@@ -3,6 +3,7 @@ package server_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"log/slog"
 	"net"
@@ -81,6 +82,11 @@ func (f *fake) InspectMember(ref string) (sandbox.MemberInfo, error) {
 	return f.member, f.err
 }
 
+func (f *fake) Exec(_ context.Context, ref string, r sandbox.ExecRequest) (sandbox.ExecResult, error) {
+	f.ask("exec", ref, r)
+	return sandbox.ExecResult{Code: 4, Stdout: []byte("o"), Stderr: []byte("e"), Truncated: true}, f.err
+}
+
 // Wait waits as a manager does while the member "running" runs.
 func (f *fake) Wait(ctx context.Context, ref string) (sandbox.Exit, error) {
 	f.ask("wait", ref)
@@ -92,14 +98,14 @@ func (f *fake) Wait(ctx context.Context, ref string) (sandbox.Exit, error) {
 }
 
 // start serves m on a socket and returns a client and what ends the server.
-func start(t *testing.T, m server.Manager) (c *api.Client, shutdown func()) {
+func start(t *testing.T, m *fake) (c *api.Client, shutdown func()) {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "s.sock")
 	l, err := server.Listen(t.Context(), path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := server.New(m, slog.New(slog.DiscardHandler))
+	s := server.New(m, m, slog.New(slog.DiscardHandler))
 	done := make(chan error, 1)
 	go func() { done <- s.Serve(l) }()
 	shutdown = func() {
@@ -137,6 +143,7 @@ func TestRoundTrip(t *testing.T) {
 	ctx := t.Context()
 	cfg := sandbox.Config{Name: "web", ShmSize: 5}
 	mcfg := sandbox.MemberConfig{Name: "m", Args: []string{strings.Repeat("x", 10000), "a\nb"}, Volumes: []request.Volume{{Source: "/s", Target: "/t"}}}
+	exec := sandbox.ExecRequest{Args: []string{"a"}, Env: []string{"K=V"}, Cwd: "/", User: "1:2", Stdin: []byte("in")}
 	id := func(i sandbox.Info, err error) (any, error) { return i.ID, err }
 	mid := func(i sandbox.MemberInfo, err error) (any, error) { return i.ID, err }
 	none := func(err error) (any, error) { return nil, err }
@@ -158,6 +165,8 @@ func TestRoundTrip(t *testing.T) {
 		{func() (any, error) { e, err := c.Wait(ctx, "web/m"); return e.Code, err }, 3, []any{"wait", "web/m"}},
 		{func() (any, error) { return none(c.ReopenLog(ctx, "web/m")) }, nil, []any{"reopen", "web/m"}},
 		{func() (any, error) { return mid(c.InspectMember(ctx, "web/m")) }, "2", []any{"inspectmember", "web/m"}},
+		{func() (any, error) { r, err := c.Exec(ctx, "web/m", exec); return fmt.Sprint(r), err },
+			fmt.Sprint(sandbox.ExecResult{Code: 4, Stdout: []byte("o"), Stderr: []byte("e"), Truncated: true}), []any{"exec", "web/m", exec}},
 	}
 	for _, tt := range calls {
 		f.err = nil

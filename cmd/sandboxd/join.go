@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/internal/cgroup"
+	"github.com/sandboxd/sandboxd/internal/launch"
 	"github.com/sandboxd/sandboxd/internal/namespace"
 	"github.com/sandboxd/sandboxd/internal/procid"
 	"github.com/sandboxd/sandboxd/internal/seccomp"
@@ -58,32 +59,48 @@ To look into a member that has exited use join.`,
 		if err := wantMember(cmd, args[0]); err != nil {
 			return err
 		}
-		t, err := a.target(args[0])
+		j, err := a.execJoiner(args[0])
 		if err != nil {
 			return err
 		}
-		if !t.member.Init.Alive() {
-			return fmt.Errorf("exec %s: %w: it does not run (join can enter what it left)", args[0], sandbox.ErrState)
-		}
-		j := &joiner{app: a, target: t}
 		defer j.close()
-		if err := j.enter(nil, false); err != nil {
-			return fmt.Errorf("exec %s: %w", args[0], err)
-		}
-		if err := j.memberProcess(t.member); err != nil {
-			return fmt.Errorf("exec %s: %w", args[0], err)
-		}
-		host, err := cgroup.Detect()
-		if err != nil {
-			return err
-		}
-		j.spec.CgroupTasks = host.Tasks(t.member.Cgroup)
-		if err := j.inCgroup(host, t.member.Cgroup); err != nil {
-			return fmt.Errorf("exec %s: %w", args[0], err)
-		}
 		return j.run(cmd.Context(), &o, args[1:])
 	}
 	return cmd
+}
+
+// execJoiner prepares the running of commands in the member ref. The caller
+// closes it.
+func (a *app) execJoiner(ref string) (_ *joiner, err error) {
+	t, err := a.target(ref)
+	if err != nil {
+		return nil, err
+	}
+	if t.member == nil {
+		return nil, fmt.Errorf("exec %s: %w: not a member (want SANDBOX/MEMBER)", ref, sandbox.ErrInvalid)
+	}
+	if !t.member.Init.Alive() {
+		return nil, fmt.Errorf("exec %s: %w: it does not run (join can enter what it left)", ref, sandbox.ErrState)
+	}
+	j := &joiner{app: a, target: t}
+	defer func() {
+		if err != nil {
+			j.close()
+			err = fmt.Errorf("exec %s: %w", ref, err)
+		}
+	}()
+	if err := j.enter(nil, false); err != nil {
+		return nil, err
+	}
+	if err := j.memberProcess(t.member); err != nil {
+		return nil, err
+	}
+	host, err := cgroup.Detect()
+	if err != nil {
+		return nil, err
+	}
+	j.spec.CgroupTasks = host.Tasks(t.member.Cgroup)
+	return j, j.inCgroup(host, t.member.Cgroup)
 }
 
 func (a *app) joinCommand() *cobra.Command {
@@ -486,36 +503,40 @@ func (j *joiner) hostProcess(rootfs string) error {
 	return nil
 }
 
-// run runs args as o says, and returns an [exitCode].
-func (j *joiner) run(ctx context.Context, o *processFlags, args []string) error {
+// program makes the launch program that runs args; env, cwd and user are what
+// was asked for beside what the process has by its place.
+func (j *joiner) program(args, env []string, cwd, user string, tty bool) (*launch.Program, error) {
 	p := j.spec.Process
-	if args[0] == "" {
-		return errors.New("no command: the first argument is empty")
-	}
-	p.Args, p.Terminal, p.ConsoleSize = args, o.tty, nil
-	env, err := j.app.environment(o.env)
-	if err != nil {
-		return err
-	}
+	p.Args, p.Terminal, p.ConsoleSize = args, tty, nil
 	p.Env = mergeEnv(p.Env, env)
-	if o.cwd != "" {
-		if !filepath.IsAbs(o.cwd) {
-			return fmt.Errorf("working directory %q is not an absolute path", o.cwd)
+	if cwd != "" {
+		if !filepath.IsAbs(cwd) {
+			return nil, fmt.Errorf("%w: working directory %q is not an absolute path", sandbox.ErrInvalid, cwd)
 		}
-		p.Cwd = o.cwd
+		p.Cwd = cwd
 	}
-	if o.user != "" {
+	if user != "" {
 		root := "/"
 		if j.spec.Root != nil {
 			root = fmt.Sprintf("/proc/self/fd/%d", j.spec.Root.Fd())
 		} else if j.spec.RootDir != "" {
 			root = j.spec.RootDir
 		}
-		if p.User, err = member.LookupUser(root, o.user); err != nil {
-			return err
+		var err error
+		if p.User, err = member.LookupUser(root, user); err != nil {
+			return nil, err
 		}
 	}
-	prog, err := member.CompileJoin(&j.spec)
+	return member.CompileJoin(&j.spec)
+}
+
+// run runs args as o says, and returns an [exitCode].
+func (j *joiner) run(ctx context.Context, o *processFlags, args []string) error {
+	env, err := j.app.environment(o.env)
+	if err != nil {
+		return err
+	}
+	prog, err := j.program(args, env, o.cwd, o.user, o.tty)
 	if err != nil {
 		return err
 	}

@@ -98,16 +98,16 @@ func (a *app) serve(ctx context.Context, o serveOptions) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, m.Close()) }()
-	return serveAPI(ctx, m, socket, log)
+	return serveAPI(ctx, m, execer{&app{state: state}}, socket, log)
 }
 
 // serveAPI answers calls on socket until ctx ends. m is lent and has recovered.
-func serveAPI(ctx context.Context, m server.Manager, socket string, log *slog.Logger) error {
+func serveAPI(ctx context.Context, m server.Manager, x server.Execer, socket string, log *slog.Logger) error {
 	l, err := server.Listen(ctx, socket)
 	if err != nil {
 		return err
 	}
-	srv := server.New(m, log)
+	srv := server.New(m, x, log)
 	stopped := make(chan struct{})
 	defer func() { <-stopped }()
 	ctx, cancel := context.WithCancel(ctx)

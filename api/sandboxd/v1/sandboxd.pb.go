@@ -2305,6 +2305,158 @@ func (x *GetMemberResponse) GetMember() *MemberInfo {
 	return nil
 }
 
+type ExecMemberRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Member        string                 `protobuf:"bytes,1,opt,name=member,proto3" json:"member,omitempty"`
+	Args          []string               `protobuf:"bytes,2,rep,name=args,proto3" json:"args,omitempty"`
+	Env           []string               `protobuf:"bytes,3,rep,name=env,proto3" json:"env,omitempty"`   // K=V; added to the member's
+	Cwd           string                 `protobuf:"bytes,4,opt,name=cwd,proto3" json:"cwd,omitempty"`   // default: the member's
+	User          string                 `protobuf:"bytes,5,opt,name=user,proto3" json:"user,omitempty"` // UID[:GID] or names; default: the member's
+	Stdin         []byte                 `protobuf:"bytes,6,opt,name=stdin,proto3" json:"stdin,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExecMemberRequest) Reset() {
+	*x = ExecMemberRequest{}
+	mi := &file_sandboxd_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExecMemberRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExecMemberRequest) ProtoMessage() {}
+
+func (x *ExecMemberRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExecMemberRequest.ProtoReflect.Descriptor instead.
+func (*ExecMemberRequest) Descriptor() ([]byte, []int) {
+	return file_sandboxd_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *ExecMemberRequest) GetMember() string {
+	if x != nil {
+		return x.Member
+	}
+	return ""
+}
+
+func (x *ExecMemberRequest) GetArgs() []string {
+	if x != nil {
+		return x.Args
+	}
+	return nil
+}
+
+func (x *ExecMemberRequest) GetEnv() []string {
+	if x != nil {
+		return x.Env
+	}
+	return nil
+}
+
+func (x *ExecMemberRequest) GetCwd() string {
+	if x != nil {
+		return x.Cwd
+	}
+	return ""
+}
+
+func (x *ExecMemberRequest) GetUser() string {
+	if x != nil {
+		return x.User
+	}
+	return ""
+}
+
+func (x *ExecMemberRequest) GetStdin() []byte {
+	if x != nil {
+		return x.Stdin
+	}
+	return nil
+}
+
+type ExecMemberResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ExitCode      int32                  `protobuf:"varint,1,opt,name=exit_code,json=exitCode,proto3" json:"exit_code,omitempty"` // 128+n for a signal
+	Stdout        []byte                 `protobuf:"bytes,2,opt,name=stdout,proto3" json:"stdout,omitempty"`
+	Stderr        []byte                 `protobuf:"bytes,3,opt,name=stderr,proto3" json:"stderr,omitempty"`
+	Truncated     bool                   `protobuf:"varint,4,opt,name=truncated,proto3" json:"truncated,omitempty"` // there was more output than 1 MiB of either
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExecMemberResponse) Reset() {
+	*x = ExecMemberResponse{}
+	mi := &file_sandboxd_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExecMemberResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExecMemberResponse) ProtoMessage() {}
+
+func (x *ExecMemberResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExecMemberResponse.ProtoReflect.Descriptor instead.
+func (*ExecMemberResponse) Descriptor() ([]byte, []int) {
+	return file_sandboxd_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *ExecMemberResponse) GetExitCode() int32 {
+	if x != nil {
+		return x.ExitCode
+	}
+	return 0
+}
+
+func (x *ExecMemberResponse) GetStdout() []byte {
+	if x != nil {
+		return x.Stdout
+	}
+	return nil
+}
+
+func (x *ExecMemberResponse) GetStderr() []byte {
+	if x != nil {
+		return x.Stderr
+	}
+	return nil
+}
+
+func (x *ExecMemberResponse) GetTruncated() bool {
+	if x != nil {
+		return x.Truncated
+	}
+	return false
+}
+
 var File_sandboxd_proto protoreflect.FileDescriptor
 
 const file_sandboxd_proto_rawDesc = "" +
@@ -2511,7 +2663,19 @@ const file_sandboxd_proto_rawDesc = "" +
 	"\x10GetMemberRequest\x12\x16\n" +
 	"\x06member\x18\x01 \x01(\tR\x06member\"D\n" +
 	"\x11GetMemberResponse\x12/\n" +
-	"\x06member\x18\x01 \x01(\v2\x17.sandboxd.v1.MemberInfoR\x06member2\xbd\b\n" +
+	"\x06member\x18\x01 \x01(\v2\x17.sandboxd.v1.MemberInfoR\x06member\"\x8d\x01\n" +
+	"\x11ExecMemberRequest\x12\x16\n" +
+	"\x06member\x18\x01 \x01(\tR\x06member\x12\x12\n" +
+	"\x04args\x18\x02 \x03(\tR\x04args\x12\x10\n" +
+	"\x03env\x18\x03 \x03(\tR\x03env\x12\x10\n" +
+	"\x03cwd\x18\x04 \x01(\tR\x03cwd\x12\x12\n" +
+	"\x04user\x18\x05 \x01(\tR\x04user\x12\x14\n" +
+	"\x05stdin\x18\x06 \x01(\fR\x05stdin\"\x7f\n" +
+	"\x12ExecMemberResponse\x12\x1b\n" +
+	"\texit_code\x18\x01 \x01(\x05R\bexitCode\x12\x16\n" +
+	"\x06stdout\x18\x02 \x01(\fR\x06stdout\x12\x16\n" +
+	"\x06stderr\x18\x03 \x01(\fR\x06stderr\x12\x1c\n" +
+	"\ttruncated\x18\x04 \x01(\bR\ttruncated2\x8c\t\n" +
 	"\bSandboxd\x12V\n" +
 	"\rCreateSandbox\x12!.sandboxd.v1.CreateSandboxRequest\x1a\".sandboxd.v1.CreateSandboxResponse\x12P\n" +
 	"\vStopSandbox\x12\x1f.sandboxd.v1.StopSandboxRequest\x1a .sandboxd.v1.StopSandboxResponse\x12V\n" +
@@ -2529,7 +2693,9 @@ const file_sandboxd_proto_rawDesc = "" +
 	"\n" +
 	"WaitMember\x12\x1e.sandboxd.v1.WaitMemberRequest\x1a\x1f.sandboxd.v1.WaitMemberResponse\x12\\\n" +
 	"\x0fReopenMemberLog\x12#.sandboxd.v1.ReopenMemberLogRequest\x1a$.sandboxd.v1.ReopenMemberLogResponse\x12J\n" +
-	"\tGetMember\x12\x1d.sandboxd.v1.GetMemberRequest\x1a\x1e.sandboxd.v1.GetMemberResponseB9Z7github.com/sandboxd/sandboxd/api/sandboxd/v1;sandboxdv1b\x06proto3"
+	"\tGetMember\x12\x1d.sandboxd.v1.GetMemberRequest\x1a\x1e.sandboxd.v1.GetMemberResponse\x12M\n" +
+	"\n" +
+	"ExecMember\x12\x1e.sandboxd.v1.ExecMemberRequest\x1a\x1f.sandboxd.v1.ExecMemberResponseB9Z7github.com/sandboxd/sandboxd/api/sandboxd/v1;sandboxdv1b\x06proto3"
 
 var (
 	file_sandboxd_proto_rawDescOnce sync.Once
@@ -2543,7 +2709,7 @@ func file_sandboxd_proto_rawDescGZIP() []byte {
 	return file_sandboxd_proto_rawDescData
 }
 
-var file_sandboxd_proto_msgTypes = make([]protoimpl.MessageInfo, 48)
+var file_sandboxd_proto_msgTypes = make([]protoimpl.MessageInfo, 50)
 var file_sandboxd_proto_goTypes = []any{
 	(*SandboxConfig)(nil),           // 0: sandboxd.v1.SandboxConfig
 	(*NamespaceKinds)(nil),          // 1: sandboxd.v1.NamespaceKinds
@@ -2583,51 +2749,53 @@ var file_sandboxd_proto_goTypes = []any{
 	(*ReopenMemberLogResponse)(nil), // 35: sandboxd.v1.ReopenMemberLogResponse
 	(*GetMemberRequest)(nil),        // 36: sandboxd.v1.GetMemberRequest
 	(*GetMemberResponse)(nil),       // 37: sandboxd.v1.GetMemberResponse
-	nil,                             // 38: sandboxd.v1.SandboxConfig.SysctlsEntry
-	nil,                             // 39: sandboxd.v1.SandboxConfig.LabelsEntry
-	nil,                             // 40: sandboxd.v1.SandboxConfig.AnnotationsEntry
-	nil,                             // 41: sandboxd.v1.MemberConfig.NamespacesEntry
-	nil,                             // 42: sandboxd.v1.MemberConfig.LabelsEntry
-	nil,                             // 43: sandboxd.v1.SandboxInfo.NamespacesEntry
-	nil,                             // 44: sandboxd.v1.SandboxInfo.LabelsEntry
-	nil,                             // 45: sandboxd.v1.SandboxInfo.AnnotationsEntry
-	nil,                             // 46: sandboxd.v1.MemberInfo.NamespacesEntry
-	nil,                             // 47: sandboxd.v1.MemberInfo.LabelsEntry
-	(*timestamppb.Timestamp)(nil),   // 48: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),     // 49: google.protobuf.Duration
+	(*ExecMemberRequest)(nil),       // 38: sandboxd.v1.ExecMemberRequest
+	(*ExecMemberResponse)(nil),      // 39: sandboxd.v1.ExecMemberResponse
+	nil,                             // 40: sandboxd.v1.SandboxConfig.SysctlsEntry
+	nil,                             // 41: sandboxd.v1.SandboxConfig.LabelsEntry
+	nil,                             // 42: sandboxd.v1.SandboxConfig.AnnotationsEntry
+	nil,                             // 43: sandboxd.v1.MemberConfig.NamespacesEntry
+	nil,                             // 44: sandboxd.v1.MemberConfig.LabelsEntry
+	nil,                             // 45: sandboxd.v1.SandboxInfo.NamespacesEntry
+	nil,                             // 46: sandboxd.v1.SandboxInfo.LabelsEntry
+	nil,                             // 47: sandboxd.v1.SandboxInfo.AnnotationsEntry
+	nil,                             // 48: sandboxd.v1.MemberInfo.NamespacesEntry
+	nil,                             // 49: sandboxd.v1.MemberInfo.LabelsEntry
+	(*timestamppb.Timestamp)(nil),   // 50: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),     // 51: google.protobuf.Duration
 }
 var file_sandboxd_proto_depIdxs = []int32{
 	1,  // 0: sandboxd.v1.SandboxConfig.share:type_name -> sandboxd.v1.NamespaceKinds
-	38, // 1: sandboxd.v1.SandboxConfig.sysctls:type_name -> sandboxd.v1.SandboxConfig.SysctlsEntry
-	39, // 2: sandboxd.v1.SandboxConfig.labels:type_name -> sandboxd.v1.SandboxConfig.LabelsEntry
-	40, // 3: sandboxd.v1.SandboxConfig.annotations:type_name -> sandboxd.v1.SandboxConfig.AnnotationsEntry
+	40, // 1: sandboxd.v1.SandboxConfig.sysctls:type_name -> sandboxd.v1.SandboxConfig.SysctlsEntry
+	41, // 2: sandboxd.v1.SandboxConfig.labels:type_name -> sandboxd.v1.SandboxConfig.LabelsEntry
+	42, // 3: sandboxd.v1.SandboxConfig.annotations:type_name -> sandboxd.v1.SandboxConfig.AnnotationsEntry
 	3,  // 4: sandboxd.v1.MemberConfig.volumes:type_name -> sandboxd.v1.Volume
 	4,  // 5: sandboxd.v1.MemberConfig.tmpfs:type_name -> sandboxd.v1.Tmpfs
-	41, // 6: sandboxd.v1.MemberConfig.namespaces:type_name -> sandboxd.v1.MemberConfig.NamespacesEntry
-	42, // 7: sandboxd.v1.MemberConfig.labels:type_name -> sandboxd.v1.MemberConfig.LabelsEntry
-	48, // 8: sandboxd.v1.SandboxInfo.created_at:type_name -> google.protobuf.Timestamp
-	43, // 9: sandboxd.v1.SandboxInfo.namespaces:type_name -> sandboxd.v1.SandboxInfo.NamespacesEntry
-	44, // 10: sandboxd.v1.SandboxInfo.labels:type_name -> sandboxd.v1.SandboxInfo.LabelsEntry
-	45, // 11: sandboxd.v1.SandboxInfo.annotations:type_name -> sandboxd.v1.SandboxInfo.AnnotationsEntry
+	43, // 6: sandboxd.v1.MemberConfig.namespaces:type_name -> sandboxd.v1.MemberConfig.NamespacesEntry
+	44, // 7: sandboxd.v1.MemberConfig.labels:type_name -> sandboxd.v1.MemberConfig.LabelsEntry
+	50, // 8: sandboxd.v1.SandboxInfo.created_at:type_name -> google.protobuf.Timestamp
+	45, // 9: sandboxd.v1.SandboxInfo.namespaces:type_name -> sandboxd.v1.SandboxInfo.NamespacesEntry
+	46, // 10: sandboxd.v1.SandboxInfo.labels:type_name -> sandboxd.v1.SandboxInfo.LabelsEntry
+	47, // 11: sandboxd.v1.SandboxInfo.annotations:type_name -> sandboxd.v1.SandboxInfo.AnnotationsEntry
 	7,  // 12: sandboxd.v1.SandboxInfo.members:type_name -> sandboxd.v1.MemberInfo
-	48, // 13: sandboxd.v1.MemberInfo.created_at:type_name -> google.protobuf.Timestamp
-	48, // 14: sandboxd.v1.MemberInfo.started_at:type_name -> google.protobuf.Timestamp
-	46, // 15: sandboxd.v1.MemberInfo.namespaces:type_name -> sandboxd.v1.MemberInfo.NamespacesEntry
+	50, // 13: sandboxd.v1.MemberInfo.created_at:type_name -> google.protobuf.Timestamp
+	50, // 14: sandboxd.v1.MemberInfo.started_at:type_name -> google.protobuf.Timestamp
+	48, // 15: sandboxd.v1.MemberInfo.namespaces:type_name -> sandboxd.v1.MemberInfo.NamespacesEntry
 	8,  // 16: sandboxd.v1.MemberInfo.custody:type_name -> sandboxd.v1.CustodyInfo
-	47, // 17: sandboxd.v1.MemberInfo.labels:type_name -> sandboxd.v1.MemberInfo.LabelsEntry
+	49, // 17: sandboxd.v1.MemberInfo.labels:type_name -> sandboxd.v1.MemberInfo.LabelsEntry
 	9,  // 18: sandboxd.v1.MemberInfo.exit:type_name -> sandboxd.v1.ExitRecord
-	48, // 19: sandboxd.v1.CustodyInfo.since:type_name -> google.protobuf.Timestamp
-	48, // 20: sandboxd.v1.ExitRecord.finished_at:type_name -> google.protobuf.Timestamp
+	50, // 19: sandboxd.v1.CustodyInfo.since:type_name -> google.protobuf.Timestamp
+	50, // 20: sandboxd.v1.ExitRecord.finished_at:type_name -> google.protobuf.Timestamp
 	10, // 21: sandboxd.v1.ExitRecord.rusage:type_name -> sandboxd.v1.Rusage
 	0,  // 22: sandboxd.v1.CreateSandboxRequest.config:type_name -> sandboxd.v1.SandboxConfig
 	5,  // 23: sandboxd.v1.CreateSandboxResponse.sandbox:type_name -> sandboxd.v1.SandboxInfo
-	49, // 24: sandboxd.v1.StopSandboxRequest.timeout:type_name -> google.protobuf.Duration
+	51, // 24: sandboxd.v1.StopSandboxRequest.timeout:type_name -> google.protobuf.Duration
 	5,  // 25: sandboxd.v1.ListSandboxesResponse.sandboxes:type_name -> sandboxd.v1.SandboxInfo
 	5,  // 26: sandboxd.v1.GetSandboxResponse.sandbox:type_name -> sandboxd.v1.SandboxInfo
 	2,  // 27: sandboxd.v1.AddMemberRequest.config:type_name -> sandboxd.v1.MemberConfig
 	7,  // 28: sandboxd.v1.AddMemberResponse.member:type_name -> sandboxd.v1.MemberInfo
 	7,  // 29: sandboxd.v1.StartMemberResponse.member:type_name -> sandboxd.v1.MemberInfo
-	49, // 30: sandboxd.v1.StopMemberRequest.timeout:type_name -> google.protobuf.Duration
+	51, // 30: sandboxd.v1.StopMemberRequest.timeout:type_name -> google.protobuf.Duration
 	9,  // 31: sandboxd.v1.WaitMemberResponse.exit:type_name -> sandboxd.v1.ExitRecord
 	7,  // 32: sandboxd.v1.GetMemberResponse.member:type_name -> sandboxd.v1.MemberInfo
 	6,  // 33: sandboxd.v1.SandboxInfo.NamespacesEntry.value:type_name -> sandboxd.v1.NamespaceInfo
@@ -2645,21 +2813,23 @@ var file_sandboxd_proto_depIdxs = []int32{
 	32, // 45: sandboxd.v1.Sandboxd.WaitMember:input_type -> sandboxd.v1.WaitMemberRequest
 	34, // 46: sandboxd.v1.Sandboxd.ReopenMemberLog:input_type -> sandboxd.v1.ReopenMemberLogRequest
 	36, // 47: sandboxd.v1.Sandboxd.GetMember:input_type -> sandboxd.v1.GetMemberRequest
-	13, // 48: sandboxd.v1.Sandboxd.CreateSandbox:output_type -> sandboxd.v1.CreateSandboxResponse
-	15, // 49: sandboxd.v1.Sandboxd.StopSandbox:output_type -> sandboxd.v1.StopSandboxResponse
-	17, // 50: sandboxd.v1.Sandboxd.RemoveSandbox:output_type -> sandboxd.v1.RemoveSandboxResponse
-	19, // 51: sandboxd.v1.Sandboxd.ListSandboxes:output_type -> sandboxd.v1.ListSandboxesResponse
-	21, // 52: sandboxd.v1.Sandboxd.GetSandbox:output_type -> sandboxd.v1.GetSandboxResponse
-	23, // 53: sandboxd.v1.Sandboxd.AddMember:output_type -> sandboxd.v1.AddMemberResponse
-	25, // 54: sandboxd.v1.Sandboxd.StartMember:output_type -> sandboxd.v1.StartMemberResponse
-	27, // 55: sandboxd.v1.Sandboxd.StopMember:output_type -> sandboxd.v1.StopMemberResponse
-	29, // 56: sandboxd.v1.Sandboxd.KillMember:output_type -> sandboxd.v1.KillMemberResponse
-	31, // 57: sandboxd.v1.Sandboxd.RemoveMember:output_type -> sandboxd.v1.RemoveMemberResponse
-	33, // 58: sandboxd.v1.Sandboxd.WaitMember:output_type -> sandboxd.v1.WaitMemberResponse
-	35, // 59: sandboxd.v1.Sandboxd.ReopenMemberLog:output_type -> sandboxd.v1.ReopenMemberLogResponse
-	37, // 60: sandboxd.v1.Sandboxd.GetMember:output_type -> sandboxd.v1.GetMemberResponse
-	48, // [48:61] is the sub-list for method output_type
-	35, // [35:48] is the sub-list for method input_type
+	38, // 48: sandboxd.v1.Sandboxd.ExecMember:input_type -> sandboxd.v1.ExecMemberRequest
+	13, // 49: sandboxd.v1.Sandboxd.CreateSandbox:output_type -> sandboxd.v1.CreateSandboxResponse
+	15, // 50: sandboxd.v1.Sandboxd.StopSandbox:output_type -> sandboxd.v1.StopSandboxResponse
+	17, // 51: sandboxd.v1.Sandboxd.RemoveSandbox:output_type -> sandboxd.v1.RemoveSandboxResponse
+	19, // 52: sandboxd.v1.Sandboxd.ListSandboxes:output_type -> sandboxd.v1.ListSandboxesResponse
+	21, // 53: sandboxd.v1.Sandboxd.GetSandbox:output_type -> sandboxd.v1.GetSandboxResponse
+	23, // 54: sandboxd.v1.Sandboxd.AddMember:output_type -> sandboxd.v1.AddMemberResponse
+	25, // 55: sandboxd.v1.Sandboxd.StartMember:output_type -> sandboxd.v1.StartMemberResponse
+	27, // 56: sandboxd.v1.Sandboxd.StopMember:output_type -> sandboxd.v1.StopMemberResponse
+	29, // 57: sandboxd.v1.Sandboxd.KillMember:output_type -> sandboxd.v1.KillMemberResponse
+	31, // 58: sandboxd.v1.Sandboxd.RemoveMember:output_type -> sandboxd.v1.RemoveMemberResponse
+	33, // 59: sandboxd.v1.Sandboxd.WaitMember:output_type -> sandboxd.v1.WaitMemberResponse
+	35, // 60: sandboxd.v1.Sandboxd.ReopenMemberLog:output_type -> sandboxd.v1.ReopenMemberLogResponse
+	37, // 61: sandboxd.v1.Sandboxd.GetMember:output_type -> sandboxd.v1.GetMemberResponse
+	39, // 62: sandboxd.v1.Sandboxd.ExecMember:output_type -> sandboxd.v1.ExecMemberResponse
+	49, // [49:63] is the sub-list for method output_type
+	35, // [35:49] is the sub-list for method input_type
 	35, // [35:35] is the sub-list for extension type_name
 	35, // [35:35] is the sub-list for extension extendee
 	0,  // [0:35] is the sub-list for field type_name
@@ -2676,7 +2846,7 @@ func file_sandboxd_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_sandboxd_proto_rawDesc), len(file_sandboxd_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   48,
+			NumMessages:   50,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -44,6 +44,7 @@ const (
 	Sandboxd_WaitMember_FullMethodName      = "/sandboxd.v1.Sandboxd/WaitMember"
 	Sandboxd_ReopenMemberLog_FullMethodName = "/sandboxd.v1.Sandboxd/ReopenMemberLog"
 	Sandboxd_GetMember_FullMethodName       = "/sandboxd.v1.Sandboxd/GetMember"
+	Sandboxd_ExecMember_FullMethodName      = "/sandboxd.v1.Sandboxd/ExecMember"
 )
 
 // SandboxdClient is the client API for Sandboxd service.
@@ -77,6 +78,10 @@ type SandboxdClient interface {
 	// has been renamed.
 	ReopenMemberLog(ctx context.Context, in *ReopenMemberLogRequest, opts ...grpc.CallOption) (*ReopenMemberLogResponse, error)
 	GetMember(ctx context.Context, in *GetMemberRequest, opts ...grpc.CallOption) (*GetMemberResponse, error)
+	// ExecMember runs a command in a running member, with everything that is the
+	// member's, and returns when it has ended: for probes. Whoever wants its stdio
+	// as a stream starts it without the daemon, as the CLI does.
+	ExecMember(ctx context.Context, in *ExecMemberRequest, opts ...grpc.CallOption) (*ExecMemberResponse, error)
 }
 
 type sandboxdClient struct {
@@ -217,6 +222,16 @@ func (c *sandboxdClient) GetMember(ctx context.Context, in *GetMemberRequest, op
 	return out, nil
 }
 
+func (c *sandboxdClient) ExecMember(ctx context.Context, in *ExecMemberRequest, opts ...grpc.CallOption) (*ExecMemberResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ExecMemberResponse)
+	err := c.cc.Invoke(ctx, Sandboxd_ExecMember_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // SandboxdServer is the server API for Sandboxd service.
 // All implementations must embed UnimplementedSandboxdServer
 // for forward compatibility.
@@ -248,6 +263,10 @@ type SandboxdServer interface {
 	// has been renamed.
 	ReopenMemberLog(context.Context, *ReopenMemberLogRequest) (*ReopenMemberLogResponse, error)
 	GetMember(context.Context, *GetMemberRequest) (*GetMemberResponse, error)
+	// ExecMember runs a command in a running member, with everything that is the
+	// member's, and returns when it has ended: for probes. Whoever wants its stdio
+	// as a stream starts it without the daemon, as the CLI does.
+	ExecMember(context.Context, *ExecMemberRequest) (*ExecMemberResponse, error)
 	mustEmbedUnimplementedSandboxdServer()
 }
 
@@ -296,6 +315,9 @@ func (UnimplementedSandboxdServer) ReopenMemberLog(context.Context, *ReopenMembe
 }
 func (UnimplementedSandboxdServer) GetMember(context.Context, *GetMemberRequest) (*GetMemberResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetMember not implemented")
+}
+func (UnimplementedSandboxdServer) ExecMember(context.Context, *ExecMemberRequest) (*ExecMemberResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ExecMember not implemented")
 }
 func (UnimplementedSandboxdServer) mustEmbedUnimplementedSandboxdServer() {}
 func (UnimplementedSandboxdServer) testEmbeddedByValue()                  {}
@@ -552,6 +574,24 @@ func _Sandboxd_GetMember_Handler(srv interface{}, ctx context.Context, dec func(
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Sandboxd_ExecMember_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ExecMemberRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SandboxdServer).ExecMember(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Sandboxd_ExecMember_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SandboxdServer).ExecMember(ctx, req.(*ExecMemberRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Sandboxd_ServiceDesc is the grpc.ServiceDesc for Sandboxd service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -610,6 +650,10 @@ var Sandboxd_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "GetMember",
 			Handler:    _Sandboxd_GetMember_Handler,
+		},
+		{
+			MethodName: "ExecMember",
+			Handler:    _Sandboxd_ExecMember_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},
