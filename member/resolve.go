@@ -186,6 +186,11 @@ func (r *resolver) readSource() error {
 		r.spec = DefaultSpec(r.req.Privileged)
 		if !r.req.Privileged {
 			r.spec.Linux.MaskedPaths = append(r.spec.Linux.MaskedPaths, thermalPaths()...)
+		} else {
+			var err error
+			if r.spec.Linux.Devices, err = hostDevices("/dev"); err != nil {
+				return err
+			}
 		}
 		r.out.Spec = r.spec
 		return nil
@@ -348,7 +353,7 @@ func (r *resolver) root() error {
 			}
 		}
 		r.spec.Root, r.spec.Mounts = nil, nil
-		r.spec.Linux.MaskedPaths, r.spec.Linux.ReadonlyPaths = nil, nil
+		r.spec.Linux.MaskedPaths, r.spec.Linux.ReadonlyPaths, r.spec.Linux.Devices = nil, nil, nil
 		return nil
 	}
 	if req.Bundle != "" {

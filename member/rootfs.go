@@ -271,15 +271,19 @@ func (c *compiler) makeDevice(d specs.LinuxDevice) error {
 		return fmt.Errorf("group of %s: %w", name, err)
 	}
 	step := "make device " + name
-	c.makeMountPoint(path.Dir(name), true)
-	dir := c.openIn(step, path.Dir(name), unix.O_PATH|unix.O_DIRECTORY).Result()
-	base := p.String(path.Base(name))
+	// A privileged member has hundreds, and almost all of them are directly in
+	// the fresh /dev: nothing has to be looked for there.
+	dir, base := c.dev, p.String(path.Base(name))
+	if direct := c.ownDev && path.Dir(name) == "/dev"; !direct {
+		c.makeMountPoint(path.Dir(name), true)
+		dir = c.openIn(step, path.Dir(name), unix.O_PATH|unix.O_DIRECTORY).Result()
+		defer c.close(dir)
+	}
 	p.Call(step, unix.SYS_MKNODAT, dir, base, launch.Int(kind|mode), launch.Int(unix.Mkdev(uint32(d.Major), uint32(d.Minor)))).Then(func() {
 		if uid != 0 || gid != 0 {
 			p.Call(step, unix.SYS_FCHOWNAT, dir, base, launch.Int(hostUID), launch.Int(hostGID), launch.Int(unix.AT_SYMLINK_NOFOLLOW))
 		}
 	}, unix.EEXIST)
-	c.close(dir)
 	return nil
 }
 
