@@ -4,62 +4,76 @@
 
 SHELL := /bin/bash -o pipefail
 export CGO_ENABLED := 0
-export GOFLAGS := -buildvcs=false
 
-VERSION ?= $(shell git describe --always --dirty 2>/dev/null || echo unknown)
 RESULTS := build/results
 # What this machine may lack; everything else is required by `make test`.
 MISSING := tools/ci/missing
 REQUIRE := all$(shell sed -n 's/^\([a-z0-9_:-]\+\).*/,-\1/p' $(MISSING) | tr -d '\n')
-SUM = go run ./internal/testsum --skips $(MISSING) --counts $(RESULTS)/$@
+SUM = go run ./internal/testsum --skips $(MISSING) --counts $(RESULTS)/$@.counts
+# One package at a time: root tests look at the whole host for what they left.
+TEST = SANDBOXD_TEST_REQUIRE=$(REQUIRE) go test -json -p=1 -count=1
 
-# What can run under user-mode emulation: packages that ask little of the kernel.
-ARM64_PACKAGES := ./internal/exit/... ./internal/namespace/... ./internal/procid/... ./internal/request/...
+# What user-mode emulation can run: packages that ask little of the kernel. It
+# refuses new namespaces at clone, and programs in memory are the host's. Tests of
+# packages launch, member and pause run their arm64 programs themselves.
+ARM64_PACKAGES := ./api/... ./cmd/... ./internal/crilog ./internal/idrange ./internal/signum ./internal/statefile ./internal/undo ./sandbox
 
 .PHONY: build
 build: ## the binary, static, in build/sandboxd
-	go build -trimpath -ldflags="-s -w -X main.version=$(VERSION)" -o build/sandboxd ./cmd/sandboxd
+	go build -trimpath -ldflags="-s -w" -o build/sandboxd ./cmd/sandboxd
 
 .PHONY: test
-test: lint generate-check test-root test-arm64 test-e2e test-vm ## everything
+test: ## everything that CI does
+	tools/ci/test.sh lint generate-check test-root test-race test-fuzz test-arm64 test-e2e test-demo test-vm
 
 .PHONY: test-unit
 test-unit: | $(RESULTS) ## what needs no root; what does is skipped without it
-	go test -json ./... | go run ./internal/testsum --counts $(RESULTS)/$@
+	go test -json ./... | go run ./internal/testsum --counts $(RESULTS)/$@.counts
 
 .PHONY: test-root
 test-root: | $(RESULTS) ## all tests of all packages; nothing that this machine has is skipped
-	SANDBOXD_TEST_REQUIRE=$(REQUIRE) go test -json -count=1 -timeout=10m ./... | $(SUM)
+	$(TEST) -timeout=10m ./... | $(SUM)
+	$(TEST) -timeout=10m -tags=crashpoints ./internal/crash | \
+		go run ./internal/testsum --skips $(MISSING) --counts $(RESULTS)/$@-crash.counts
 
 .PHONY: test-race
-test-race: | $(RESULTS) ## the same under the race detector, which needs cgo
-	CGO_ENABLED=1 SANDBOXD_TEST_REQUIRE=$(REQUIRE) go test -race -json -count=1 -timeout=15m ./... | $(SUM)
+test-race: | $(RESULTS) ## packages with goroutines under the race detector, which needs cgo
+	CGO_ENABLED=1 $(TEST) -race -timeout=15m ./api/... ./cmd/... ./internal/crilog ./internal/nsthread ./member ./pause ./sandbox | $(SUM)
+
+.PHONY: test-fuzz
+test-fuzz: | $(RESULTS) ## each fuzz target for a moment: as many inputs everywhere
+	tools/ci/fuzz.sh | $(SUM)
 
 .PHONY: test-e2e
 test-e2e: | $(RESULTS) ## the binary as a user drives it
-	SANDBOXD_TEST_REQUIRE=$(REQUIRE) go test -tags=e2e -json -count=1 -timeout=15m ./e2e | $(SUM)
+	$(TEST) -tags=e2e -timeout=20m ./e2e | $(SUM)
+
+.PHONY: test-demo
+test-demo: ## the story of the README, with the leak oracle's verdict
+	$(MAKE) --no-print-directory demo >build/demo.log 2>&1 || { cat build/demo.log; exit 1; }
 
 .PHONY: test-vm
 test-vm: | $(RESULTS) ## root and e2e tests on Linux 6.1 with cgroup v2 only, in an emulator
-	tools/vm/run.sh --counts $(RESULTS)/$@
+	tools/vm/run.sh --counts $(RESULTS)/$@.counts
 
 .PHONY: test-arm64
 test-arm64: | $(RESULTS) ## builds everything for arm64, and runs what user-mode emulation can
 	GOARCH=arm64 go build ./...
-	GOARCH=arm64 go vet ./...
-	GOARCH=arm64 go test -exec=qemu-aarch64-static -json -count=1 $(ARM64_PACKAGES) | $(SUM)
+	GOARCH=arm64 go vet -tags=e2e,crashpoints ./...
+	GOARCH=arm64 $(TEST) -exec=qemu-aarch64-static $(ARM64_PACKAGES) | $(SUM)
 
 .PHONY: lint
-lint: build/bin/staticcheck ## what CI checks without running anything
+lint: build/bin/staticcheck ## what can be checked without running anything
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); if [[ -n $$unformatted ]]; then echo "gofmt: $$unformatted"; exit 1; fi
 	go vet ./...
-	go vet -tags=e2e ./e2e/...
-	build/bin/staticcheck -tags=e2e ./...
+	go vet -tags=e2e,crashpoints ./...
+	build/bin/staticcheck ./...
+	build/bin/staticcheck -tags=e2e,crashpoints ./...
 	shellcheck $$(git ls-files '*.sh' .ci/run)
-	shellcheck --shell=busybox tools/vm/init 2>/dev/null || shellcheck --shell=dash tools/vm/init
+	shellcheck --shell=dash tools/vm/init
 
 .PHONY: lint-all
-lint-all: build/bin/golangci-lint ## lint, and golangci-lint with .golangci.yml
+lint-all: lint build/bin/golangci-lint ## lint, and golangci-lint with .golangci.yml
 	build/bin/golangci-lint run
 
 .PHONY: generate-check
@@ -71,13 +85,17 @@ bench: build ## medians against runc, crun and bare unshare
 	go run ./e2e/bench
 
 .PHONY: demo
-demo: build ## what it is for, on real input, with the leak oracle's verdict
-	go build -o build/leakcheck ./internal/leak/cmd/leakcheck
+demo: build build/leakcheck ## the story of the README, with the leak oracle's verdict
 	tools/demo.sh
 
+.PHONY: build/leakcheck
+build/leakcheck:
+	go build -o $@ ./internal/leak/cmd/leakcheck
+
 .PHONY: tools
-tools: build/bin/staticcheck build/bin/golangci-lint ## builds the linters
+tools: ## installs what the other targets need, and builds the linters
 	tools/deps.sh
+	$(MAKE) build/bin/staticcheck build/bin/golangci-lint
 
 .PHONY: clean
 clean: ## removes what was built, the kernel of test-vm too

@@ -1,42 +1,56 @@
 #!/bin/bash
-# Installs what building and testing everything needs, on Debian, as root. What
-# is there already is left alone, so that it may be run every time. With arguments
-# it installs these packages instead.
+# Installs what building and testing everything needs, on Debian, as root, and
+# fetches Go modules. What is there already is left alone, so that it may be run
+# every time.
 set -euo pipefail
+cd "$(dirname "$0")/.."
 
 packages=(
-	gcc libc6-dev linux-libc-dev                             # pause, monitor, launch for amd64
-	gcc-aarch64-linux-gnu linux-libc-dev-arm64-cross         # and arm64
-	clang                                                    # the sanitizers' and the static analyzer's compiler
-	protobuf-compiler libprotobuf-dev                        # the native API
-	qemu-user-static qemu-system-x86 cpio e2fsprogs # arm64, and the virtual machine
-	busybox-static redis-server                              # what tests run as members
-	runc crun                                                # what the benchmark compares with
+	gcc libc6-dev linux-libc-dev                     # pause, monitor, launch for amd64, and the race detector
+	gcc-aarch64-linux-gnu linux-libc-dev-arm64-cross # and arm64
+	clang libclang-rt-dev                            # C under the sanitizers and libFuzzer
+	protobuf-compiler libprotobuf-dev                # the native API
+	qemu-user-static qemu-system-x86 cpio e2fsprogs  # arm64, and the virtual machine
+	busybox-static redis-server                      # what tests run as members
+	runc crun                                        # what the benchmark compares with
 	strace iproute2 attr libcap2-bin jq shellcheck make git ca-certificates
 )
 
-if (($# > 0)); then
-	packages=("$@")
-fi
+# attempt runs a command up to four times: networks fail now and then.
+attempt() {
+	local try
+	for try in 1 2 3; do
+		"$@" && return
+		echo "deps: attempt $try of $1 did not work" >&2
+		sleep $((try * 5))
+	done
+	"$@"
+}
 
-missing=()
+absent=()
 for p in "${packages[@]}"; do
 	if [[ $(dpkg-query -W -f '${db:Status-Status}' "$p" 2>/dev/null || true) != installed ]]; then
-		missing+=("$p")
+		absent+=("$p")
 	fi
 done
-if ((${#missing[@]} == 0)); then
-	exit 0
+if ((${#absent[@]})); then
+	echo "deps: installing ${absent[*]}"
+	# Servers are wanted as programs: their packages must not start them.
+	policy=/usr/sbin/policy-rc.d
+	if [[ ! -e $policy ]]; then
+		printf '#!/bin/sh\nexit 101\n' >"$policy"
+		chmod 755 "$policy"
+		trap 'rm -f "$policy"' EXIT
+	fi
+	export DEBIAN_FRONTEND=noninteractive
+	attempt apt-get update -qq -o Acquire::Retries=3
+	attempt apt-get install -y -qq --no-install-recommends -o Acquire::Retries=3 -o DPkg::Lock::Timeout=120 "${absent[@]}" >/dev/null
 fi
-echo "deps: installing ${missing[*]}"
 
-# Servers are wanted as programs: their packages must not start them.
-policy=/usr/sbin/policy-rc.d
-if [[ ! -e $policy ]]; then
-	printf '#!/bin/sh\nexit 101\n' >"$policy"
-	chmod 755 "$policy"
-	trap 'rm -f "$policy"' EXIT
+if ! command -v go >/dev/null; then
+	echo "deps: there is no go in PATH; see go.mod for the version" >&2
+	exit 1
 fi
-export DEBIAN_FRONTEND=noninteractive
-apt-get update -qq
-apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+for module in . tools tools/golangci; do
+	(cd "$module" && attempt go mod download)
+done

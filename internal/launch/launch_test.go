@@ -1,11 +1,16 @@
 package launch
 
 import (
+	"bytes"
 	"errors"
 	"os"
+	"os/exec"
+	"runtime"
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/internal/testenv"
 )
 
 func TestStartRunsToTheExec(t *testing.T) {
@@ -54,5 +59,49 @@ func TestStartNamesTheStepThatFailed(t *testing.T) {
 	}
 	if _, err := unix.Wait4(-1, nil, unix.WNOHANG, nil); !errors.Is(err, unix.ECHILD) {
 		t.Errorf("a child is left: %v", err)
+	}
+}
+
+// TestOtherArchitecture runs the arm64 launcher in emulation on a program with
+// arm64's numbers.
+func TestOtherArchitecture(t *testing.T) {
+	if runtime.GOARCH != "amd64" {
+		t.Skip("the other one is emulated on amd64")
+	}
+	qemu := testenv.Program(t, "qemu-aarch64-static")
+	const openat, fchdir, write = 56, 50, 64 // include/uapi/asm-generic/unistd.h
+	var p Program
+	d := p.Call("open /", openat, Int(unix.AT_FDCWD), p.String("/"), Int(unix.O_RDONLY))
+	p.Call("change to /", fchdir, d.Result())
+	p.Call("open what is not there", openat, Int(unix.AT_FDCWD), p.String("/nowhere"), Int(0)).Then(func() {
+		p.Call("write what is not to be written", write, Int(1), p.String("wrong"), Int(5))
+	}, unix.ENOENT)
+	p.Call("write", write, Int(1), p.String("hello"), Int(5))
+	p.Call("open the moon", openat, Int(unix.AT_FDCWD), p.String("/moon"), Int(0))
+	program, err := p.Memfd(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer program.Close()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	defer w.Close()
+	cmd := exec.Command(qemu, "-0", "sandboxd-launch", "launch_arm64.elf", "mark")
+	cmd.ExtraFiles = []*os.File{w, nil, program}
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if err := cmd.Run(); cmd.ProcessState.ExitCode() != 125 {
+		t.Errorf("launch: %v, want exit code 125; %s", err, stderr.String())
+	}
+	if stdout.String() != "hello" {
+		t.Errorf("output %q", stdout.String())
+	}
+	w.Close()
+	kind, op, errno, err := ReadReport(r)
+	if err != nil || kind != ReportFailed || p.Step(int(op)) != "open the moon" || unix.Errno(errno) != unix.ENOENT {
+		t.Errorf("report %d of step %q, %v, %v", kind, p.Step(int(op)), unix.Errno(errno), err)
 	}
 }
