@@ -171,6 +171,13 @@ func (c *compiler) compile() error {
 	if c.mounts, err = c.parseMounts(); err != nil {
 		return err
 	}
+	if c.bornAtOnce() {
+		var flags uintptr
+		if c.ns(namespace.PID).Private {
+			flags = unix.CLONE_NEWPID
+		}
+		c.fork("be born in the cgroup and pid namespace", flags)
+	}
 	for _, f := range c.CgroupTasks {
 		c.writeFile("join cgroup "+path.Dir(f), f, "0")
 	}
@@ -225,27 +232,44 @@ func (c *compiler) compile() error {
 	return nil
 }
 
+// bornAtOnce reports whether the process can be born where it belongs, in its
+// cgroup and new pid namespace, rather than fork once it has entered others.
+func (c *compiler) bornAtOnce() bool {
+	return c.ns(namespace.PID).File == nil && !c.ns(namespace.Time).Private &&
+		(c.ns(namespace.PID).Private || c.CgroupDir != nil)
+}
+
+// fork makes the process that will be init.
+func (c *compiler) fork(step string, flags uintptr) {
+	var dir *launch.Arg
+	if c.CgroupDir != nil {
+		fd := c.p.File(c.CgroupDir)
+		dir = &fd
+	}
+	c.p.Fork(step, flags, dir)
+}
+
 // enterNamespaces joins and unshares, and forks where that is what enters a
-// namespace or the cgroup. The mount namespace comes last: everything before
-// sees the host's files. A new cgroup namespace shows the cgroup that it was
-// made in, so it comes after the fork.
+// namespace. The mount namespace comes last: everything before sees the host's
+// files. A new cgroup namespace shows the cgroup that it was made in, so it
+// comes after the fork.
 func (c *compiler) enterNamespaces() {
+	kinds := []namespace.Kind{namespace.Net, namespace.IPC, namespace.UTS, namespace.Time, namespace.PID}
+	born := c.bornAtOnce()
+	if born {
+		kinds = kinds[:len(kinds)-1]
+	}
 	fork := c.CgroupDir != nil
-	for _, k := range []namespace.Kind{namespace.Net, namespace.IPC, namespace.UTS, namespace.Time, namespace.PID} {
+	for _, k := range kinds {
 		c.enter(k)
 		j := c.ns(k)
 		fork = fork || k == namespace.PID && (j.Private || j.File != nil) || k == namespace.Time && j.Private
 	}
-	if fork {
+	if fork && !born {
 		// In a shared pid namespace others see this process, which has the
 		// host's files open until its execve.
 		c.p.Call("be not dumpable", unix.SYS_PRCTL, launch.Int(unix.PR_SET_DUMPABLE), launch.Int(0), launch.Int(0), launch.Int(0), launch.Int(0))
-		var dir *launch.Arg
-		if c.CgroupDir != nil {
-			fd := c.p.File(c.CgroupDir)
-			dir = &fd
-		}
-		c.p.Fork("fork into the pid namespace and the cgroup", dir)
+		c.fork("fork into the pid namespace and the cgroup", 0)
 	}
 	c.enter(namespace.Cgroup)
 }

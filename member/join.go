@@ -166,7 +166,7 @@ func CompileJoin(s *JoinSpec) (*launch.Program, error) {
 	}
 	closeRange(first, ^uint32(0))
 	p.Call("be not dumpable", unix.SYS_PRCTL, launch.Int(unix.PR_SET_DUMPABLE), launch.Int(0), launch.Int(0), launch.Int(0), launch.Int(0))
-	p.Fork(enterPID, cgroupDir)
+	p.Fork(enterPID, 0, cgroupDir)
 	if cgroupDir != nil {
 		p.Call("close the cgroup", unix.SYS_CLOSE, *cgroupDir)
 	}

@@ -637,7 +637,7 @@ NOINLINE static void reap(void) {
 }
 
 /* run_child is init before its execve: it has its own copy of the monitor's memory. */
-static _Noreturn void run_child(struct program *p, int w) {
+static _Noreturn void run_child(struct program *p, uint32_t first, int w) {
 	uint64_t none = 0;
 	SYS4(rt_sigprocmask, 2 /* SIG_SETMASK */, &none, 0, 8);
 	SYS3(dup3, FD_START, START_FD, O_CLOEXEC);
@@ -649,7 +649,7 @@ static _Noreturn void run_child(struct program *p, int w) {
 	while (SYS3(fcntl, fd, F_SETFD, 1 /* FD_CLOEXEC */) == 0)
 		fd++;
 	SYS3(close_range, fd, ~0u, 0);
-	prog_run(p);
+	prog_run(p, first);
 }
 
 static void create(struct program *p) {
@@ -666,11 +666,14 @@ static void create(struct program *p) {
 	r = move(SYS2(eventfd2, 0, O_CLOEXEC), FD_START);
 	if (IS_ERR(r) || IS_ERR(w) || w >= FD_FREE)
 		fail(FAIL_SETUP, IS_ERR(r) ? -r : EMFILE);
-	r = SYS5(clone, 17 /* SIGCHLD */, 0, 0, 0, 0);
+	/* A fork at the beginning of the program is this one. */
+	struct prog_op *op = p->ops;
+	uint32_t first = op->nr == NR_FORK;
+	r = prog_clone(first ? op->arg[0] : 0, 17 /* SIGCHLD */, first ? (long)op->arg[1] : -1);
 	if (r == 0)
-		run_child(p, (int)w);
+		run_child(p, first, (int)w);
 	if (IS_ERR(r))
-		fail(FAIL_SETUP, -r);
+		fail(first ? 0 : FAIL_SETUP, -r);
 	init_is((int)r);
 	SYS1(close, w);
 	SYS3(close_range, FD_FREE, ~0u, 0);

@@ -250,7 +250,7 @@ func TestMonitorExecFails(t *testing.T) {
 
 // TestMonitorCreationFails wants the step that failed, and nothing left.
 func TestMonitorCreationFails(t *testing.T) {
-	fork := func(p *launch.Program) { p.Fork("fork", nil) }
+	fork := func(p *launch.Program) { p.Fork("fork", 0, nil) }
 	tests := []struct {
 		name string
 		edit func(*MonitorSpec)
@@ -303,7 +303,7 @@ func TestMonitorCreationFails(t *testing.T) {
 func TestMonitorCreationIsCancelled(t *testing.T) {
 	m := newMonitored(t, "")
 	m.spec.Program = shellProgram("", func(p *launch.Program) {
-		p.Fork("fork", nil)
+		p.Fork("fork", 0, nil)
 		p.Call("wait for ever", unix.SYS_PPOLL)
 	})
 	ctx, cancel := context.WithTimeout(m.ctx, 100*time.Millisecond)

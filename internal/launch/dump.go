@@ -22,7 +22,7 @@ func (p *Program) Dump(w io.Writer) error {
 		o := &p.ops[i]
 		c, ok := calls[uintptr(o.nr)]
 		if o.nr == nrFork {
-			c, ok = call{"fork", "d"}, true
+			c, ok = call{"fork", "fd"}, true
 		}
 		if !ok {
 			c = call{fmt.Sprintf("call %d", o.nr), "xxxxxx"}

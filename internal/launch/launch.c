@@ -20,7 +20,7 @@ __attribute__((used)) _Noreturn static void launch_main(void) {
 			SYS1(close, PROGRAM_FD);
 			struct program p;
 			if (prog_open(&p, (void *)base, (uint64_t)len) == 0)
-				prog_run(&p);
+				prog_run(&p, 0);
 			err = -22; /* EINVAL */
 		}
 	}

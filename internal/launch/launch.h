@@ -42,8 +42,11 @@ struct prog_reloc {
 };
 
 /* NR_FORK makes a sibling that goes on with the next op; the process itself
- * reports the sibling's pid and exits with 0. Arg 0 is -1, or a descriptor of
- * the cgroup v2 directory that the sibling is born in. */
+ * reports the sibling's pid and exits with 0. Arg 0 is CLONE_NEWPID or 0, arg 1
+ * is -1 or a descriptor of the cgroup v2 directory that the sibling is born in.
+ *
+ * A starter that clones anyway does it so at once if the first op is a fork,
+ * and has the child begin with the second. */
 #define NR_FORK 0xf0000001u
 
 /* What the child says on STATUS_FD, in this form only. */
@@ -140,23 +143,28 @@ static int prog_ignored(const struct prog_op *op, long err) {
  * its other variables are then in one page. */
 static long prog_results[PROG_MAX_OPS] __attribute__((section(".bss.large")));
 
+/* prog_clone makes a child with the flags, born in a cgroup if there is one.
+ * CLONE_INTO_CGROUP spares the write to cgroup.procs, which waits for an RCU
+ * grace period. */
+static long prog_clone(uint64_t flags, uint64_t exit_signal, long cgroup) {
+	uint64_t args[11] = {flags, 0, 0, 0, exit_signal}; /* struct clone_args of clone(2) */
+	if (cgroup >= 0) {
+		args[0] |= 0x200000000; /* CLONE_INTO_CGROUP */
+		args[10] = (uint64_t)cgroup;
+	}
+	return SYS2(clone3, args, sizeof args);
+}
+
 /* prog_fork makes the rest of the program run in a child. The child waits until
- * its pid has been reported: what it says itself must come after that. */
-static long prog_fork(uint32_t op, long cgroup) {
-	/* struct clone_args of clone(2); with CLONE_PARENT the exit signal is the
-	 * caller's own. CLONE_INTO_CGROUP spares the write to cgroup.procs, which
-	 * waits for an RCU grace period. */
-	uint64_t args[11] = {0x8000 /* CLONE_PARENT */};
+ * its pid has been reported: what it says itself must come after that. With
+ * CLONE_PARENT the exit signal is the caller's own. */
+static long prog_fork(uint32_t op, uint64_t flags, long cgroup) {
 	int fds[2];
 	char byte = 0;
 	long r = SYS2(pipe2, fds, 02000000 /* O_CLOEXEC */);
 	if (IS_ERR(r))
 		return r;
-	if (cgroup >= 0) {
-		args[0] |= 0x200000000 /* CLONE_INTO_CGROUP */;
-		args[10] = (uint64_t)cgroup;
-	}
-	r = SYS2(clone3, args, sizeof args);
+	r = prog_clone(flags | 0x8000 /* CLONE_PARENT */, 0, cgroup);
 	if (r > 0) {
 		prog_report(REPORT_PID, op, (int32_t)r);
 		sys_exit(0); /* which closes the pipe */
@@ -168,15 +176,15 @@ static long prog_fork(uint32_t op, long cgroup) {
 	return r;
 }
 
-/* prog_run executes p, whose last op is an execve, and does not return. A
+/* prog_run executes p from its op first on. The last one is an execve, and it does not return. A
  * failure is reported with the op's index and errno; the exit status is then
  * 127 if execve found nothing to execute, 126 if it could not execute it, and
  * 125 if another call failed. */
-static _Noreturn void prog_run(struct program *p) {
+static _Noreturn void prog_run(struct program *p, uint32_t first) {
 	prog_relocate(p);
 	for (uint32_t i = 0; i < p->nops; i++)
 		prog_results[i] = -1;
-	uint32_t i = 0;
+	uint32_t i = first;
 	for (; i < p->nops; i++) {
 		struct prog_op *op = &p->ops[i];
 		long a[6];
@@ -189,7 +197,7 @@ static _Noreturn void prog_run(struct program *p) {
 		}
 		long r;
 		if (op->nr == NR_FORK) {
-			r = prog_fork(i, a[0]);
+			r = prog_fork(i, (uint64_t)a[0], a[1]);
 		} else {
 			r = syscall6(op->nr, a[0], a[1], a[2], a[3], a[4], a[5]);
 		}

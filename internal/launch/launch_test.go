@@ -22,7 +22,7 @@ func TestStartRunsToTheExec(t *testing.T) {
 	var p Program
 	d := p.Call("open /", unix.SYS_OPENAT, Int(unix.AT_FDCWD), p.String("/"), Int(unix.O_PATH|unix.O_DIRECTORY))
 	p.Call("change to /", unix.SYS_FCHDIR, d.Result())
-	p.Fork("fork", nil)
+	p.Fork("fork", 0, nil)
 	p.Call("open what is not there", unix.SYS_OPENAT, Int(unix.AT_FDCWD), p.String("/nowhere"), Int(0)).Then(func() {
 		p.Call("fail", unix.SYS_OPENAT, Int(-1), Int(0))
 	}, unix.ENOENT)

@@ -98,14 +98,18 @@ func (p *Program) Call(step string, nr uintptr, args ...Arg) Op {
 
 // Fork makes the rest of the program run in a new process, which has the same
 // parent as the present one (CLONE_PARENT). It is how a pid namespace that was
-// joined or unshared is entered, and how a cgroup is: the process is born in the
-// cgroup v2 directory that cgroup is a descriptor of, if it is not nil.
-func (p *Program) Fork(step string, cgroup *Arg) Op {
+// joined is entered, or with [unix.CLONE_NEWPID] in flags a new one, and how a
+// cgroup is: the process is born in the cgroup v2 directory that cgroup is a
+// descriptor of, if it is not nil.
+//
+// A monitor, which clones its child anyway, does what a fork at the beginning of
+// the program says in one go.
+func (p *Program) Fork(step string, flags uintptr, cgroup *Arg) Op {
 	fd := Int(-1)
 	if cgroup != nil {
 		fd = *cgroup
 	}
-	return p.Call(step, nrFork, fd)
+	return p.Call(step, nrFork, Int(flags), fd)
 }
 
 // Result is what the call returned, as an argument of a later one: usually a
