@@ -130,7 +130,7 @@ func (m *Monitors) Start(ctx context.Context, spec MonitorSpec) (*Monitor, error
 	if err != nil {
 		return nil, err
 	}
-	mon.Explain = prog.Explain
+	mon.Explain = prog.ExplainStart()
 	err = mon.await(ctx, func(p Phase) bool { return p != PhaseNone })
 	if err == nil || errors.Is(err, procid.ErrGone) {
 		var st Status

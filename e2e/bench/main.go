@@ -405,7 +405,7 @@ func (b *bench) report(peers map[string]string) {
 // standing measures create and delete among n other sandboxes, each with a
 // running member, and what all of them weigh.
 func (b *bench) standing(levels []int, rounds int) error {
-	fmt.Printf("%-12s %12s %12s %14s   %s\n", "standing", "create ms", "delete ms", "create vs 1", "resident / proportional KiB")
+	fmt.Printf("%-10s %10s %10s %10s %12s   %s\n", "standing", "clone ms", "create ms", "delete ms", "create vs 1", "resident / proportional KiB")
 	var first float64
 	made := 0
 	for _, n := range levels {
@@ -426,7 +426,11 @@ func (b *bench) standing(levels []int, rounds int) error {
 			}
 		}
 		var create, remove []time.Duration
+		delete(b.times, "clone")
 		for i := range rounds {
+			if err := b.cloneOnce(); err != nil {
+				return err
+			}
 			name := fmt.Sprintf("extra-%d", i)
 			start := time.Now()
 			if _, err := b.client.Create(b.ctx, sandbox.Config{Name: name}); err != nil {
@@ -447,7 +451,7 @@ func (b *bench) standing(levels []int, rounds int) error {
 		if err != nil {
 			return err
 		}
-		fmt.Printf("%-12d %12.2f %12.2f %14.2f   %s\n", n, c, milliseconds(median(remove)), c/first, memory)
+		fmt.Printf("%-10d %10.2f %10.2f %10.2f %12.2f   %s\n", n, b.median("clone"), c, milliseconds(median(remove)), c/first, memory)
 	}
 	fmt.Println("\nto reach: create at 500 ≤ 1.3 × at 1; pause ≤ 16 KiB, monitor ≤ 32 KiB, daemon ≤ 30 MiB at 500")
 	return nil

@@ -18,6 +18,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -61,6 +62,7 @@ type Program struct {
 	data     []byte
 	interned map[string]Arg
 	files    []*os.File
+	created  int // where Created was called
 }
 
 type op struct {
@@ -324,6 +326,19 @@ func (p *Program) Explain(i int, errno unix.Errno) error {
 		e.Command = e.Exec || p.ops[i].command
 	}
 	return e
+}
+
+// ExplainStart returns an [Program.Explain] for the calls after
+// [Program.Created] that keeps nothing else of the program alive: a program
+// is 50 KB, and a member may wait long for its start.
+func (p *Program) ExplainStart() func(i int, errno unix.Errno) error {
+	tail := &Program{ops: make([]op, len(p.ops)-p.created)}
+	for i := range tail.ops {
+		o := &p.ops[p.created+i]
+		tail.ops[i] = op{nr: o.nr, step: strings.Clone(o.step), command: o.command}
+	}
+	created := p.created
+	return func(i int, errno unix.Errno) error { return tail.Explain(i-created, errno) }
 }
 
 // StepError says which call of a launch program failed.

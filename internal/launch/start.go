@@ -30,6 +30,7 @@ const ReportSize = 12
 // for one byte or more (an eventfd's eight) on [StartFD]. It is how a member is
 // created now and started later.
 func (p *Program) Created() {
+	p.created = len(p.ops)
 	b := make([]byte, 16)
 	binary.LittleEndian.PutUint32(b, ReportCreated)
 	buf := p.Bytes(b)
