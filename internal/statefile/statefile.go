@@ -10,6 +10,8 @@ import (
 	"io"
 	"os"
 	"path"
+
+	"golang.org/x/sys/unix"
 )
 
 // TempSuffix ends the names of the files that a crash in [Write] may leave.
@@ -58,11 +60,17 @@ func fill(f *os.File, data []byte) error {
 // anything after the value are errors: nobody else writes these files, so that
 // either comes from a newer daemon or from a damaged disk.
 func Read(dir *os.Root, name string, v any) error {
-	f, err := dir.Open(name)
+	// A FIFO in its place must not block the daemon.
+	f, err := dir.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
+	if fi, err := f.Stat(); err != nil {
+		return err
+	} else if !fi.Mode().IsRegular() {
+		return fmt.Errorf("%s is not a regular file", name)
+	}
 	d := json.NewDecoder(f)
 	d.DisallowUnknownFields()
 	if err := d.Decode(v); err != nil {

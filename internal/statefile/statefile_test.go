@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 type record struct {
@@ -112,5 +114,16 @@ func TestRead(t *testing.T) {
 	root, _ := open(t)
 	if err := Read(root, "none", new(record)); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("Read of nothing: %v", err)
+	}
+}
+
+func TestReadDoesNotWaitForAWriter(t *testing.T) {
+	root, dir := open(t)
+	if err := unix.Mkfifo(filepath.Join(dir, "a"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var r record
+	if err := Read(root, "a", &r); err == nil || !strings.Contains(err.Error(), "not a regular file") {
+		t.Errorf("Read of a FIFO: %v", err)
 	}
 }
