@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -340,7 +341,10 @@ func (d *daemon) waitReady(t *testing.T) bool {
 			return false
 		case <-time.After(5 * time.Millisecond):
 		}
-		if _, err := os.Stat(d.socket()); err == nil {
+		// Not only whether it is there: nobody listens yet when it has just been
+		// made.
+		if c, err := net.Dial("unix", d.socket()); err == nil {
+			c.Close()
 			return true
 		}
 		if time.Now().After(deadline) {
