@@ -215,7 +215,7 @@ func Open(ctx context.Context, state string, node Node, o Options) (*Manager, er
 // It changes nothing.
 func Free(state string) error {
 	f, err := os.Open(filepath.Join(state, lockFile))
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) {
+	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
 	if err != nil {

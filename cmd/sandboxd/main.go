@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"strings"
 	"unicode"
@@ -49,7 +50,11 @@ func (a *app) report(err error) int {
 	if code, ok := errors.AsType[exitCode](err); ok {
 		return int(code)
 	}
-	fmt.Fprintf(a.err, "sandboxd: %s\n", oneLine(err.Error()))
+	hint := ""
+	if errors.Is(err, fs.ErrPermission) && os.Geteuid() != 0 {
+		hint = " (sandboxd is for root)"
+	}
+	fmt.Fprintf(a.err, "sandboxd: %s%s\n", oneLine(err.Error()), hint)
 	if f, ok := errors.AsType[*failure](err); ok {
 		return f.code
 	}

@@ -17,6 +17,7 @@ import (
 
 	"github.com/sandboxd/sandboxd/api"
 	"github.com/sandboxd/sandboxd/api/server"
+	"github.com/sandboxd/sandboxd/internal/cgroup"
 	"github.com/sandboxd/sandboxd/sandbox"
 )
 
@@ -76,6 +77,9 @@ func (a *app) serve(ctx context.Context, o serveOptions) (err error) {
 	socket, err := api.SocketPath(a.socketAddress())
 	if err != nil {
 		return err
+	}
+	if err := cgroup.CheckPath(o.cgroupParent); err != nil {
+		return fmt.Errorf("--cgroup-parent: %w", err)
 	}
 	// Before anything is made. The daemon of the same state directory, if there
 	// is one, has the same socket too; the lock tells more.

@@ -106,11 +106,11 @@ func TestResources(t *testing.T) {
 
 func TestCheckPath(t *testing.T) {
 	for _, bad := range []string{"", "/", "x", "/a/../..", "/a/", "//a", "/a/."} {
-		if err := checkPath(bad); err == nil {
-			t.Errorf("checkPath(%q) = nil", bad)
+		if err := CheckPath(bad); err == nil {
+			t.Errorf("CheckPath(%q) = nil", bad)
 		}
 	}
-	if err := checkPath("/a/b"); err != nil {
+	if err := CheckPath("/a/b"); err != nil {
 		t.Error(err)
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"unicode"
 
 	"github.com/opencontainers/cgroups"
 	_ "github.com/opencontainers/cgroups/devices" // lets the library set device rules
@@ -22,7 +23,7 @@ import (
 // the v1 hierarchies it is made with the first member: a sandbox alone has no
 // use for it there, and eight directories take longer than its namespaces.
 func (h *Host) MakeSandbox(path string) error {
-	if err := checkPath(path); err != nil {
+	if err := CheckPath(path); err != nil {
 		return err
 	}
 	if err := h.makeAll(h.tracking(), path); err != nil {
@@ -39,7 +40,7 @@ func (h *Host) MakeSandbox(path string) error {
 // devices as it is; else what no rule allows is denied. res may be nil. A limit that
 // the host cannot set is an error that names it; the cgroup is to be removed then.
 func (h *Host) MakeMember(path string, res *specs.LinuxResources) error {
-	if err := checkPath(path); err != nil {
+	if err := CheckPath(path); err != nil {
 		return err
 	}
 	for _, m := range h.mounts() {
@@ -56,15 +57,16 @@ func (h *Host) MakeMember(path string, res *specs.LinuxResources) error {
 // MakeLeaf makes the cgroup at path in the tracking hierarchy alone.
 // [Host.MakeSandbox] must have made the one above.
 func (h *Host) MakeLeaf(path string) error {
-	if err := checkPath(path); err != nil {
+	if err := CheckPath(path); err != nil {
 		return err
 	}
 	return h.make(h.tracking(), path)
 }
 
-// checkPath keeps what is made and removed below the root.
-func checkPath(path string) error {
-	if len(path) < 2 || path[0] != '/' || filepath.Clean(path) != path {
+// CheckPath fails if path is not one that this package makes and removes: below
+// the root of the hierarchies, absolute, in its shortest form, and of one line.
+func CheckPath(path string) error {
+	if len(path) < 2 || path[0] != '/' || filepath.Clean(path) != path || strings.ContainsFunc(path, unicode.IsControl) {
 		return fmt.Errorf("cgroup path %q is not absolute, clean and below the root", path)
 	}
 	return nil

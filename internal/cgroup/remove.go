@@ -18,7 +18,7 @@ import (
 // Kill kills every process in the cgroup at path and below, and returns when
 // none is left or ctx ends. It succeeds if there is no such cgroup.
 func (h *Host) Kill(ctx context.Context, path string) error {
-	if err := checkPath(path); err != nil {
+	if err := CheckPath(path); err != nil {
 		return err
 	}
 	return h.kill(ctx, h.tracking(), path)
@@ -27,7 +27,7 @@ func (h *Host) Kill(ctx context.Context, path string) error {
 // Remove kills every process in the cgroup at path and below and removes it and
 // all below it, in every hierarchy. It tries until ctx ends.
 func (h *Host) Remove(ctx context.Context, path string) error {
-	if err := checkPath(path); err != nil {
+	if err := CheckPath(path); err != nil {
 		return err
 	}
 	if err := h.Kill(ctx, path); err != nil {
