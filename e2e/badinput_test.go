@@ -3,12 +3,19 @@
 package e2e
 
 import (
+	"bytes"
 	"encoding/json"
+	"errors"
+	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/internal/leak"
 	"github.com/sandboxd/sandboxd/internal/testenv"
@@ -107,6 +114,19 @@ func (d *daemon) must(t *testing.T, args ...string) string {
 	return stdout
 }
 
+// startWarm returns a daemon that has had a member already: what it opens or
+// makes once for all of them is not a finding.
+func startWarm(t *testing.T, rootfs string) *daemon {
+	t.Helper()
+	d := newDaemon(t)
+	d.start(t)
+	d.must(t, "create", "warm")
+	d.must(t, append([]string{"run", "warm", "--rootfs", rootfs}, sh("exit 0")...)...)
+	d.must(t, "rm", "-f", "warm")
+	d.checkLeaks(t)
+	return d
+}
+
 // remove takes sandboxes down at the end of the test, before the oracle looks.
 func (d *daemon) remove(t *testing.T, sandboxes ...string) {
 	t.Helper()
@@ -176,7 +196,7 @@ func TestBadInput(t *testing.T) {
 	}
 	long := strings.Repeat("x", 10_000)
 
-	d := startDaemon(t)
+	d := startWarm(t, rootfs)
 	d.must(t, "create", "web")
 	d.must(t, "create", "pidbox", "--share", "net,pid")
 	d.must(t, "create", "bare", "--share", "")
@@ -442,4 +462,327 @@ func manyArgs(n int) []string {
 		args[i] = strings.Repeat("x", 10_000)
 	}
 	return args
+}
+
+// Whatever a path looks like, it works or is refused; none is taken for another.
+func TestOddPaths(t *testing.T) {
+	testenv.Root(t)
+	rootfs := testenv.Busybox(t)
+	d := startWarm(t, rootfs)
+	d.must(t, "create", "web")
+	d.remove(t, "web")
+	const odd = "a b,c\\d\\040:e'\"$(x)*%s"
+	noColon := strings.ReplaceAll(odd, ":", ";")
+
+	dir := filepath.Join(t.TempDir(), odd)
+	if err := os.Rename(rootfs, dir); err != nil {
+		t.Fatal(err)
+	}
+	vol := filepath.Join(t.TempDir(), noColon)
+	if err := os.Mkdir(vol, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(vol, "x"), []byte("here"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	script := `cat "/mnt/$0/x" && printf ' %s ' "$V" && echo new >"/tmp/$0" && touch "/mnt/t $0/y" && ls /mnt`
+	args := append([]string{"run", "web", "--rootfs", dir, "--name", "odd", "-e", "V=a\nb", "-w", "/tmp", "-v", vol + ":/mnt/" + noColon, "--tmpfs", "/mnt/t " + noColon}, sh(script)...)
+	if got, want := d.must(t, append(args, noColon)...), "here a\nb "+noColon+"\nt "+noColon+"\n"; got != want {
+		t.Errorf("the member wrote %q, want %q", got, want)
+	}
+	to := t.TempDir()
+	d.must(t, "cp", "web/odd:/tmp/"+noColon, to)
+	if b, err := os.ReadFile(filepath.Join(to, noColon)); err != nil || string(b) != "new\n" {
+		t.Errorf("the copy is %q, %v", b, err)
+	}
+	// A newline in a name is refused where it would be shown, and goes through
+	// where it is only a file's.
+	strange := "line\nline"
+	if err := os.WriteFile(filepath.Join(to, strange), []byte("x"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	d.must(t, "cp", filepath.Join(to, strange), "web/odd:/tmp/")
+	d.must(t, "cp", "web/odd:/tmp/"+strange, filepath.Join(to, "back"))
+	if b, err := os.ReadFile(filepath.Join(to, "back")); err != nil || string(b) != "x" {
+		t.Errorf("the copy is %q, %v", b, err)
+	}
+}
+
+// What is long but legal goes through unchanged.
+func TestLongArguments(t *testing.T) {
+	testenv.Root(t)
+	rootfs := testenv.Busybox(t)
+	d := startWarm(t, rootfs)
+	d.must(t, "create", "web")
+	d.remove(t, "web")
+	long := strings.Repeat("x", 10_000)
+	longest := strings.Repeat("y", 128<<10-1)
+	args := append([]string{"run", "web", "--rootfs", rootfs, "--name", "long", "-e", "V=" + long, "--label", "l=" + long}, sh(`echo ${#0} ${#1} ${#V} $#; exec sleep 1000 </dev/null`)...)
+	args = append(args, manyArgs(80)...)
+	got := make(chan string, 1)
+	go func() {
+		stdout, _, _ := d.run(t, args...)
+		got <- stdout
+	}()
+	for deadline := time.Now().Add(ready); ; time.Sleep(20 * time.Millisecond) {
+		if out, _, code := d.run(t, "logs", "web/long"); code == 0 && out != "" {
+			if want := "10000 10000 10000 79\n"; out != want {
+				t.Errorf("the member wrote %q, want %q", out, want)
+			}
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("the member has not written")
+		}
+	}
+	if out, want := d.must(t, "exec", "-e", "W="+long, "web/long", "--", "/bin/sh", "-c", `echo ${#0} ${#W}`, longest), "131071 10000\n"; out != want {
+		t.Errorf("exec wrote %q, want %q", out, want)
+	}
+	if out, want := d.must(t, "join", "web/long", "--", "/bin/sh", "-c", `echo ${#0}`, longest), "131071\n"; out != want {
+		t.Errorf("join wrote %q, want %q", out, want)
+	}
+	d.must(t, "kill", "web/long")
+	<-got
+}
+
+// A state directory without room: each step fails with one line and is undone,
+// or succeeds; nothing is killed by a page that cannot be had.
+func TestFullStateDirectory(t *testing.T) {
+	testenv.Root(t)
+	rootfs := testenv.Busybox(t)
+	d := newDaemon(t)
+	if err := unix.Mount("full", d.state, "tmpfs", 0, "size=512k,mode=700"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		d.stop(t)
+		if err := unix.Unmount(d.state, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	d.start(t)
+	d.must(t, "create", "web")
+	d.must(t, append([]string{"run", "web", "--rootfs", rootfs, "--rm"}, sh("exit 0")...)...)
+	failed, worked := 0, 0
+	for free := range 14 {
+		w := d.look(t)
+		ballast := filepath.Join(d.state, "ballast")
+		fill(t, ballast, free)
+		args := append([]string{"run", "web", "--rootfs", rootfs, "--name", "m"}, sh("exit 7")...)
+		switch stdout, stderr, code := d.run(t, args...); code {
+		case 7:
+			worked++
+			if err := os.Remove(ballast); err != nil {
+				t.Fatal(err)
+			}
+			d.must(t, "rm", "web/m")
+		default:
+			failed++
+			checkRefusal(t, refusal{want: []string{"no space left on device"}}, stdout, stderr, code)
+			if err := os.Remove(ballast); err != nil {
+				t.Fatal(err)
+			}
+		}
+		w.unchanged(t)
+	}
+	if failed == 0 || worked == 0 {
+		t.Errorf("with 0 to 13 free pages %d failed and %d worked: some of each were expected", failed, worked)
+	}
+	// What is there can be removed without any room at all.
+	fill(t, filepath.Join(d.state, "ballast"), 0)
+	d.must(t, "rm", "web")
+}
+
+// fill writes a file until only so many pages are free on its file system.
+func fill(t *testing.T, path string, free int) {
+	t.Helper()
+	var st unix.Statfs_t
+	if err := unix.Statfs(filepath.Dir(path), &st); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, make([]byte, (int64(st.Bfree)-int64(free))*st.Bsize), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestReadOnlyStateDirectory(t *testing.T) {
+	testenv.Root(t)
+	d := newDaemon(t)
+	if err := unix.Mount("ro", d.state, "tmpfs", unix.MS_RDONLY, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(d.state, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	stdout, stderr, code := d.run(t, d.serveArgs()...)
+	checkRefusal(t, refusal{want: []string{"state directory", "read-only file system"}}, stdout, stderr, code)
+}
+
+// Garbage in the state directory is set aside and stops nobody.
+func TestGarbageInStateDirectory(t *testing.T) {
+	testenv.Root(t)
+	d := newDaemon(t)
+	boxes := filepath.Join(d.state, "sandboxes")
+	for name, b := range map[string]string{
+		"0000000000000001/sandbox.json":                     "garbage",
+		"0000000000000002/sandbox.json":                     "",
+		"0000000000000003/sandbox.json":                     "{}",
+		"0000000000000004/sandbox.json":                     "[" + strings.Repeat("[", 100_000),
+		"0000000000000005/m/0000000000000006/member.json":   "{}",
+		"0000000000000007/sandbox.json/that/is/a/directory": "",
+		"not an id/sandbox.json":                            "{}",
+		"0000000000000008/m/0000000000000009/status/x":      "",
+		"000000000000000a/sandbox.json.tmp":                 "{",
+	} {
+		path := filepath.Join(boxes, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(b), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(boxes, "000000000000000b"), []byte("a file"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mkfifo(filepath.Join(boxes, "000000000000000c"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(filepath.Join(boxes, "000000000000000d"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mkfifo(filepath.Join(boxes, "000000000000000d/sandbox.json"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	d.must(t, "ls") // without the daemon
+	d.start(t)
+	d.must(t, "create", "web")
+	d.must(t, "rm", "web")
+	d.must(t, "ls")
+}
+
+// A socket that cannot be had is found out before anything is made.
+func TestTakenSocket(t *testing.T) {
+	testenv.Root(t)
+	dir, err := os.MkdirTemp(states, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	taken := filepath.Join(dir, "taken.sock")
+	l, err := net.Listen("unix", taken)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	file := filepath.Join(dir, "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	d := &daemon{state: filepath.Join(dir, "state"), root: filepath.Join(dir, "root"), parent: top + "/never"}
+	for _, r := range []refusal{
+		{"taken", []string{"unix://" + taken}, 0, []string{taken, "taken"}},
+		{"not a socket", []string{"unix://" + file}, 0, []string{file, "not a socket"}},
+		{"below a file", []string{"unix://" + file + "/x"}, 0, []string{file + "/x", "not a directory"}},
+		{"too long", []string{"unix:///" + strings.Repeat("x", 200)}, 0, []string{"201", "107"}},
+		{"of another kind", []string{"tcp://127.0.0.1:0"}, 0, []string{"tcp://127.0.0.1:0"}},
+	} {
+		t.Run(r.name, func(t *testing.T) {
+			stdout, stderr, code := d.run(t, "serve", "--state", d.state, "--root", d.root, "--cgroup-parent", d.parent, "--address", r.args[0])
+			checkRefusal(t, r, stdout, stderr, code)
+			for _, made := range []string{d.state, d.root} {
+				if _, err := os.Lstat(made); !errors.Is(err, os.ErrNotExist) {
+					t.Errorf("%s was made: %v", made, err)
+				}
+			}
+		})
+	}
+}
+
+func TestBadDaemonFlags(t *testing.T) {
+	testenv.Root(t)
+	dir, err := os.MkdirTemp(states, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	file := filepath.Join(dir, "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	d := &daemon{state: filepath.Join(dir, "state"), root: filepath.Join(dir, "root")}
+	for _, r := range []refusal{
+		{"a cgroup parent that leads up", []string{"--cgroup-parent", "/../x"}, 0, []string{"/../x"}},
+		{"a relative cgroup parent", []string{"--cgroup-parent", "x"}, 0, []string{`"x"`}},
+		{"the root as cgroup parent", []string{"--cgroup-parent", "/"}, 0, []string{`"/"`}},
+		{"a cgroup parent with a newline", []string{"--cgroup-parent", "/a\nb"}, 0, []string{"/a"}},
+		{"a state directory that is a file", []string{"--state", file}, 0, []string{file, "not a directory"}},
+		{"a root directory that is a file", []string{"--root", file}, 0, []string{file, "not a directory"}},
+		{"a level of nonsense", []string{"--log-level", "loud"}, 0, []string{`"loud"`, "debug"}},
+		{"a format of nonsense", []string{"--log-format", "xml"}, 0, []string{`"xml"`, "json"}},
+		{"an argument", []string{"now"}, 0, []string{`"now"`}},
+	} {
+		t.Run(r.name, func(t *testing.T) {
+			args := append([]string{"serve", "--state", d.state, "--root", d.root, "--address", "unix://" + filepath.Join(dir, "s")}, r.args...)
+			cmd := d.command(args...)
+			var o, e bytes.Buffer
+			cmd.Stdout, cmd.Stderr = &o, &e
+			// A daemon that starts in spite of it must not hang the test.
+			kill := time.AfterFunc(20*time.Second, func() { cmd.Process.Kill() })
+			defer kill.Stop()
+			if err := cmd.Run(); err != nil && !errors.As(err, new(*exec.ExitError)) {
+				t.Fatal(err)
+			}
+			checkRefusal(t, r, o.String(), e.String(), cmd.ProcessState.ExitCode())
+			for _, made := range []string{d.state, d.root} {
+				if _, err := os.Lstat(made); !errors.Is(err, os.ErrNotExist) {
+					t.Errorf("%s was made: %v", made, err)
+				}
+				os.RemoveAll(made)
+			}
+		})
+	}
+}
+
+// Without root there is one line that says so, whatever is called.
+func TestNotRoot(t *testing.T) {
+	testenv.Root(t)
+	rootfs := testenv.Busybox(t)
+	d := startWarm(t, rootfs)
+	d.must(t, "create", "web")
+	d.remove(t, "web")
+	d.must(t, append([]string{"run", "web", "--rootfs", rootfs, "--name", "up", "-d"}, sh("exec sleep 1000")...)...)
+	self, err := os.Open(binary)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer self.Close()
+	for _, args := range [][]string{
+		d.serveArgs(),
+		{"create", "x"},
+		{"run", "web", "--rootfs", rootfs, "--", "/bin/true"},
+		{"ls"}, {"ps"}, {"inspect", "web"}, {"logs", "web/up"},
+		{"exec", "web/up", "--", "/bin/true"},
+		{"join", "web", "--", "/bin/true"},
+		{"join", "web/up", "--", "/bin/true"},
+		{"cp", "web/up:/etc/passwd", "-"},
+		{"attach", "web/up"}, {"wait", "web/up"}, {"kill", "web/up"}, {"stop", "web"}, {"rm", "-f", "web"},
+	} {
+		t.Run(args[0], func(t *testing.T) {
+			w := d.look(t)
+			cmd := d.command(args...)
+			// Not by its name: nobody but root may enter the directory it is in.
+			cmd.Path, cmd.ExtraFiles = "/proc/self/fd/3", []*os.File{self}
+			cmd.SysProcAttr = &unix.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+			var o, e bytes.Buffer
+			cmd.Stdout, cmd.Stderr = &o, &e
+			if err := cmd.Run(); err != nil && !errors.As(err, new(*exec.ExitError)) {
+				t.Fatal(err)
+			}
+			checkRefusal(t, refusal{want: []string{"root"}}, o.String(), e.String(), cmd.ProcessState.ExitCode())
+			w.unchanged(t)
+		})
+	}
 }
