@@ -327,7 +327,7 @@ func TestBadInput(t *testing.T) {
 		{"join with a missing command", []string{"join", "web/dead", "--", "nosuch"}, 127, []string{`"nosuch"`}},
 		{"join with an empty command", []string{"join", "web", "--", ""}, 0, []string{"command"}},
 		{"exec without a command", []string{"exec", "web/up"}, 0, []string{"CMD"}},
-		{"a working directory that is missing", run("-w", "/nosuch"), 0, []string{"/nosuch", "no such file"}},
+		{"a working directory that is missing", run("--read-only", "-w", "/nosuch"), 0, []string{"/nosuch", "no such file"}},
 		{"a working directory that is a file", run("-w", "/etc/passwd"), 0, []string{"/etc/passwd", "not a directory"}},
 		{"a relative working directory", run("-w", "etc"), 0, []string{`"etc"`, "absolute"}},
 		{"exec in a relative working directory", []string{"exec", "-w", "etc", "web/up", "--", "true"}, 0, []string{`"etc"`, "absolute"}},

@@ -203,6 +203,10 @@ func (c *compiler) compile() error {
 		if err := c.makeDevices(); err != nil {
 			return err
 		}
+		// As runc does, since images name directories that they lack.
+		if cwd := proc.Cwd; cwd != "/" && !c.Root.ReadOnly {
+			c.makePath("make working directory "+cwd, cwd, true)
+		}
 	}
 	if err := c.stdio(); err != nil {
 		return err

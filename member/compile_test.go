@@ -236,6 +236,7 @@ func TestMemberIsAContainer(t *testing.T) {
 			in.Spec.Process.Rlimits = []specs.POSIXRlimit{{Type: "RLIMIT_NOFILE", Soft: 20, Hard: 30}}
 		}, "20\n30\n"},
 		{"the working directory", `pwd`, func(in *Input) { in.Spec.Process.Cwd = "/etc" }, "/etc\n"},
+		{"a working directory that is missing", `pwd; stat -c "%a %u" .`, func(in *Input) { in.Spec.Process.Cwd = "/new/dir" }, "/new/dir\n755 0\n"},
 		{"devices", `stat -c "%F %a %u %t:%T" /dev/x/loop`, func(in *Input) {
 			mode, uid := os.FileMode(0o640), uint32(3)
 			in.Spec.Linux.Devices = []specs.LinuxDevice{{Path: "/dev/x/loop", Type: "b", Major: 7, Minor: 300, FileMode: &mode, UID: &uid}}
@@ -490,7 +491,7 @@ func TestFailuresNameTheThing(t *testing.T) {
 		{"command", func(in *Input) { in.Spec.Process.Args = []string{"nosuch"} }, `command "nosuch" not found in $PATH: no such file or directory`, true},
 		{"command with a path", func(in *Input) { in.Spec.Process.Args = []string{"/bin/nosuch"} }, `command "/bin/nosuch": no such file or directory`, true},
 		{"not executable", func(in *Input) { in.Spec.Process.Args = []string{"/proc/self/status"} }, `command "/proc/self/status": permission denied`, true},
-		{"cwd", func(in *Input) { in.Spec.Process.Cwd = "/nowhere" }, "change to working directory /nowhere: no such file or directory", false},
+		{"cwd", func(in *Input) { in.Spec.Process.Cwd, in.Root.ReadOnly = "/nowhere", true }, "change to working directory /nowhere: no such file or directory", false},
 		{"tmpfs size", func(in *Input) {
 			in.Spec.Mounts = append(in.Spec.Mounts, specs.Mount{Destination: "/tmp", Type: "tmpfs", Options: []string{"size=many"}})
 		}, `mount tmpfs on /tmp: option "size=many": invalid argument`, false},

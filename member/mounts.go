@@ -413,8 +413,11 @@ func (c *compiler) attachCgroups(m *mount) error {
 // makeMountPoint makes a directory or an empty file, and the directories that
 // lead to it, if it is not there.
 func (c *compiler) makeMountPoint(name string, dir bool) {
+	c.makePath("make mount point "+name, name, dir)
+}
+
+func (c *compiler) makePath(step, name string, dir bool) {
 	p := c.p
-	step := "make mount point " + name
 	found := c.openIn(step, name, unix.O_PATH)
 	found.Else(func() {
 		parts := strings.Split(strings.TrimPrefix(name, "/"), "/")

@@ -7,9 +7,9 @@ import "time"
 // known makes Known false, and Reason says why.
 type Record struct {
 	Known      bool      `json:"known"`
-	Code       int       `json:"code"`             // exit code, or 128+signal; -1 if not known
-	Signal     int       `json:"signal,omitempty"` // that ended init; 0 if it exited
-	OOMKilled  bool      `json:"oomKilled"`        // the kernel killed init or another process of the member for memory
+	Code       int       `json:"code"`      // exit code, or 128+signal; -1 if not known
+	Signal     int       `json:"signal"`    // that ended init; 0 if it exited
+	OOMKilled  bool      `json:"oomKilled"` // the kernel killed init or another process of the member for memory
 	FinishedAt time.Time `json:"finishedAt"`
 	Reason     string    `json:"reason"` // Completed, Error, Signal, OOMKilled, StartError: TEXT, Unknown: WHY
 	Rusage     Rusage    `json:"rusage"`
