@@ -130,7 +130,9 @@ func (m *Monitors) Start(ctx context.Context, spec MonitorSpec) (*Monitor, error
 	if err != nil {
 		return nil, err
 	}
-	mon.Explain = prog.ExplainStart()
+	mon.mu.Lock()
+	mon.explain = prog.ExplainStart()
+	mon.mu.Unlock()
 	err = mon.await(ctx, func(p Phase) bool { return p != PhaseNone })
 	if err == nil || errors.Is(err, procid.ErrGone) {
 		var st Status
@@ -504,11 +506,6 @@ func connect(dir *os.File) (*os.File, error) {
 
 // Monitor is a connection to a running monitor. It is safe for concurrent use.
 type Monitor struct {
-	// Explain, if not nil, names the call of init's launch program that failed.
-	// [Monitors.Start] sets it; after a restart the program is forgotten, and an
-	// error of [Monitor.Start] says only "execute".
-	Explain func(op int, errno unix.Errno) error
-
 	dir      string
 	child    bool // this process started it, and waits for it when it ends
 	reapOnce sync.Once
@@ -521,6 +518,7 @@ type Monitor struct {
 	eof  chan struct{} // closed when the monitor has closed stdin
 
 	mu      sync.Mutex
+	explain func(op int, errno unix.Errno) error // names the call of the launch program that failed; nil after a restart and after the start
 	phase   Phase
 	changed chan struct{} // closed and replaced when phase changes
 	asked   []chan error  // answers that are due, in order
@@ -591,12 +589,16 @@ func (m *Monitor) Start(ctx context.Context) error {
 	if err := m.await(ctx, func(p Phase) bool { return p >= PhaseRunning }); err != nil && !errors.Is(err, procid.ErrGone) {
 		return fmt.Errorf("start init: %w", err)
 	}
+	m.mu.Lock()
+	explain := m.explain
+	m.explain = nil // nothing is left to fail
+	m.mu.Unlock()
 	st, err := ReadStatus(m.dir)
 	switch {
 	case err != nil:
 		return fmt.Errorf("start init: %w", err)
-	case st.ExecFailed && m.Explain != nil:
-		return m.Explain(st.FailOp, st.FailErrno)
+	case st.ExecFailed && explain != nil:
+		return explain(st.FailOp, st.FailErrno)
 	case st.ExecFailed:
 		return &launch.StepError{Step: "execute", Exec: true, Errno: st.FailErrno}
 	case st.StartedAt.IsZero():

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"runtime/debug"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -50,16 +51,22 @@ var _ Manager = (*sandbox.Manager)(nil)
 type Server struct {
 	grpc *grpc.Server
 	quit context.CancelFunc
+	rest *time.Timer // gives memory back when there has been no call for a while
 }
+
+// restAfter is how long after the last call the memory that calls have used is
+// given back to the system: a node's daemon is at rest nearly always.
+const restAfter = 2 * time.Second
 
 // New returns a server. Failed calls are logged to log, which must not be nil.
 func New(m Manager, x Execer, log *slog.Logger) *Server {
 	quit, cancel := context.WithCancel(context.Background())
-	s := &Server{quit: cancel}
+	s := &Server{quit: cancel, rest: time.AfterFunc(restAfter, debug.FreeOSMemory)}
 	s.grpc = grpc.NewServer(grpc.UnaryInterceptor(
 		func(ctx context.Context, req any, info *grpc.UnaryServerInfo, h grpc.UnaryHandler) (any, error) {
 			begin := time.Now()
 			resp, err := h(ctx, req)
+			s.rest.Reset(restAfter)
 			if err != nil && status.Code(err) != codes.Canceled {
 				log.Info("Call refused", "method", info.FullMethod, "err", status.Convert(err).Message(), "took", time.Since(begin))
 			}
@@ -76,6 +83,7 @@ func (s *Server) Serve(l net.Listener) error { return s.grpc.Serve(l) }
 // lets the others finish until ctx ends; then it cuts them off.
 func (s *Server) Shutdown(ctx context.Context) {
 	s.quit()
+	defer s.rest.Stop()
 	defer context.AfterFunc(ctx, s.grpc.Stop)()
 	s.grpc.GracefulStop()
 }

@@ -463,6 +463,7 @@ func (b *bench) memory() (string, error) {
 	if err != nil {
 		return "", err
 	}
+	time.Sleep(5 * time.Second) // at rest, as it is nearly always
 	var parts []string
 	for _, p := range []struct {
 		name string
