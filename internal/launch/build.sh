@@ -7,7 +7,7 @@
 # them again and compares. Debian: gcc, gcc-aarch64-linux-gnu.
 set -eu
 src=$1 out=$2
-flags="-std=c11 -Oz -Wall -Wextra -Werror -ffreestanding -fno-builtin -nostdlib -static -fno-pie -no-pie
+flags="-std=c11 -Oz -fconserve-stack -Wall -Wextra -Werror -ffreestanding -fno-builtin -nostdlib -static -fno-pie -no-pie
  -fno-stack-protector -fno-asynchronous-unwind-tables -fno-unwind-tables -fcf-protection=none
  -fno-tree-loop-distribute-patterns -fno-ident -Wl,--build-id=none -Wl,-z,noseparate-code -Wl,-z,norelro
  -Wl,-z,noexecstack -Wl,--gc-sections -s"
