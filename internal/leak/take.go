@@ -440,7 +440,7 @@ func (t *taker) files() error {
 		}
 	}
 	return walk("/dev/shm", func(path string, _ fs.DirEntry) {
-		if path != "/dev/shm" && (t.o.Global || strings.HasPrefix(filepath.Base(path), "sandboxd")) {
+		if path != "/dev/shm" && (t.o.Global || strings.HasPrefix(path, "/dev/shm/sandboxd")) {
 			t.add(Shm, path, "")
 		}
 	})
