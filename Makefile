@@ -81,8 +81,9 @@ generate-check: ## generated files are what their sources make, byte for byte
 	tools/generate-check.sh
 
 .PHONY: bench
-bench: build ## medians against runc, crun and bare unshare
-	go run ./e2e/bench
+bench: build ## medians and ratios against runc, crun and a bare clone
+	go build -o build/bench ./e2e/bench
+	tools/bench.sh $(BENCH)
 
 .PHONY: demo
 demo: build build/leakcheck ## the story of the README, with the leak oracle's verdict
