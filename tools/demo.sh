@@ -1,11 +1,14 @@
 #!/bin/bash
-# What sandboxd is for, on real input: `make demo` runs this as root when it has
-# built build/sandboxd and build/leakcheck. Every command that it shows is the
-# one that it runs; whatever does not come out as it should ends it with an error.
-# It leaves nothing on the host.
+# What sandboxd is for, on real input:
+#
+#   demo.sh [DIR]
+#
+# runs sandboxd and leakcheck from DIR, or from build, where `make demo` puts
+# them, as root. Every command that it shows is the one that it runs; whatever does
+# not come out as it should ends it with an error. It leaves nothing on the host.
 set -euo pipefail
+PATH=$(realpath "${1:-$(dirname "$0")/../build}"):$PATH
 cd "$(dirname "$0")/.."
-PATH=$PWD/build:$PATH
 if [[ $(id -u) != 0 ]]; then
 	echo "demo: must be run as root" >&2
 	exit 1
@@ -83,7 +86,7 @@ cleanup() {
 trap cleanup EXIT
 trap 'exit 130' INT TERM
 
-tools/rootfs.sh "$work/rootfs" "$(command -v redis-server)" "$(command -v redis-cli)"
+tools/rootfs.sh "$work/rootfs" redis-server redis-cli
 cd "$work"
 
 # What a daemon makes once and keeps (its directories, its cgroup) is no leak:

@@ -4,7 +4,8 @@
 #   rootfs.sh DIR [PROGRAM]...
 #
 # DIR gets busybox (Debian: busybox-static) with its applets, the usual
-# directories and accounts, and each PROGRAM with the shared libraries it needs.
+# directories and accounts, and each PROGRAM, a name or a path, with the shared
+# libraries it needs.
 set -eu
 dir=$1
 shift
@@ -17,6 +18,7 @@ done
 printf 'root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n' >"$dir/etc/passwd"
 printf 'root:x:0:\nnogroup:x:65534:\n' >"$dir/etc/group"
 for program; do
+	program=$(command -v "$program")
 	cp -L "$program" "$dir/usr/bin/"
 	# ldd prints "NAME => PATH (ADDRESS)" and, for the loader, "PATH (ADDRESS)".
 	ldd "$program" | grep -o '/[^ ]*' | while read -r lib; do
