@@ -1,0 +1,536 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"bufio"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/internal/testenv"
+	"github.com/sandboxd/sandboxd/sandbox"
+)
+
+// A scene is a piece of a sandbox's life, in the course of which a daemon may
+// be killed anywhere.
+type scene struct {
+	name string
+	// before sets the scene, with a daemon that it starts itself and that does
+	// not crash. It leaves it running, or dead.
+	before func(r *rig)
+	// act is what happens while the daemon may die. Its clients may fail. If
+	// before has left no daemon, one was started, and may be dead already.
+	act func(r *rig)
+	// points are a part of those that act must pass, lest a scene lose its
+	// sense unseen.
+	points []string
+}
+
+// Members of all scenes exit with this code if they exit by themselves.
+const sceneCode = 7
+
+func quick(r *rig, sandbox, name string, flags ...string) []string {
+	return append(append([]string{"run", sandbox, "--rootfs", r.rootfs, "--name", name, "-d"}, flags...), "--", "sh", "-c", "exit 7")
+}
+
+func long(r *rig, command, sandbox, name string, flags ...string) []string {
+	args := append([]string{command, sandbox, "--rootfs", r.rootfs, "--name", name}, flags...)
+	if command == "run" {
+		args = append(args, "-d")
+	}
+	// It goes at SIGTERM; a child that it leaves behind does not.
+	return append(args, "--", "sh", "-c", `trap "exit 7" TERM; (trap "" TERM; while :; do sleep 1000; done) & wait`)
+}
+
+// alive is a sandbox with members in every state.
+func alive(r *rig) {
+	r.mustServe()
+	r.ok("create", "box")
+	r.ok(long(r, "run", "box", "running")...)
+	r.ok(long(r, "add", "box", "created")...)
+	r.ok(quick(r, "box", "exited")...)
+	r.exited("box/exited")
+}
+
+// dead is the same, with a daemon that is dead.
+func dead(r *rig) { alive(r); r.kill() }
+
+var scenes = []scene{
+	{
+		name: "create and remove",
+		act: func(r *rig) {
+			r.cli("create", "box", "--hostname", "h")
+			r.cli("rm", "box")
+		},
+		points: []string{"create record after", "create pause after", "create ready before", "remove deleting after", "remove cgroup before", "remove record after"},
+	},
+	{
+		name: "create with pid and user namespaces",
+		act: func(r *rig) {
+			r.cli("create", "box", "--share", "net,ipc,uts,pid,user")
+			r.cli(long(r, "run", "box", "m")...)
+			r.cli("rm", "-f", "box")
+		},
+		points: []string{"create pause after", "add monitor after", "remove monitor after"},
+	},
+	{
+		name:   "create that fails",
+		act:    func(r *rig) { r.cli("create", "box", "--sysctl", "kernel.msgmax=nonsense") },
+		points: []string{"create-undo pause before", "create-undo cgroup after", "create-undo record after"},
+	},
+	{
+		name:   "add",
+		before: func(r *rig) { r.mustServe(); r.ok("create", "box") },
+		act:    func(r *rig) { r.cli(long(r, "add", "box", "m")...) },
+		points: []string{"add record before", "add cgroup after", "add data after", "add monitor after", "add created after"},
+	},
+	{
+		name:   "add that fails",
+		before: func(r *rig) { r.mustServe(); r.ok("create", "box") },
+		// A directory on a file cannot be mounted, which only init's program finds.
+		act:    func(r *rig) { r.cli(long(r, "add", "box", "m", "-v", r.rootfs+":/etc/passwd/x")...) },
+		points: []string{"add-undo monitor before", "add-undo member cgroup after", "add-undo member record after"},
+	},
+	{
+		name:   "start, exit, remove",
+		before: func(r *rig) { r.mustServe(); r.ok("create", "box"); r.ok(long(r, "add", "box", "m")...) },
+		act: func(r *rig) {
+			r.cli("start", "box/m")
+			r.cli("kill", "box/m", "KILL")
+			r.untilDeadOr(func() bool { return r.cli("rm", "box/m").code == 0 })
+		},
+		points: []string{"start record after", "start execve before", "start running after", "exit kill before", "exit record after", "remove member deleting after", "remove member data after"},
+	},
+	{
+		name: "start that fails",
+		before: func(r *rig) {
+			r.mustServe()
+			r.ok("create", "box")
+			r.ok("add", "box", "--rootfs", r.rootfs, "--name", "m", "--", "/no-such-command")
+		},
+		act:    func(r *rig) { r.cli("start", "box/m") },
+		points: []string{"start execve before", "exit record after"},
+	},
+	{
+		name:   "auto-remove",
+		before: func(r *rig) { r.mustServe(); r.ok("create", "box") },
+		act: func(r *rig) {
+			r.cli(quick(r, "box", "m", "--rm")...)
+			r.untilDeadOr(func() bool { return len(r.list()[0].Members) == 0 })
+		},
+		points: []string{"exit record before", "remove member deleting before", "remove member record after"},
+	},
+	{
+		name:   "stop",
+		before: alive,
+		act: func(r *rig) {
+			r.cli("stop", "box/running")
+			r.cli("stop", "--time", "0s", "box")
+		},
+		points: []string{"stop signal after", "stop kill before", "stop members after", "stop record after"},
+	},
+	{
+		name:   "remove by force",
+		before: alive,
+		act:    func(r *rig) { r.cli("rm", "-f", "box/running"); r.cli("rm", "-f", "box") },
+		points: []string{"remove monitor after", "remove member record before", "remove pause after", "remove record after"},
+	},
+	{
+		name:   "recovery",
+		before: dead,
+		points: []string{"recover pause after", "recover member before", "recover member after"},
+	},
+	{
+		name: "recovery from half a creation",
+		before: func(r *rig) {
+			r.mustServe("SANDBOXD_CRASH_AT=create pause after")
+			r.cli("create", "box")
+			r.awaitDeath()
+		},
+		points: []string{"recover pause before", "recover pause after", "recover cgroup after", "recover record after"},
+	},
+	{
+		name: "recovery from half a member",
+		before: func(r *rig) {
+			r.mustServe("SANDBOXD_CRASH_AT=add monitor after")
+			r.ok("create", "box")
+			r.cli(long(r, "add", "box", "m")...)
+			r.awaitDeath()
+		},
+		points: []string{"recover monitor before", "recover member data after", "recover member record after"},
+	},
+	{
+		name: "recovery from half a removal",
+		before: func(r *rig) {
+			r.mustServe("SANDBOXD_CRASH_AT=remove pause before")
+			r.ok("create", "box")
+			r.ok(long(r, "run", "box", "m")...)
+			r.cli("rm", "-f", "box")
+			r.awaitDeath()
+		},
+		points: []string{"recover pause before", "recover cgroup after", "recover record after"},
+	},
+	{
+		name: "exits while no daemon runs",
+		before: func(r *rig) {
+			dead(r)
+			m := r.member("box/running")
+			r.sig(m.PID, unix.SIGTERM)
+			r.gone(m.PID)
+		},
+		points: []string{"exit kill before", "exit record before", "exit record after"},
+	},
+	{
+		name: "monitor killed while no daemon runs",
+		before: func(r *rig) {
+			dead(r)
+			for _, m := range []string{"box/running", "box/created"} {
+				pid := r.member(m).MonitorPID
+				r.sig(pid, unix.SIGKILL)
+				r.gone(pid)
+			}
+		},
+		points: []string{"monitor replace before", "monitor replace after"},
+	},
+	{
+		name: "pause killed while no daemon runs",
+		before: func(r *rig) {
+			dead(r)
+			pid := r.sandbox("box").PausePID
+			r.sig(pid, unix.SIGKILL)
+			r.gone(pid)
+		},
+		points: []string{"reanchor before", "reanchor after", "reanchor record after"},
+	},
+	{
+		name:   "monitor and pause killed",
+		before: alive,
+		act: func(r *rig) {
+			box := r.sandbox("box")
+			r.sig(box.PausePID, unix.SIGKILL)
+			var m sandbox.MemberInfo
+			for _, m = range box.Members {
+				if m.Name == "running" {
+					r.sig(m.MonitorPID, unix.SIGKILL)
+					break
+				}
+			}
+			r.untilDeadOr(func() bool {
+				now := r.sandbox("box")
+				again := r.member("box/running")
+				return now.PausePID != 0 && now.PausePID != box.PausePID && again.MonitorPID != 0 && again.MonitorPID != m.MonitorPID
+			})
+		},
+		points: []string{"monitor replace after", "reanchor after", "reanchor record after"},
+	},
+}
+
+// untilDeadOr waits until ok, which may use the daemon, or until the daemon has died.
+func (r *rig) untilDeadOr(ok func() bool) {
+	r.Helper()
+	for deadline := time.Now().Add(20 * time.Second); r.running(); time.Sleep(10 * time.Millisecond) {
+		// A daemon that dies during it makes ls and inspect read the state
+		// directory: both are right.
+		if ok() {
+			return
+		}
+		if time.Now().After(deadline) {
+			r.Fatal("nothing of what was expected within 20 s")
+		}
+	}
+}
+
+// play acts a scene with a daemon that has env.
+func (r *rig) play(s scene, env string) {
+	r.Helper()
+	if s.before != nil {
+		s.before(r)
+		if r.running() {
+			r.kill() // what it was like to end it politely is not the question
+		}
+	}
+	// Taking up what was left is part of the scene.
+	if r.serve(env) && s.act != nil {
+		s.act(r)
+	}
+}
+
+// TestCrashMatrix kills the daemon at every crash point that there is, in every
+// scene in which it passes it, at the first time and at the second.
+func TestCrashMatrix(t *testing.T) {
+	testenv.Root(t)
+	rootfs := testenv.Busybox(t)
+	for _, s := range scenes {
+		t.Run(s.name, func(t *testing.T) {
+			t.Parallel()
+			points := passed(t, rootfs, s)
+			for _, p := range s.points {
+				if !slices.Contains(points, p) {
+					t.Errorf("the scene does not pass %q but %q", p, points)
+				}
+			}
+			for _, p := range points {
+				t.Run(p, func(t *testing.T) {
+					t.Parallel()
+					r := newRigOn(t, rootfs)
+					r.play(s, "SANDBOXD_CRASH_AT="+p)
+					r.awaitCrash(p)
+					r.mustServe()
+					r.sound()
+				})
+			}
+		})
+	}
+}
+
+// passed acts a scene without a crash and returns the points that it passes,
+// "NAME" and, for those passed more than once, "NAME#2".
+func passed(t *testing.T, rootfs string, s scene) []string {
+	var points []string
+	ok := t.Run("no crash", func(t *testing.T) {
+		r := newRigOn(t, rootfs)
+		file := filepath.Join(r.dir, "points")
+		r.play(s, "SANDBOXD_CRASH_LOG="+file)
+		// What was asked for last may still be going on behind the answer.
+		r.cmd.Process.Signal(unix.SIGTERM)
+		r.awaitDeath()
+		f, err := os.Open(file)
+		if err != nil {
+			r.Fatal(err)
+		}
+		defer f.Close()
+		count := map[string]int{}
+		for lines := bufio.NewScanner(f); lines.Scan(); {
+			p := lines.Text()
+			switch count[p]++; count[p] {
+			case 1:
+				points = append(points, p)
+			case 2:
+				points = append(points, p+"#2")
+			}
+		}
+		r.mustServe()
+		r.sound()
+	})
+	if !ok {
+		t.FailNow()
+	}
+	return points
+}
+
+// awaitCrash waits for the daemon's death at point p.
+func (r *rig) awaitCrash(p string) {
+	r.Helper()
+	select {
+	case <-r.died:
+	case <-time.After(20 * time.Second):
+		r.Fatalf("the daemon did not come to %q", p)
+	}
+	if ws := r.cmd.ProcessState.Sys().(syscall.WaitStatus); !ws.Signaled() || ws.Signal() != syscall.SIGKILL {
+		r.Fatalf("the daemon ended otherwise than at %q: %v", p, r.cmd.ProcessState)
+	}
+}
+
+// sound checks that all there is after a recovery is complete and works, that
+// all else is gone, and that nothing is left once all is removed.
+func (r *rig) sound() {
+	r.Helper()
+	names := map[string]bool{"box": true}
+	for _, box := range r.list() {
+		delete(names, box.Name)
+		switch box.State {
+		case "Ready":
+			r.soundReady(box)
+		case "Stopped":
+			for _, m := range box.Members {
+				if m.State != "Exited" {
+					r.Errorf("member %s of a stopped sandbox is %s", m.Name, m.State)
+				}
+			}
+		default:
+			r.Errorf("sandbox %s is %s: %s", box.Name, box.State, box.Reason)
+		}
+		r.ok("rm", "-f", box.Name)
+	}
+	for name := range names {
+		r.ok("create", name)
+		r.ok("rm", name)
+	}
+	if left := r.list(); len(left) != 0 {
+		r.Errorf("after everything was removed there is %+v", left)
+	}
+	if left, _ := os.ReadDir(r.state + "/quarantine"); len(left) != 0 {
+		r.Errorf("in the quarantine: %v", left)
+	}
+}
+
+// soundReady checks a sandbox that is Ready.
+func (r *rig) soundReady(box sandbox.Info) {
+	r.Helper()
+	if !pidRuns(box.PausePID) {
+		r.Errorf("pause %d does not run", box.PausePID)
+	}
+	seen := map[string]bool{}
+	for _, m := range box.Members {
+		seen[m.Name] = true
+		ref := box.Name + "/" + m.Name
+		switch m.State {
+		case "Created":
+			if !pidRuns(m.PID) || !pidRuns(m.MonitorPID) {
+				r.Errorf("%s is created, but its init %d or monitor %d does not run", ref, m.PID, m.MonitorPID)
+			}
+			res := r.cli("start", ref)
+			if m.Command[0] == "/no-such-command" {
+				if res.code != 127 {
+					r.Errorf("%v; want 127", res)
+				}
+				r.expectExit(ref, 127)
+				break
+			}
+			if res.code != 0 {
+				r.Fatal(res)
+			}
+			r.soundRunning(ref)
+		case "Running":
+			r.soundRunning(ref)
+		case "Exited":
+			want := sceneCode
+			if m.Command[0] == "/no-such-command" {
+				want = 127
+			}
+			if m.Exit == nil || !m.Exit.Known || (m.Exit.Code != want && m.Exit.Signal != int(unix.SIGKILL)) {
+				r.Errorf("%s has exited with %+v; want code %d, or signal 9", ref, m.Exit, want)
+			}
+			if m.Custody.Held != pidRuns(m.MonitorPID) {
+				r.Errorf("custody of %s is held: %v; its monitor is %d", ref, m.Custody.Held, m.MonitorPID)
+			}
+		default:
+			r.Errorf("member %s is %s", ref, m.State)
+		}
+		r.ok("rm", "-f", ref)
+	}
+	// A name that is not taken is free, and a new member can be run.
+	name := "m"
+	if !seen["m"] {
+		name = "fresh"
+	}
+	res := r.cli("run", box.Name, "--rootfs", r.rootfs, "--name", name, "--", "sh", "-c", "echo fresh; exit 9")
+	if res.code != 9 || res.out != "fresh\n" {
+		r.Errorf("%v; want 9 and \"fresh\"", res)
+	}
+}
+
+// soundRunning checks that a running member can be entered and ends as it was
+// told. One that exits by itself may have done so.
+func (r *rig) soundRunning(ref string) {
+	r.Helper()
+	m := r.member(ref)
+	if strings.Contains(strings.Join(m.Command, " "), "trap") {
+		if res := r.cli("exec", ref, "--", "echo", "in"); res.code != 0 || res.out != "in\n" {
+			r.Errorf("%v", res)
+		}
+		r.catches(m.PID, unix.SIGTERM)
+		r.ok("kill", ref, "TERM")
+	}
+	r.expectExit(ref, sceneCode)
+}
+
+// catches waits until a process has a handler for s: before that, the signal
+// would end it.
+func (r *rig) catches(pid int, s unix.Signal) {
+	r.Helper()
+	r.eventually(fmt.Sprintf("process %d catches signal %d", pid, s), func() bool {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+		if err != nil {
+			r.Fatal(err)
+		}
+		_, mask, _ := strings.Cut(string(b), "SigCgt:\t")
+		caught, err := strconv.ParseUint(mask[:16], 16, 64)
+		return err == nil && caught&(1<<(s-1)) != 0
+	})
+}
+
+// expectExit waits for a member's exit with code.
+func (r *rig) expectExit(ref string, code int) {
+	r.Helper()
+	if e := r.exited(ref); !e.Known || e.Code != code {
+		r.Errorf("%s has exited with %+v; want code %d", ref, e, code)
+	}
+}
+
+// pidRuns reports whether a process is there and is not a zombie.
+func pidRuns(pid int) bool {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	return pid > 0 && err == nil && !strings.Contains(string(b), ") Z ")
+}
+
+// TestRandomKills kills the daemon at any moment, not only at those that
+// somebody has thought of.
+func TestRandomKills(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	seed := uint64(time.Now().UnixNano())
+	rnd := rand.New(rand.NewPCG(seed, 0))
+	t.Logf("seed %d", seed)
+	kills := 0
+	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); {
+		r.mustServe()
+		story := make(chan struct{})
+		go func() {
+			defer close(story)
+			// Their errors are the subject of the other tests.
+			for _, args := range [][]string{
+				{"create", "box"},
+				quick(r, "box", "exits"),
+				long(r, "run", "box", "stays"),
+				{"stop", "box/stays"},
+				quick(r, "box", "removed", "--rm"),
+				{"rm", "-f", "box"},
+				{"create", "box"},
+				long(r, "add", "box", "waits"),
+				{"rm", "-f", "box"},
+			} {
+				r.command(args...).Run()
+				if !r.running() {
+					return
+				}
+			}
+		}()
+		time.Sleep(time.Duration(rnd.IntN(300_000)) * time.Microsecond) // not a wait: the moment is the point
+		r.kill()
+		<-story
+		kills++
+		r.mustServe()
+		for _, box := range r.list() {
+			if box.State != "Ready" && box.State != "Stopped" {
+				r.Errorf("after kill %d sandbox %s is %s: %s", kills, box.Name, box.State, box.Reason)
+			}
+			for _, m := range box.Members {
+				if m.State != "Created" && m.State != "Running" && m.State != "Exited" {
+					r.Errorf("after kill %d member %s is %s", kills, m.Name, m.State)
+				}
+				if m.Exit != nil && !m.Exit.Known {
+					r.Errorf("after kill %d the exit of %s is not known: %s", kills, m.Name, m.Exit.Reason)
+				}
+			}
+			r.ok("rm", "-f", box.Name)
+		}
+		if r.Failed() {
+			return
+		}
+		r.kill()
+	}
+	t.Logf("%d kills", kills)
+	r.mustServe()
+	r.sound()
+}
