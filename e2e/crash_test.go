@@ -116,7 +116,12 @@ var scenes = []scene{
 		before: func(r *rig) {
 			r.mustServe()
 			r.ok("create", "box")
-			r.ok("add", "box", "--rootfs", r.rootfs, "--name", "m", "--", "/no-such-command")
+			// Its interpreter is looked for only by execve.
+			script := r.TempDir() + "/script"
+			if err := os.WriteFile(script, []byte("#!/no-such-interpreter\n"), 0o755); err != nil {
+				r.Fatal(err)
+			}
+			r.ok("add", "box", "--rootfs", r.rootfs, "--name", "m", "-v", script+":/script", "--", "/script")
 		},
 		act:    func(r *rig) { r.cli("start", "box/m") },
 		points: []string{"start execve before", "exit record after"},
@@ -125,7 +130,7 @@ var scenes = []scene{
 		name:   "auto-remove",
 		before: func(r *rig) { r.mustServe(); r.ok("create", "box") },
 		act: func(r *rig) {
-			r.cli(quick(r, "box", "m", "--rm")...)
+			r.cli(quick(r, "box", "goes", "--rm")...)
 			r.untilDeadOr(func() bool { return len(r.list()[0].Members) == 0 })
 		},
 		points: []string{"exit record before", "remove member deleting before", "remove member record after"},
@@ -155,7 +160,7 @@ var scenes = []scene{
 		before: func(r *rig) {
 			r.mustServe("SANDBOXD_CRASH_AT=create pause after")
 			r.cli("create", "box")
-			r.awaitDeath()
+			r.d.waitExit(r.T)
 		},
 		points: []string{"recover pause before", "recover pause after", "recover cgroup after", "recover record after"},
 	},
@@ -165,7 +170,7 @@ var scenes = []scene{
 			r.mustServe("SANDBOXD_CRASH_AT=add monitor after")
 			r.ok("create", "box")
 			r.cli(long(r, "add", "box", "m")...)
-			r.awaitDeath()
+			r.d.waitExit(r.T)
 		},
 		points: []string{"recover monitor before", "recover member data after", "recover member record after"},
 	},
@@ -176,7 +181,7 @@ var scenes = []scene{
 			r.ok("create", "box")
 			r.ok(long(r, "run", "box", "m")...)
 			r.cli("rm", "-f", "box")
-			r.awaitDeath()
+			r.d.waitExit(r.T)
 		},
 		points: []string{"recover pause before", "recover cgroup after", "recover record after"},
 	},
@@ -299,11 +304,11 @@ func passed(t *testing.T, rootfs string, s scene) []string {
 	var points []string
 	ok := t.Run("no crash", func(t *testing.T) {
 		r := newRigOn(t, rootfs)
-		file := filepath.Join(r.dir, "points")
+		file := filepath.Join(r.TempDir(), "points")
 		r.play(s, "SANDBOXD_CRASH_LOG="+file)
 		// What was asked for last may still be going on behind the answer.
-		r.cmd.Process.Signal(unix.SIGTERM)
-		r.awaitDeath()
+		r.d.cmd.Process.Signal(unix.SIGTERM)
+		r.d.waitExit(r.T)
 		f, err := os.Open(file)
 		if err != nil {
 			r.Fatal(err)
@@ -332,12 +337,12 @@ func passed(t *testing.T, rootfs string, s scene) []string {
 func (r *rig) awaitCrash(p string) {
 	r.Helper()
 	select {
-	case <-r.died:
+	case <-r.d.exited:
 	case <-time.After(20 * time.Second):
 		r.Fatalf("the daemon did not come to %q", p)
 	}
-	if ws := r.cmd.ProcessState.Sys().(syscall.WaitStatus); !ws.Signaled() || ws.Signal() != syscall.SIGKILL {
-		r.Fatalf("the daemon ended otherwise than at %q: %v", p, r.cmd.ProcessState)
+	if ws := r.d.cmd.ProcessState.Sys().(syscall.WaitStatus); !ws.Signaled() || ws.Signal() != syscall.SIGKILL {
+		r.Fatalf("the daemon ended otherwise than at %q: %v", p, r.d.cmd.ProcessState)
 	}
 }
 
@@ -369,7 +374,7 @@ func (r *rig) sound() {
 	if left := r.list(); len(left) != 0 {
 		r.Errorf("after everything was removed there is %+v", left)
 	}
-	if left, _ := os.ReadDir(r.state + "/quarantine"); len(left) != 0 {
+	if left, _ := os.ReadDir(r.d.state + "/quarantine"); len(left) != 0 {
 		r.Errorf("in the quarantine: %v", left)
 	}
 }
@@ -384,13 +389,20 @@ func (r *rig) soundReady(box sandbox.Info) {
 	for _, m := range box.Members {
 		seen[m.Name] = true
 		ref := box.Name + "/" + m.Name
+		if m.Name == "goes" { // by itself, while this looks
+			if m.State == "Created" {
+				r.ok("start", ref)
+			}
+			r.eventually(ref+" is gone", func() bool { return r.cli("inspect", ref).code != 0 })
+			continue
+		}
 		switch m.State {
 		case "Created":
 			if !pidRuns(m.PID) || !pidRuns(m.MonitorPID) {
 				r.Errorf("%s is created, but its init %d or monitor %d does not run", ref, m.PID, m.MonitorPID)
 			}
 			res := r.cli("start", ref)
-			if m.Command[0] == "/no-such-command" {
+			if m.Command[0] == "/script" {
 				if res.code != 127 {
 					r.Errorf("%v; want 127", res)
 				}
@@ -405,7 +417,7 @@ func (r *rig) soundReady(box sandbox.Info) {
 			r.soundRunning(ref)
 		case "Exited":
 			want := sceneCode
-			if m.Command[0] == "/no-such-command" {
+			if m.Command[0] == "/script" {
 				want = 127
 			}
 			if m.Exit == nil || !m.Exit.Known || (m.Exit.Code != want && m.Exit.Signal != int(unix.SIGKILL)) {

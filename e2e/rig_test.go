@@ -5,69 +5,39 @@ package e2e
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/internal/exit"
-	"github.com/sandboxd/sandboxd/internal/leak"
-	"github.com/sandboxd/sandboxd/internal/proctree"
 	"github.com/sandboxd/sandboxd/internal/testenv"
 	"github.com/sandboxd/sandboxd/sandbox"
 )
 
-// crashBinary is a daemon that can be told where to die. SANDBOXD_E2E_CRASH_BINARY
-// names one where there is no Go to build it.
-var crashBinary = sync.OnceValues(func() (string, error) {
-	if path := os.Getenv("SANDBOXD_E2E_CRASH_BINARY"); path != "" {
-		return path, nil
-	}
-	path := filepath.Join(scratch, "sandboxd-crashpoints")
-	out, err := exec.Command("go", "build", "-tags", "crashpoints", "-o", path, "../cmd/sandboxd").CombinedOutput()
-	if err != nil {
-		return "", fmt.Errorf("go build: %w\n%s", err, out)
-	}
-	return path, nil
-})
-
-// atOnce bounds how many rigs run at the same time: what they wait for is mostly
-// the processor.
+// atOnce bounds how many rigs are in use at the same time: what they need is
+// mostly the processor.
 var atOnce = make(chan struct{}, 4)
 
-var rigs atomic.Int32
-
+// clientTimeout ends a client that hangs.
 const clientTimeout = 60 * time.Second
 
-// rig is a daemon that is killed and started again, with directories and
-// cgroups of its own. Its tests may run in parallel.
+// rig is a test with a daemon of its own, which can be told where to die, is
+// killed, and is started again. Tests with rigs may run in parallel.
 type rig struct {
 	*testing.T
-	bin, rootfs         string
-	dir                 string // state, root and other files
-	state, root, parent string
-	mark                string
-
-	before *leak.Snapshot
-	log    *os.File
-	cmd    *exec.Cmd
-	died   chan struct{} // closed when cmd has ended
+	d      *daemon
+	rootfs string
 }
 
-// newRig makes a rig without a daemon. At the end of the test, everything that
-// is left of it, beside what an idle daemon leaves, fails the test.
+// newRig makes a rig without a running daemon. When the test ends, whatever
+// there is that an idle daemon does not leave fails it.
 func newRig(t *testing.T) *rig {
 	t.Helper()
 	testenv.Root(t)
@@ -83,207 +53,55 @@ func newRigOn(t *testing.T, rootfs string) *rig {
 	}
 	atOnce <- struct{}{}
 	t.Cleanup(func() { <-atOnce })
-	// In memory, as a state directory is, and the tests sync a lot.
-	shm := "/dev/shm"
-	if st, err := os.Stat(shm); err != nil || !st.IsDir() {
-		shm = ""
+	r := &rig{T: t, d: newDaemon(t), rootfs: rootfs}
+	r.d.binary = bin
+	// What every daemon makes, and leaves.
+	for _, dir := range []string{r.d.state + "/sandboxes", r.d.state + "/quarantine", r.d.root + "/sandboxes"} {
+		if err := os.Mkdir(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
 	}
-	dir, err := os.MkdirTemp(shm, "e2e-crash-")
-	if err != nil {
+	if err := os.WriteFile(r.d.state+"/lock", nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	r := &rig{
-		T: t, bin: bin, rootfs: rootfs, dir: dir, state: filepath.Join(dir, "state"), root: filepath.Join(dir, "root"),
-		parent: fmt.Sprintf("/sandboxd-e2e-%d-r%d", os.Getpid(), rigs.Add(1)),
-	}
-	sum := sha256.Sum256([]byte(r.state))
-	r.mark = hex.EncodeToString(sum[:8])
-	if r.log, err = os.Create(filepath.Join(dir, "log")); err != nil {
-		t.Fatal(err)
-	}
-	r.before, err = leak.Take(leak.Options{Dirs: []string{r.state, r.root}, CgroupParent: r.parent, Marks: []string{r.mark}, Ancestor: -1})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(r.end)
+	r.d.checkLeaks(t)
 	return r
-}
-
-// end looks for what was left behind, and does not leave it.
-func (r *rig) end() {
-	if r.running() {
-		r.cmd.Process.Signal(unix.SIGTERM)
-		r.awaitDeath()
-	}
-	r.checkLeaks()
-	if r.Failed() {
-		r.log.Seek(0, 0)
-		text := new(bytes.Buffer)
-		text.ReadFrom(r.log)
-		r.Logf("the daemons said:\n%s", text)
-		r.killAll()
-	}
-	r.log.Close()
-	for _, mount := range []string{r.state, r.root} {
-		unix.Unmount(mount, unix.MNT_DETACH) // of the tests of full and read-only ones; there is none mostly
-	}
-	if err := os.RemoveAll(r.dir); err != nil {
-		r.Error(err)
-	}
-	hierarchies, _ := filepath.Glob("/sys/fs/cgroup/*/cgroup.procs")
-	for _, procs := range append(hierarchies, "/sys/fs/cgroup/cgroup.procs") {
-		os.Remove(filepath.Join(filepath.Dir(procs), r.parent))
-	}
-}
-
-// idle is what a daemon that has nothing to do leaves.
-func (r *rig) idle(f leak.Finding) bool {
-	switch f.Kind {
-	case leak.File:
-		switch f.What {
-		case r.state + "/lock", r.state + "/sandboxes", r.state + "/quarantine", r.root + "/sandboxes":
-			return true
-		}
-	case leak.Cgroup:
-		return strings.HasSuffix(f.What, r.parent)
-	}
-	return false
-}
-
-func (r *rig) checkLeaks() {
-	var left []leak.Finding
-	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-		now, err := leak.Take(r.before.Options)
-		if err != nil {
-			r.Errorf("leak: %v", err)
-			return
-		}
-		left = nil
-		for _, f := range leak.Diff(r.before, now) {
-			if !r.idle(f) {
-				left = append(left, f)
-			}
-		}
-		if len(left) == 0 {
-			return
-		}
-		if time.Now().After(deadline) {
-			r.Errorf("leak: %s", leak.Report(left))
-			return
-		}
-	}
-}
-
-// killAll ends what a failed test has left running.
-func (r *rig) killAll() {
-	found, _ := proctree.Find(r.mark)
-	for _, f := range found {
-		f.ID.Signal(unix.SIGKILL)
-	}
-	hierarchies, _ := filepath.Glob("/sys/fs/cgroup/*" + r.parent)
-	for _, top := range append(hierarchies, "/sys/fs/cgroup"+r.parent) {
-		for range 50 { // until the processes are gone
-			var dirs []string
-			filepath.WalkDir(top, func(path string, d os.DirEntry, err error) error {
-				if err == nil && d.IsDir() {
-					dirs = append([]string{path}, dirs...)
-				}
-				return nil
-			})
-			for _, dir := range dirs {
-				procs, _ := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
-				for pid := range strings.FieldsSeq(string(procs)) {
-					exec.Command("kill", "-9", pid).Run()
-				}
-				os.Remove(dir)
-			}
-			if len(dirs) == 0 {
-				break
-			}
-			time.Sleep(10 * time.Millisecond)
-		}
-	}
 }
 
 // serve starts a daemon and reports whether it became ready; if it died before,
 // it did not. env are variables such as SANDBOXD_CRASH_AT=….
 func (r *rig) serve(env ...string) bool {
 	r.Helper()
-	notify, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(r.dir, "notify"), Net: "unixgram"})
-	if err != nil {
+	r.d.env = env
+	fmt.Fprintf(&r.d.log, "--- serve %v\n", env)
+	if err := r.d.launch(); err != nil {
 		r.Fatal(err)
 	}
-	defer os.Remove(filepath.Join(r.dir, "notify"))
-	defer notify.Close()
-	r.cmd = exec.Command(r.bin, "serve", "--state", r.state, "--address", r.address(), "--root", r.root, "--cgroup-parent", r.parent, "--log-level", "debug")
-	r.cmd.Env = append(os.Environ(), "NOTIFY_SOCKET="+filepath.Join(r.dir, "notify"))
-	r.cmd.Env = append(r.cmd.Env, env...)
-	r.cmd.Stderr = r.log
-	fmt.Fprintf(r.log, "--- serve %v\n", env)
-	if err := r.cmd.Start(); err != nil {
-		r.Fatal(err)
-	}
-	died := make(chan struct{})
-	r.died = died
-	cmd := r.cmd
-	go func() {
-		cmd.Wait() // how it ended is asked of cmd.ProcessState
-		close(died)
-	}()
-	ready := make(chan error, 1)
-	notify.SetReadDeadline(time.Now().Add(60 * time.Second))
-	go func() {
-		_, err := notify.Read(make([]byte, 64))
-		ready <- err
-	}()
-	select {
-	case err := <-ready:
-		if err != nil {
-			r.Fatalf("the daemon is not ready: %v", err)
-		}
-		return true
-	case <-died:
-		return false
-	}
+	return r.d.waitReady(r.T)
 }
 
 // mustServe starts a daemon that must become ready.
 func (r *rig) mustServe(env ...string) {
 	r.Helper()
 	if !r.serve(env...) {
-		r.Fatalf("the daemon did not start: %v", r.cmd.ProcessState)
+		r.Fatalf("the daemon did not start: %v", r.d.cmd.ProcessState)
 	}
 }
 
 func (r *rig) running() bool {
-	if r.died == nil {
+	if r.d.cmd == nil {
 		return false
 	}
 	select {
-	case <-r.died:
+	case <-r.d.exited:
 		return false
 	default:
 		return true
 	}
 }
 
-func (r *rig) awaitDeath() {
-	r.Helper()
-	select {
-	case <-r.died:
-	case <-time.After(60 * time.Second):
-		r.cmd.Process.Kill()
-		<-r.died
-		r.Fatal("the daemon did not end within 60 s")
-	}
-}
-
 // kill ends the daemon as an out-of-memory killer would.
-func (r *rig) kill() {
-	r.Helper()
-	r.cmd.Process.Kill()
-	r.awaitDeath()
-}
+func (r *rig) kill() { r.Helper(); r.d.kill(r.T) }
 
 // result is how a client has ended.
 type result struct {
@@ -296,15 +114,14 @@ func (res result) String() string {
 	return fmt.Sprintf("sandboxd %s: exit code %d, stdout %q, stderr %q", strings.Join(res.args, " "), res.code, res.out, res.err)
 }
 
-func (r *rig) address() string { return "unix://" + filepath.Join(r.dir, "socket") }
-
 // command is a client of the rig's daemon, or of its state directory. It is
-// killed if the test takes too long.
+// killed if it takes too long.
 func (r *rig) command(args ...string) *exec.Cmd {
-	ctx, cancel := context.WithTimeout(r.Context(), clientTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), clientTimeout)
 	r.Cleanup(cancel)
-	cmd := exec.CommandContext(ctx, r.bin, args...)
-	cmd.Env = append(os.Environ(), "SANDBOXD_STATE="+r.state, "SANDBOXD_ADDRESS="+r.address())
+	c := r.d.command(args...)
+	cmd := exec.CommandContext(ctx, c.Path, args...)
+	cmd.Env = c.Env
 	return cmd
 }
 

@@ -408,6 +408,42 @@ func TestReanchor(t *testing.T) {
 	}
 }
 
+// The mount namespace died with the pause: what can be had again is had, and
+// /dev/shm is a new one.
+func TestReanchorWithoutMountNamespace(t *testing.T) {
+	testenv.Root(t)
+	testenv.NoFDLeak(t)
+	p := openPauser(t)
+	ids := idrange.Range{Start: 1 << 20, Size: idrange.Size}
+	for name, s := range map[string]*Spec{
+		"default": {Kinds: defaultKinds, ShmSize: 1 << 20},
+		"user":    {Kinds: append([]namespace.Kind{namespace.User}, defaultKinds...), IDs: &ids, ShmSize: 1 << 20},
+	} {
+		t.Run(name, func(t *testing.T) {
+			old := start(t, p, s)
+			leaveFile(t, old, s.IDs)
+			kill(t, old)
+			again := *s
+			again.From = old.Namespaces()
+			delete(again.From, namespace.Mnt)
+			pause := start(t, p, &again)
+			for k, ino := range old.Inodes() {
+				if got := pause.Inodes()[k]; got != ino {
+					t.Errorf("%s: inode %d, want %d", k, got, ino)
+				}
+			}
+			root := fmt.Sprintf("/proc/%d/root", pause.ID().PID)
+			if ents, err := os.ReadDir(root); err != nil || len(ents) != 0 {
+				t.Errorf("/dev/shm has %v, %v; want an empty one", ents, err)
+			}
+			var st unix.Statfs_t
+			if err := unix.Statfs(root, &st); err != nil || st.Type != unix.TMPFS_MAGIC || int64(st.Blocks)*st.Bsize != s.ShmSize {
+				t.Errorf("/dev/shm: type %#x with %d bytes, %v", st.Type, int64(st.Blocks)*st.Bsize, err)
+			}
+		})
+	}
+}
+
 func TestAdopt(t *testing.T) {
 	testenv.Root(t)
 	testenv.NoFDLeak(t)

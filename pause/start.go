@@ -69,8 +69,10 @@ type Spec struct {
 	CgroupProcs []string
 
 	// From are namespaces to join in place of new ones: those of a pause that has
-	// died. It must then hold every kind of Kinds, and mnt, whose root stays the
-	// sandbox's /dev/shm; the settings below are there already and are not made again.
+	// died. It must then hold every kind of Kinds; the settings below are there
+	// already and are not made again. With mnt among them the sandbox's /dev/shm
+	// stays; without, it is a new and empty one, and who has mounted the old one
+	// keeps that.
 	From map[namespace.Kind]*os.File
 
 	Hostname, Domainname string            // of a new uts namespace; empty: as the host's
@@ -130,7 +132,7 @@ func check(s *Spec) error {
 		}
 	}
 	if s.From != nil {
-		for _, k := range held(s.Kinds) {
+		for _, k := range s.Kinds {
 			if s.From[k] == nil {
 				return fmt.Errorf("pause: no %s namespace to join", k)
 			}
@@ -159,12 +161,7 @@ func (p *Pauser) create(s *Spec, ready *os.File) (int, *os.File, error) {
 		sys.UseCgroupFD = true
 		sys.CgroupFD = int(s.CgroupDir.Fd())
 	}
-	size := s.ShmSize
-	if size == 0 {
-		size = DefaultShmSize
-	}
-	opts := "mode=1777,size=" + strconv.FormatInt(size, 10)
-	pid, err := p.exe.Start([]string{Name, s.Mark, opts}, nil, memexec.Files{readyFD: ready}, &syscall.ProcAttr{Dir: "/", Sys: sys})
+	pid, err := p.exe.Start([]string{Name, s.Mark, s.shmOptions()}, nil, memexec.Files{readyFD: ready}, &syscall.ProcAttr{Dir: "/", Sys: sys})
 	if err != nil {
 		return 0, nil, err
 	}
@@ -175,6 +172,15 @@ func (p *Pauser) create(s *Spec, ready *os.File) (int, *os.File, error) {
 	}
 	f, err := pollable(fd)
 	return pid, f, err
+}
+
+// shmOptions are the options of the tmpfs that is /dev/shm.
+func (s *Spec) shmOptions() string {
+	size := s.ShmSize
+	if size == 0 {
+		size = DefaultShmSize
+	}
+	return "mode=1777,size=" + strconv.FormatInt(size, 10)
 }
 
 // reanchor starts the process in the namespaces of s.From. A launch program
@@ -219,11 +225,16 @@ func reanchorProgram(s *Spec, exe, ready *os.File) *launch.Program {
 		p.Call("become root's group", unix.SYS_SETRESGID, launch.Int(0), launch.Int(0), launch.Int(0))
 		p.Call("become root", unix.SYS_SETRESUID, launch.Int(0), launch.Int(0), launch.Int(0))
 	}
+	opts := "" // the root of the mount namespace is /dev/shm already
+	if s.From[namespace.Mnt] == nil {
+		p.Call("make a mount namespace", unix.SYS_UNSHARE, launch.Int(unix.CLONE_NEWNS))
+		opts = s.shmOptions()
+	}
 	// The launcher's status pipe is closed by this, which says that all went well
 	// so far; a failing execveat is reported into the pipe that takes its place.
 	p.Call("pass the readiness pipe", unix.SYS_DUP3, p.File(ready), launch.Int(readyFD), launch.Int(0))
 	p.Call("execute "+Name, unix.SYS_EXECVEAT, p.File(exe), p.String(""),
-		p.Strings([]string{Name, s.Mark, ""}), p.Strings(nil), launch.Int(unix.AT_EMPTY_PATH))
+		p.Strings([]string{Name, s.Mark, opts}), p.Strings(nil), launch.Int(unix.AT_EMPTY_PATH))
 	return p
 }
 

@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"sync"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -221,6 +222,15 @@ func (n *node) ReanchorPause(ctx context.Context, r *sandbox.Record, ms []*sandb
 	if r.Holds(namespace.PID) {
 		return sandbox.PauseFacts{}, errors.New("the sandbox's pid namespace died with its pause")
 	}
+	p, err := n.unrecordedPause(ctx, r)
+	if err != nil {
+		return sandbox.PauseFacts{}, err
+	}
+	if p != nil {
+		n.keepPause(r.ID, p)
+		return sandbox.PauseFacts{Pause: p.ID(), Inodes: p.Inodes()}, nil
+	}
+	// A new mount namespace, and an empty /dev/shm, if only members have the others.
 	from := map[namespace.Kind]*os.File{}
 	if p := n.pause(r.ID); p != nil {
 		from = p.Namespaces()
@@ -254,6 +264,59 @@ func (n *node) ReanchorPause(ctx context.Context, r *sandbox.Record, ms []*sandb
 		}
 	}
 	return n.startPause(ctx, r, from)
+}
+
+// unrecordedPause finds the pause that an earlier daemon started in place of
+// one that had died, if it was killed before it could record that. What has the
+// sandbox's mark and not its namespaces is of no use to anybody and is killed.
+// It returns nil if there is none.
+func (n *node) unrecordedPause(ctx context.Context, r *sandbox.Record) (*pause.Pause, error) {
+	found, err := proctree.Find(n.sandboxMark(r.ID))
+	if err != nil {
+		return nil, err
+	}
+	var taken *pause.Pause
+	for _, f := range found {
+		if f.Mark != n.sandboxMark(r.ID) || f.Kind != proctree.Pause || f.ID == r.Pause {
+			continue
+		}
+		if taken == nil {
+			if taken, err = n.takePause(ctx, r, f.ID); err == nil {
+				continue
+			}
+			n.Log.Warn("Pause without a record is of no use", "sandbox", r.ID, "pid", f.ID.PID, "err", err)
+		}
+		if err := killProcess(ctx, f.ID); err != nil {
+			if taken != nil {
+				err = errors.Join(err, taken.Close())
+			}
+			return nil, err
+		}
+	}
+	return taken, nil
+}
+
+// takePause makes the process id the pause of r, if its namespaces are those
+// that r knows.
+func (n *node) takePause(ctx context.Context, r *sandbox.Record, id procid.ID) (*pause.Pause, error) {
+	p, err := pause.Adopt(ctx, id, r.Config.Share)
+	if err != nil {
+		return nil, err
+	}
+	err = func() error {
+		for k, ino := range p.Inodes() {
+			if r.Inodes[k] != ino {
+				return fmt.Errorf("its %s namespace is %d and not %d", k, ino, r.Inodes[k])
+			}
+		}
+		// The daemon that started it may have been killed before it did this.
+		procs := n.cg.LeafProcs(filepath.Join(r.Cgroup, pauseLeaf))
+		return os.WriteFile(procs, strconv.AppendInt(nil, int64(id.PID), 10), 0)
+	}()
+	if err != nil {
+		return nil, errors.Join(err, p.Close())
+	}
+	return p, nil
 }
 
 // AdoptPause implements [sandbox.PauseNode].
