@@ -5,13 +5,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"log/slog"
 	"maps"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -225,17 +225,29 @@ func Free(state string) error {
 	return flock(f, unix.LOCK_SH, state)
 }
 
+// lockWait bounds the wait for a lock that outlives the daemon that took it.
+const lockWait = 5 * time.Second
+
 // flock takes a lock on f, which is in the state directory called state.
 func flock(f *os.File, how int, state string) error {
-	err := unix.Flock(int(f.Fd()), how|unix.LOCK_NB)
-	if err == nil {
-		return nil
+	for deadline := time.Now().Add(lockWait); ; time.Sleep(5 * time.Millisecond) {
+		err := unix.Flock(int(f.Fd()), how|unix.LOCK_NB)
+		if err == nil {
+			return nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) {
+			return fmt.Errorf("lock state directory: %w", os.NewSyscallError("flock", err))
+		}
+		text := make([]byte, 32)
+		n, _ := f.ReadAt(text, 0)
+		holder := strings.TrimSpace(string(text[:n]))
+		pid, _ := strconv.Atoi(holder)
+		// A daemon that was killed while it started a process leaves the lock to
+		// that child, until its execve closes the descriptor.
+		if id, err := procid.Of(pid); err == nil && id.Alive() || time.Now().After(deadline) {
+			return statef("state directory %s is in use by the daemon with pid %s", state, holder)
+		}
 	}
-	if !errors.Is(err, unix.EWOULDBLOCK) {
-		return fmt.Errorf("lock state directory: %w", os.NewSyscallError("flock", err))
-	}
-	pid, _ := io.ReadAll(io.LimitReader(f, 32)) // only to be helpful
-	return statef("state directory %s is in use by the daemon with pid %s", state, strings.TrimSpace(string(pid)))
 }
 
 // takeLock makes this process the only one that changes the state directory.

@@ -5,11 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/internal/namespace"
 )
@@ -81,6 +84,19 @@ func TestOneDaemon(t *testing.T) {
 	if want := fmt.Sprintf("pid %d", os.Getpid()); !errors.Is(err, ErrState) || !strings.Contains(err.Error(), want) {
 		t.Errorf("second Open = %v, want one that names %s", err, want)
 	}
+}
+
+// A daemon was killed, and for a moment its lock is held by a child that it was
+// about to make.
+func TestLockOfADeadDaemon(t *testing.T) {
+	state := t.TempDir()
+	dead := exec.Command("true")
+	check(t, dead.Run())
+	f := must[*os.File](t)(os.Create(filepath.Join(state, lockFile)))
+	must[int](t)(fmt.Fprintln(f, dead.Process.Pid))
+	check(t, unix.Flock(int(f.Fd()), unix.LOCK_EX))
+	time.AfterFunc(50*time.Millisecond, func() { f.Close() })
+	open(t, state, newFakeNode())
 }
 
 func TestStopTimeout(t *testing.T) {

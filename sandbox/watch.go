@@ -107,6 +107,7 @@ func (m *Manager) settle(ctx context.Context, b *box, mb *memb) error {
 		return err
 	}
 	if st.Exit != nil {
+		m.findMonitor(ctx, mb, dir)
 		m.finish(ctx, mb, *st.Exit, st.StartErr)
 		return nil
 	}
@@ -132,6 +133,28 @@ func (m *Manager) settle(ctx context.Context, b *box, mb *memb) error {
 		}
 	})
 	return nil
+}
+
+// findMonitor notes the monitor that holds custody of a member that has exited,
+// if it is not the one on record: a daemon may have replaced that one, and been
+// killed before it could record it. Preconditions: mb.op is held.
+func (m *Manager) findMonitor(ctx context.Context, mb *memb, dir string) {
+	r := mb.rec.Load()
+	if m.o.alive(r.Monitor) {
+		return
+	}
+	mon, err := m.node.AdoptMonitor(ctx, r, dir)
+	if err != nil {
+		return // nobody holds anything
+	}
+	f := mon.Facts()
+	m.noteMember(mb, func(r *MemberRecord) {
+		r.Monitor = f.Monitor
+		if f.Inodes != nil {
+			r.Inodes = f.Inodes
+		}
+	})
+	mon.Close() // nothing is written on this connection that could be lost
 }
 
 // replaceMonitor gives an init whose monitor was killed a new one. It fails
