@@ -600,7 +600,7 @@ func (m *Monitor) Start(ctx context.Context) error {
 	case st.ExecFailed && explain != nil:
 		return explain(st.FailOp, st.FailErrno)
 	case st.ExecFailed:
-		return &launch.StepError{Step: "execute", Exec: true, Errno: st.FailErrno}
+		return &launch.StepError{Step: "execute its command", Exec: true, Command: true, Errno: st.FailErrno}
 	case st.StartedAt.IsZero():
 		return fmt.Errorf("start init: it was killed before it could execute: %w", procid.ErrGone)
 	}
