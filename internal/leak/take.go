@@ -439,8 +439,12 @@ func (t *taker) files() error {
 			return err
 		}
 	}
-	return walk("/dev/shm", func(path string, _ fs.DirEntry) {
-		if path != "/dev/shm" && (t.o.Global || strings.HasPrefix(path, "/dev/shm/sandboxd")) {
+	// A POSIX shared memory object is a file directly in there, shm_overview(7):
+	// a directory below which somebody else works is none.
+	return walk("/dev/shm", func(path string, d fs.DirEntry) {
+		name := strings.TrimPrefix(path, "/dev/shm/")
+		object := d.Type().IsRegular() && strings.HasPrefix(name, "sandboxd") && !strings.Contains(name, "/")
+		if path != "/dev/shm" && (t.o.Global || object) {
 			t.add(Shm, path, "")
 		}
 	})
