@@ -108,6 +108,7 @@ type compiler struct {
 	dev    launch.Arg // and of its /dev, where devices are made
 	ownDev bool       // /dev is a fresh tmpfs, and /dev/null in it is what this program makes
 	nulls  []launch.Arg
+	kernel []*mount // proc and sysfs; what is masked below them is found from their trees
 }
 
 // check refuses what is not supported and what cannot be meant.
@@ -414,7 +415,11 @@ func (c *compiler) close(fd launch.Arg) { c.p.Call("close", unix.SYS_CLOSE, fd) 
 
 // how is a pointer to a struct open_how for a path inside the member's root.
 func (c *compiler) how(flags int, mode uint64) launch.Arg {
-	h := unix.OpenHow{Flags: uint64(flags), Mode: mode, Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS}
+	return c.howTo(flags, mode, unix.RESOLVE_IN_ROOT|unix.RESOLVE_NO_MAGICLINKS)
+}
+
+func (c *compiler) howTo(flags int, mode, resolve uint64) launch.Arg {
+	h := unix.OpenHow{Flags: uint64(flags), Mode: mode, Resolve: resolve}
 	a, ok := c.hows[h]
 	if !ok {
 		b := binary.NativeEndian.AppendUint64(nil, h.Flags)
@@ -427,11 +432,28 @@ func (c *compiler) how(flags int, mode uint64) launch.Arg {
 
 // openIn adds the opening of a path inside the member's root.
 func (c *compiler) openIn(step, name string, flags int) launch.Op {
+	return c.openBelow(step, c.root, name, c.how(flags|unix.O_CLOEXEC, 0))
+}
+
+// openKernel is openIn for what the kernel shows below a proc or sysfs of this
+// program. It starts from that very mount: a member that shares its root with this
+// one could exchange the directories above while this is made.
+func (c *compiler) openKernel(step, name string, flags int) launch.Op {
+	name = path.Clean("/" + name)
+	for _, m := range c.kernel {
+		if rel, ok := strings.CutPrefix(name, m.Destination+"/"); ok {
+			return c.openBelow(step, m.tree, rel, c.how(flags|unix.O_CLOEXEC, 0))
+		}
+	}
+	return c.openIn(step, name, flags)
+}
+
+func (c *compiler) openBelow(step string, dir launch.Arg, name string, how launch.Arg) launch.Op {
 	rel := strings.TrimPrefix(path.Clean("/"+name), "/")
 	if rel == "" {
 		rel = "."
 	}
-	return c.p.Call(step, unix.SYS_OPENAT2, c.root, c.p.String(rel), c.how(flags|unix.O_CLOEXEC, 0), launch.Int(unix.SizeofOpenHow))
+	return c.p.Call(step, unix.SYS_OPENAT2, dir, c.p.String(rel), how, launch.Int(unix.SizeofOpenHow))
 }
 
 // hostID is what id inside a user namespace is on the host.

@@ -304,13 +304,19 @@ func (c *compiler) attach(m *mount) error {
 		}
 	}
 	c.attachTree(m)
-	if c.ownDev && m == c.mountOn("/dev") {
+	switch {
+	case c.ownDev && m == c.mountOn("/dev"):
 		c.dev = m.tree
-	} else {
+	case m.ofKernel() && m == c.mountOn(m.Destination):
+		c.kernel = append(c.kernel, m)
+	default:
 		c.close(m.tree)
 	}
 	return nil
 }
+
+// ofKernel says whether the mount shows what is the whole host's.
+func (m *mount) ofKernel() bool { return !m.bind && (m.Type == "proc" || m.Type == "sysfs") }
 
 func (c *compiler) newFromSpec(m *mount) error {
 	source := m.Source
@@ -331,7 +337,13 @@ func (c *compiler) attachTree(m *mount) {
 		return
 	}
 	c.makeMountPoint(m.Destination, m.dir)
-	t := c.openIn(m.what, m.Destination, unix.O_PATH).Result()
+	how := c.how(unix.O_PATH|unix.O_CLOEXEC, 0)
+	if m.ofKernel() {
+		// Through a link it could come to lie over the root itself, say, where no
+		// mask finds it and the member still does, by /.. .
+		how = c.howTo(unix.O_PATH|unix.O_CLOEXEC, 0, unix.RESOLVE_BENEATH|unix.RESOLVE_NO_SYMLINKS)
+	}
+	t := c.openBelow(m.what, c.root, m.Destination, how).Result()
 	c.moveMount(m.what, m.tree, t, "")
 	c.close(t)
 }

@@ -136,7 +136,7 @@ func (c *compiler) closeRoot() error {
 func (c *compiler) protect() {
 	for _, name := range c.lx.ReadonlyPaths {
 		step := "make " + name + " read-only"
-		o := c.openIn(step, name, unix.O_PATH)
+		o := c.openKernel(step, name, unix.O_PATH)
 		o.Then(func() {
 			t := o.Result()
 			clone := c.openTree(step, t, "", unix.AT_RECURSIVE)
@@ -156,7 +156,7 @@ func (c *compiler) mask() {
 	const attrs = unix.MOUNT_ATTR_RDONLY | unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOEXEC
 	for i, name := range c.lx.MaskedPaths {
 		step := "mask " + name
-		o := c.openIn(step, name, unix.O_PATH)
+		o := c.openKernel(step, name, unix.O_PATH)
 		o.Then(func() {
 			t := o.Result()
 			isDir := func() launch.Op {
