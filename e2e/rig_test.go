@@ -194,9 +194,9 @@ func (r *rig) exited(ref string) exit.Record {
 // eventually waits for what must come true.
 func (r *rig) eventually(what string, ok func() bool) {
 	r.Helper()
-	for deadline := time.Now().Add(20 * time.Second); !ok(); time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(15 * time.Second); !ok(); time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			r.Fatalf("not within 20 s: %s", what)
+			r.Fatalf("not within 15 s: %s", what)
 		}
 	}
 }
