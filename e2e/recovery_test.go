@@ -1,0 +1,211 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// TestUnreadableRecord starts a daemon on records that are not what they were.
+// What they named is collected, the record is kept for somebody to look at, and
+// everything else is as it was.
+func TestUnreadableRecord(t *testing.T) {
+	t.Parallel()
+	spoil := map[string]func(path string) error{
+		"garbage":       func(path string) error { return os.WriteFile(path, []byte("\x00\xff}{"), 0o600) },
+		"empty":         func(path string) error { return os.Truncate(path, 0) },
+		"truncated":     func(path string) error { return os.Truncate(path, 100) },
+		"other version": func(path string) error { return edit(path, `"version":1`, `"version":2`) },
+		"other id":      func(path string) error { return edit(path, `"id":"`, `"id":"f`) },
+		"directory": func(path string) error {
+			if err := os.Remove(path); err != nil {
+				return err
+			}
+			return os.Mkdir(path, 0o700)
+		},
+	}
+	for how, spoil := range spoil {
+		for _, of := range []string{"sandbox", "member"} {
+			t.Run(how+" for a "+of, func(t *testing.T) {
+				t.Parallel()
+				r := newRig(t)
+				r.mustServe()
+				r.ok("create", "good")
+				r.ok(long(r, "run", "good", "m")...)
+				r.ok("create", "bad")
+				r.ok(long(r, "run", "bad", "m")...)
+				r.ok(long(r, "add", "bad", "created")...)
+				bad := r.sandbox("bad")
+				dir := filepath.Join(r.d.state, "sandboxes", bad.ID)
+				m := r.member("bad/m")
+				r.kill()
+				var err error
+				if of == "sandbox" {
+					err = spoil(filepath.Join(dir, "sandbox.json"))
+				} else {
+					err = spoil(filepath.Join(dir, "m", m.ID, "member.json"))
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+				r.cli("ls") // without the daemon it must not stumble over it
+				r.mustServe()
+				if i := r.sandbox("good"); i.State != "Ready" || i.Members[0].State != "Running" {
+					r.Errorf("the other sandbox is %+v", i)
+				}
+				for _, pid := range []int{m.PID, m.MonitorPID} {
+					if pidRuns(pid) {
+						r.Errorf("process %d still runs", pid)
+					}
+				}
+				aside := bad.ID
+				if of == "member" {
+					aside = bad.ID + ".m." + m.ID
+					if i := r.sandbox("bad"); i.State != "Ready" || len(i.Members) != 1 || i.Members[0].State != "Created" {
+						r.Errorf("the sandbox of the member is %+v", i)
+					}
+					r.run("bad", "m", "exit 7") // the name is free
+					r.known("bad/m", 7, 0, false)
+					r.ok("rm", "-f", "bad")
+				} else if pidRuns(bad.PausePID) {
+					r.Errorf("pause %d still runs", bad.PausePID)
+				}
+				left, err := os.ReadDir(r.d.state + "/quarantine")
+				if err != nil || len(left) != 1 || left[0].Name() != aside {
+					r.Errorf("in the quarantine are %v (%v), want %s", left, err, aside)
+				}
+				r.ok("create", "bad")
+				r.ok("rm", "bad")
+				r.ok("rm", "-f", "good")
+				if err := os.RemoveAll(filepath.Join(r.d.state, "quarantine", aside)); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+	}
+}
+
+// edit replaces a text in a file, which must be there.
+func edit(path, from, to string) error {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	if !bytes.Contains(b, []byte(from)) {
+		return fmt.Errorf("%s is not in %s", from, path)
+	}
+	return os.WriteFile(path, bytes.Replace(b, []byte(from), []byte(to), 1), 0o600)
+}
+
+// TestLock: one daemon per state directory, and a dead one's lock is no lock.
+func TestLock(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	// Of a process that runs, but has not locked it.
+	if err := os.WriteFile(r.d.state+"/lock", fmt.Appendf(nil, "%d\n", os.Getpid()), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r.mustServe()
+	r.ok("create", "box")
+	pid := r.d.cmd.Process.Pid
+	res := r.cli(r.d.serveArgs()...)
+	if res.code != 125 || !strings.Contains(res.err, r.d.state) || !strings.Contains(res.err, fmt.Sprintf("pid %d\n", pid)) {
+		r.Errorf("%v; want 125 and a line with %s and pid %d", res, r.d.state, pid)
+	}
+	// The second has not taken the socket from the first.
+	if i := r.sandbox("box"); i.State != "Ready" {
+		r.Errorf("the sandbox is %s", i.State)
+	}
+	r.ok("rm", "box")
+}
+
+// TestRecoverMany tells in its log how long it takes to recover many sandboxes.
+func TestRecoverMany(t *testing.T) {
+	const n = 200
+	r := newRig(t)
+	r.mustServe()
+	for i := range n {
+		r.ok("create", fmt.Sprintf("box%d", i))
+	}
+	r.kill()
+	start := time.Now()
+	r.mustServe()
+	t.Logf("%d sandboxes were recovered in %v", n, time.Since(start))
+	boxes := r.list()
+	if len(boxes) != n {
+		r.Errorf("%d sandboxes, want %d", len(boxes), n)
+	}
+	args := []string{"rm"}
+	for _, b := range boxes {
+		if b.State != "Ready" || !pidRuns(b.PausePID) {
+			r.Errorf("%s is %s with pause %d", b.Name, b.State, b.PausePID)
+		}
+		args = append(args, b.Name)
+	}
+	r.ok(args...)
+}
+
+// TestWithoutDaemon asks the state directory for all that is said to work
+// without a daemon, of running and exited members.
+func TestWithoutDaemon(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.mustServe()
+	r.ok("create", "box", "--hostname", "inside")
+	r.run("box", "running", "echo one; echo two >/tmp/scratch/file; while :; do sleep 1000; done", "--tmpfs", "/tmp/scratch")
+	r.run("box", "exited", "echo gone; echo three >/tmp/scratch/file; exit 3", "--tmpfs", "/tmp/scratch")
+	r.known("box/exited", 3, 0, false)
+	r.eventually("the running one has written its file", func() bool {
+		return r.cli("exec", "box/running", "--", "cat", "/tmp/scratch/file").out == "two\n"
+	})
+	alive := r.ok("inspect", "box")
+	r.kill()
+
+	if dead := r.ok("inspect", "box"); dead != alive {
+		r.Errorf("inspect shows\n%s\nand with the daemon\n%s", dead, alive)
+	}
+	if l := r.list(); len(l) != 1 || l[0].State != "Ready" {
+		r.Errorf("ls: %+v", l)
+	}
+	if ps := r.ok("ps", "box"); !strings.Contains(ps, "Running") || !strings.Contains(ps, "Exited") {
+		r.Errorf("ps:\n%s", ps)
+	}
+	dest := t.TempDir()
+	for _, tt := range []struct {
+		want string
+		args []string
+	}{
+		{"one", []string{"logs", "box/running"}},
+		{"gone", []string{"logs", "box/exited"}},
+		{"two", []string{"exec", "box/running", "--", "cat", "/tmp/scratch/file"}},
+		{"inside", []string{"exec", "box/running", "--", "hostname"}},
+		{"inside", []string{"join", "box", "--", "hostname"}},
+		{"three", []string{"join", "box/exited", "--", "cat", "/tmp/scratch/file"}},
+		{"two", []string{"join", "box/running", "--", "cat", "/tmp/scratch/file"}},
+		{"", []string{"cp", "box/running:/tmp/scratch/file", dest + "/running"}},
+		{"", []string{"cp", "box/exited:/tmp/scratch/file", dest + "/exited"}},
+	} {
+		if got := r.ok(tt.args...); got != tt.want {
+			r.Errorf("%q printed %q, want %q", tt.args, got, tt.want)
+		}
+	}
+	for name, want := range map[string]string{"running": "two\n", "exited": "three\n"} {
+		if b, err := os.ReadFile(filepath.Join(dest, name)); err != nil || string(b) != want {
+			r.Errorf("copied of %s: %q, %v", name, b, err)
+		}
+	}
+	if res := r.cli("exec", "box/running", "--", "sh", "-c", "exit 42"); res.code != 42 {
+		r.Error(res)
+	}
+	// What needs the daemon says so.
+	r.fails(125, "daemon", "create", "other")
+	r.fails(125, "daemon", "rm", "-f", "box")
+	r.mustServe()
+	r.ok("rm", "-f", "box")
+}
