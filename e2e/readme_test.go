@@ -206,6 +206,7 @@ func shell(t *testing.T, d *daemon, cs []command) (outs []string, codes []int) {
 // TestSetUpBlocks checks what cannot be run in a test: the targets of make exist,
 // and there is nothing else but the installation.
 func TestSetUpBlocks(t *testing.T) {
+	testenv.Program(t, "go") // where it is not, there is no source tree
 	makefile, err := os.ReadFile("../Makefile")
 	if err != nil {
 		t.Fatal(err)

@@ -71,7 +71,9 @@ cleanup() {
 	trap '' INT TERM
 	trap - EXIT
 	if [[ -n $(ls "$SANDBOXD_STATE/sandboxes" 2>/dev/null) ]]; then
-		[[ -n $daemon ]] && kill -0 "$daemon" 2>/dev/null || serve
+		if [[ -z $daemon ]] || ! kill -0 "$daemon" 2>/dev/null; then
+			serve
+		fi
 		sandboxd ls -q | xargs -r sandboxd rm -f
 	fi
 	[[ -z $daemon ]] || end TERM

@@ -10,7 +10,8 @@ set -eu
 dir=$1
 shift
 mkdir -p "$dir/bin" "$dir/usr/bin" "$dir/sbin" "$dir/etc" "$dir/root" "$dir/proc" "$dir/sys" "$dir/dev" "$dir/var" "$dir/run"
-mkdir -p -m 1777 "$dir/tmp"
+mkdir -p "$dir/tmp"
+chmod 1777 "$dir/tmp"
 cp /bin/busybox "$dir/bin/busybox"
 for applet in $(/bin/busybox --list); do
 	[ "$applet" = busybox ] || ln -sf busybox "$dir/bin/$applet"
