@@ -36,6 +36,7 @@ var stateNames = map[State]string{
 	Stopped: "Stopped", Deleting: "Deleting", Unclean: "Unclean",
 }
 
+// String returns the state in the word that users see.
 func (s State) String() string {
 	if n, ok := stateNames[s]; ok {
 		return n
@@ -49,6 +50,8 @@ var memberStateNames = map[MemberState]string{
 	MemberDeleting: "Deleting", MemberUnclean: "Unclean",
 }
 
+// String returns the state in the word that users see; [MemberStarting] is
+// Created for them.
 func (s MemberState) String() string {
 	if n, ok := memberStateNames[s]; ok {
 		return n

@@ -3,10 +3,10 @@
 // controllers and v2 none).
 //
 // A cgroup is named by one absolute path, such as /sandboxd/SANDBOX/MEMBER,
-// which is the same in every hierarchy. A member is in all of them. Processes that are only to be kept track of (pause,
-// monitors, joined programs) are in a leaf, which exists in one: the
-// tracking hierarchy, which is v2 wherever it is mounted. Limits are written by
-// github.com/opencontainers/cgroups.
+// which is the same in every hierarchy. A member is in all of them. Processes that
+// are only to be kept track of (pause, monitors, joined programs) are in a leaf,
+// which exists in one: the tracking hierarchy, which is v2 wherever it is mounted.
+// Limits are written by github.com/opencontainers/cgroups.
 //
 // A [Host] holds no state of cgroups: everything is read from the kernel when
 // it is asked for. It is safe for concurrent use. Making what is there and

@@ -29,6 +29,7 @@ type ID struct {
 // IsZero reports whether id names no process.
 func (id ID) IsZero() bool { return id.PID == 0 }
 
+// String returns PID@START, for messages.
 func (id ID) String() string { return fmt.Sprintf("%d@%d", id.PID, id.Start) }
 
 // Of returns the identity of the process that has pid now.
