@@ -3,7 +3,7 @@
 # `go test -json` says. The number is fixed, and not the time: a machine that is
 # slow tests the same.
 set -uo pipefail
-cd "$(dirname "$0")/../.."
+cd "$(dirname "$0")/../.." || exit 1
 inputs=${FUZZ_INPUTS:-10000}
 
 status=0

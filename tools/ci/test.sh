@@ -5,7 +5,7 @@
 #
 #   test.sh TARGET…
 set -uo pipefail
-cd "$(dirname "$0")/../.."
+cd "$(dirname "$0")/../.." || exit 1
 results=build/results
 rm -rf "$results"
 mkdir -p "$results"
