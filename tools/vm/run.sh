@@ -113,6 +113,7 @@ echo "vm: booting $version"
 console=$out/console.log
 # Not microvm: with so few clocks the kernel cannot calibrate any if the host is busy,
 # and waits for a tick for ever. no_timer_check is for the same reason.
+# shellcheck disable=SC2054 # the commas are the option's
 qemu=(qemu-system-x86_64 -M q35 -accel tcg -cpu max -smp 2 -m 2048
 	-nodefaults -no-user-config -no-reboot -display none
 	-kernel "$kernel/boot/vmlinuz-$version" -initrd "$out/initramfs.gz"
