@@ -566,6 +566,15 @@ func (r *resolver) resources() error {
 		res = &specs.LinuxResources{}
 		r.spec.Linux.Resources = res
 	}
+	if r.req.Bundle != "" {
+		// As runc does: every member can use the devices that every container
+		// has, and one without rules no others, although it can make nodes.
+		rules := deviceRules(false)
+		if len(res.Devices) > 0 {
+			rules = slices.Concat(res.Devices, rules[1:])
+		}
+		res.Devices = rules
+	}
 	switch {
 	case req.Memory < 0 || (req.Memory > 0 && req.Memory < minMemory):
 		return fmt.Errorf("memory %d: the limit must be at least %d bytes, or init is killed before it runs", req.Memory, minMemory)
