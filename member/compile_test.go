@@ -257,8 +257,9 @@ func TestMemberIsAContainer(t *testing.T) {
 // A daemon that was started by nohup has SIGHUP ignored, and Go leaves it so.
 func TestSignalsThatTheStarterIgnoresAreReset(t *testing.T) {
 	testenv.Root(t)
-	signal.Ignore(unix.SIGHUP, unix.SIGINT)
-	defer signal.Reset(unix.SIGHUP, unix.SIGINT)
+	ignored := []os.Signal{unix.SIGHUP, unix.SIGINT, unix.SIGTSTP, unix.SIGTTIN, unix.SIGTTOU}
+	signal.Ignore(ignored...)
+	defer signal.Reset(ignored...)
 	if got := sh(t, "exec grep SigIgn /proc/self/status", nil); got != "SigIgn:\t0000000000000000\n" {
 		t.Error(got)
 	}

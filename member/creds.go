@@ -113,11 +113,12 @@ func addProcess(p *launch.Program, proc *specs.Process, filter []unix.SockFilter
 	}
 	p.Call("set umask", unix.SYS_UMASK, launch.Int(umask&0o777))
 
-	// The launcher's signals are blocked, and a Go program that was started in
-	// the background by a shell, or by nohup, leaves these two ignored.
+	// Go's runtime leaves these ignored if they were when it was started: by
+	// nohup, in the background of a shell, without job control, and, numbers 32
+	// to 34, by posix_spawn(3), for which they are the C library's own.
 	sigaction := p.Bytes(make([]byte, 32))
-	for _, sig := range []unix.Signal{unix.SIGHUP, unix.SIGINT} {
-		p.Call("reset "+unix.SignalName(sig), unix.SYS_RT_SIGACTION, launch.Int(sig), sigaction, launch.Int(0), launch.Int(8))
+	for _, sig := range []unix.Signal{unix.SIGHUP, unix.SIGINT, unix.SIGTSTP, unix.SIGTTIN, unix.SIGTTOU, 32, 33, 34} {
+		p.Call(fmt.Sprintf("reset signal %d", int(sig)), unix.SYS_RT_SIGACTION, launch.Int(sig), sigaction, launch.Int(0), launch.Int(8))
 	}
 	p.Call("unblock signals", unix.SYS_RT_SIGPROCMASK, launch.Int(unix.SIG_SETMASK), p.Bytes(make([]byte, 8)), launch.Int(0), launch.Int(8))
 

@@ -77,6 +77,7 @@ func TestResources(t *testing.T) {
 	}{
 		{name: "nothing"},
 		{name: "memory", in: specs.LinuxResources{Memory: &specs.LinuxMemory{Limit: p64(1)}}, needsV2: []need{{"memory limits", "memory"}}},
+		//lint:ignore SA1019 see unsupported
 		{name: "kernel memory", in: specs.LinuxResources{Memory: &specs.LinuxMemory{Kernel: p64(1)}}, v1: "memory.kernel", v2: "memory.kernel", needsV2: []need{{"memory limits", "memory"}}},
 		{name: "oom", in: specs.LinuxResources{Memory: &specs.LinuxMemory{DisableOOMKiller: &yes}}, v2: "disableOOMKiller", needsV2: []need{{"memory limits", "memory"}}},
 		{name: "no oom", in: specs.LinuxResources{Memory: &specs.LinuxMemory{DisableOOMKiller: &no}}, needsV2: []need{{"memory limits", "memory"}}},

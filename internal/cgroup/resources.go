@@ -45,6 +45,7 @@ func needs(r *specs.LinuxResources, v2 bool) []need {
 func unsupported(r *specs.LinuxResources, v2 bool) string {
 	if m := r.Memory; m != nil {
 		switch {
+		//lint:ignore SA1019 what is deprecated is still refused by its name
 		case set(m.Kernel):
 			return "memory.kernel"
 		case set(m.KernelTCP):

@@ -116,7 +116,7 @@ func parseStat(b []byte) (stat, error) {
 		return stat{}, errors.New("process status without a command name")
 	}
 	f := bytes.Fields(b[i+1:])
-	const stateField, startField = 3 - 3, 22 - 3
+	const stateField, startField = 0, 22 - 3 // fields 3 and 22
 	if len(f) <= startField || len(f[stateField]) != 1 {
 		return stat{}, fmt.Errorf("process status with %d fields", len(f)+2)
 	}
