@@ -79,6 +79,8 @@ func addProcess(p *launch.Program, proc *specs.Process, filter []unix.SockFilter
 		return fmt.Errorf("process.execCPUAffinity: CPU affinity is not supported")
 	case len(proc.Args) == 0:
 		return fmt.Errorf("process.args is empty")
+	case proc.Args[0] == "":
+		return fmt.Errorf("no command: the first argument is empty")
 	case !path.IsAbs(proc.Cwd):
 		return fmt.Errorf("process.cwd %q is not an absolute path", proc.Cwd)
 	}
