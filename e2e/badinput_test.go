@@ -786,3 +786,37 @@ func TestNotRoot(t *testing.T) {
 		})
 	}
 }
+
+// The refusals of -t have this for a control: with a terminal it works, and the
+// caller's terminal is as it was afterwards.
+func TestTerminalOfTheCaller(t *testing.T) {
+	testenv.Root(t)
+	rootfs := testenv.Busybox(t)
+	d := startWarm(t, rootfs)
+	d.must(t, "create", "web")
+	d.remove(t, "web")
+	d.must(t, append([]string{"run", "web", "--rootfs", rootfs, "--name", "up", "-d"}, sh("exec sleep 1000")...)...)
+	master, slave := openPty(t)
+	if err := unix.IoctlSetWinsize(int(master.Fd()), unix.TIOCSWINSZ, &unix.Winsize{Row: 33, Col: 77}); err != nil {
+		t.Fatal(err)
+	}
+	before, err := unix.IoctlGetTermios(int(slave.Fd()), unix.TCGETS)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{
+		append([]string{"run", "-i", "-t", "web", "--rootfs", rootfs, "--rm"}, sh("test -t 0 && stty size")...),
+		append([]string{"exec", "-i", "-t", "web/up"}, sh("test -t 0 && stty size")...),
+	} {
+		cmd := d.command(args...)
+		var out bytes.Buffer
+		cmd.Stdin, cmd.Stdout, cmd.Stderr = slave, &out, &out
+		if err := cmd.Run(); err != nil || out.String() != "33 77\r\n" {
+			t.Errorf("%s: %q, %v", args[0], out.String(), err)
+		}
+		after, err := unix.IoctlGetTermios(int(slave.Fd()), unix.TCGETS)
+		if err != nil || *after != *before {
+			t.Errorf("%s: the terminal was left as %+v, %v; it was %+v", args[0], after, err, before)
+		}
+	}
+}
