@@ -18,8 +18,9 @@ import (
 // Attachment receives what a member's init writes from now on. It is one
 // reader's. A reader that is too slow is cut off: init does not wait for it.
 type Attachment struct {
-	conn *os.File
-	buf  []byte
+	conn  *os.File
+	buf   []byte
+	first *Event // the next one, if it has been received already
 }
 
 // Event is something that an [Attachment] receives: output, or a phase.
@@ -29,9 +30,10 @@ type Event struct {
 	Phase  Phase  // if Stream is 0
 }
 
-// Attach attaches to the member in dir. It fails with [procid.ErrGone] if there
-// is no monitor any more. The first event is the present phase. The caller
-// closes the result.
+// Attach attaches to the member in dir and returns when it is: what init writes
+// in answer to something it is sent afterwards is received. It fails with
+// [procid.ErrGone] if there is no monitor any more. The first event is the
+// present phase. The caller closes the result.
 func Attach(dir string) (*Attachment, error) {
 	d, err := openDir(dir)
 	if err != nil {
@@ -42,8 +44,16 @@ func Attach(dir string) (*Attachment, error) {
 	if err != nil {
 		return nil, err
 	}
-	a := &Attachment{conn, make([]byte, 1+outputMax)}
-	if err := a.send('a'); err != nil {
+	a := &Attachment{conn: conn, buf: make([]byte, 1+outputMax)}
+	if err = a.send('a'); err == nil {
+		// The monitor tells the phase when it has put this one on its list.
+		var e Event
+		if e, err = a.Next(); err == io.EOF {
+			err = fmt.Errorf("attach: %w", procid.ErrGone)
+		}
+		a.first = &e
+	}
+	if err != nil {
 		conn.Close()
 		return nil, err
 	}
@@ -56,6 +66,10 @@ const outputMax = 16 << 10
 // Next waits for the next event. It returns io.EOF when the monitor has ended
 // or has cut this attachment off, and [os.ErrClosed] after Close.
 func (a *Attachment) Next() (Event, error) {
+	if e := a.first; e != nil {
+		a.first = nil
+		return *e, nil
+	}
 	for {
 		n, err := a.conn.Read(a.buf)
 		if errors.Is(err, unix.ECONNRESET) {

@@ -298,7 +298,8 @@ func checkBundle(s *specs.Spec) error {
 	return nil
 }
 
-// checkBundleCapabilities also refuses sets that capset(2) and prctl(2) would.
+// checkBundleCapabilities also refuses sets that capset(2) would. Ambient ones
+// that cannot be are let pass: `runc spec` writes some.
 func checkBundleCapabilities(c *specs.LinuxCapabilities) error {
 	if c == nil {
 		return nil
@@ -314,11 +315,8 @@ func checkBundleCapabilities(c *specs.LinuxCapabilities) error {
 			if !slices.Contains(capNames, s) {
 				return fmt.Errorf("process.capabilities.%s: unknown capability %q (capabilities(7) lists them)", set.name, s)
 			}
-			if (set.name == "effective" || set.name == "ambient") && !slices.Contains(c.Permitted, s) {
-				return fmt.Errorf("process.capabilities.%s: %s is not permitted too", set.name, s)
-			}
-			if set.name == "ambient" && !slices.Contains(c.Inheritable, s) {
-				return fmt.Errorf("process.capabilities.ambient: %s is not inheritable too", s)
+			if set.name == "effective" && !slices.Contains(c.Permitted, s) {
+				return fmt.Errorf("process.capabilities.effective: %s is not permitted too", s)
 			}
 		}
 	}

@@ -460,6 +460,18 @@ func (r *resolver) capabilities() error {
 	if p.Capabilities == nil {
 		p.Capabilities = &specs.LinuxCapabilities{}
 	}
+	// As in runc, whose own `runc spec` asks for what capabilities(7) rules out.
+	var inert []string
+	p.Capabilities.Ambient = slices.DeleteFunc(slices.Clone(p.Capabilities.Ambient), func(s string) bool {
+		no := !slices.Contains(p.Capabilities.Inheritable, s) || !slices.Contains(p.Capabilities.Permitted, s)
+		if no {
+			inert = append(inert, s)
+		}
+		return no
+	})
+	if len(inert) > 0 {
+		r.warn("not ambient, because not permitted and inheritable: %s", strings.Join(inert, ", "))
+	}
 	// What sandboxd lacks, as CAP_SYS_RESOURCE in some virtual machines, is left
 	// out: capset(2) would refuse the whole set.
 	have := capabilityNames(r.own)
@@ -601,6 +613,10 @@ func (r *resolver) resources() error {
 	}
 	if req.PidsLimit > 0 {
 		res.Pids = &specs.LinuxPids{Limit: &req.PidsLimit}
+	}
+	if req.Bundle != "" && len(res.Devices) > 0 {
+		// As in runc: a bundle denies everything and relies on these.
+		res.Devices = append(slices.Clone(res.Devices), deviceRules(false)[1:]...)
 	}
 	if m := res.Memory; m != nil && m.Limit != nil && *m.Limit >= 0 && *m.Limit < minMemory {
 		return fmt.Errorf("linux.resources.memory.limit: %d: the limit must be at least %d bytes, or init is killed before it runs", *m.Limit, minMemory)

@@ -75,7 +75,7 @@ func (a *app) writeLog(l crilog.Line, stamp bool) error {
 	}
 	var b []byte
 	if stamp {
-		b = append(l.Time.AppendFormat(b, time.RFC3339Nano), ' ')
+		b = append(l.Time.AppendFormat(b, stampLayout), ' ')
 	}
 	b = append(b, l.Content...)
 	if !l.Partial {
@@ -103,3 +103,7 @@ func awaitExit(ctx context.Context, d *sandbox.Dir, m sandbox.MemberInfo) {
 		}
 	}
 }
+
+// stampLayout is [time.RFC3339Nano] with all nine digits, as they are in the log:
+// lines stay aligned.
+const stampLayout = "2006-01-02T15:04:05.000000000Z07:00"

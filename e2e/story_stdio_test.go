@@ -1,0 +1,285 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"bytes"
+	"crypto/md5"
+	"encoding/hex"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+func TestStoryStdin(t *testing.T) {
+	s := newStory(t)
+	blob := strings.Repeat("0123456789abcdef\n", 200_000) // more than a pipe holds
+	sum := md5.Sum([]byte(blob))
+	out, _, code := s.do(blob, append([]string{"run", "web", "--rm", "-i", "--rootfs", s.rootfs}, sh("md5sum; echo err >&2; exit 4")...)...)
+	if !strings.HasPrefix(out, hex.EncodeToString(sum[:])) || code != 4 {
+		t.Errorf("run -i: %q, exit code %d", out, code)
+	}
+	s.startMember("up", "sleep 1000")
+	for _, verb := range []string{"exec", "join"} {
+		if out, _, _ := s.do(blob, verb, "-i", "web/up", "--", "md5sum"); !strings.HasPrefix(out, hex.EncodeToString(sum[:])) {
+			t.Errorf("%s -i: %q", verb, out)
+		}
+		if out, _, _ := s.do(blob, verb, "web/up", "--", "md5sum"); !strings.HasPrefix(out, "d41d8cd98f00b204e9800998ecf8427e") {
+			t.Errorf("%s without -i has read something: %q", verb, out)
+		}
+		out, stderr, _ := s.do("", append([]string{verb, "web/up"}, sh("echo out; echo err >&2")...)...)
+		if out != "out\n" || stderr != "err\n" {
+			t.Errorf("%s: stdout %q, stderr %q", verb, out, stderr)
+		}
+	}
+	// Nobody is attached, and the monitor is killed: stdin goes on.
+	s.startMember("reader", "read x; echo got $x; cat; echo eof", "-i")
+	old := s.inspect("reader").MonitorPID
+	if err := syscall.Kill(old, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	s.eventually("another monitor", func() bool {
+		v := s.inspect("reader")
+		return v.MonitorPID != old && v.MonitorPID != 0 || v.Exit != nil
+	})
+	if v := s.inspect("reader"); v.Exit != nil {
+		t.Fatalf("it has ended with its monitor: %+v", v.Exit)
+	}
+	out, stderr, code := s.do("word\nmore\n", "attach", "web/reader")
+	if !strings.Contains(out, "got word\nmore\neof\n") || code != 0 {
+		t.Errorf("attach: %q, %q, exit code %d", out, stderr, code)
+	}
+}
+
+// console is a terminal with a client at its other end.
+type console struct {
+	t      *testing.T
+	master *os.File
+	cmd    *exec.Cmd
+	out    lockedBuffer
+	done   chan struct{}
+}
+
+func (s *story) console(rows, cols uint16, args ...string) *console {
+	t := s.t
+	t.Helper()
+	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n, err := unix.IoctlGetInt(int(master.Fd()), unix.TIOCGPTN)
+	if err == nil {
+		err = unix.IoctlSetPointerInt(int(master.Fd()), unix.TIOCSPTLCK, 0)
+	}
+	if err == nil {
+		err = unix.SetNonblock(int(master.Fd()), true) // Fd has made it blocking
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	slave, err := os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer slave.Close()
+	c := &console{t: t, master: master, cmd: s.command(args...), done: make(chan struct{})}
+	c.resize(rows, cols)
+	c.cmd.Stdin, c.cmd.Stdout, c.cmd.Stderr = slave, slave, slave
+	c.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
+	if err := c.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		io.Copy(&c.out, master)
+		close(c.done)
+	}()
+	t.Cleanup(func() {
+		c.cmd.Process.Kill()
+		c.cmd.Wait()
+		master.Close()
+		<-c.done
+	})
+	return c
+}
+
+func (c *console) resize(rows, cols uint16) {
+	c.t.Helper()
+	raw, err := c.master.SyscallConn()
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	raw.Control(func(fd uintptr) {
+		err = unix.IoctlSetWinsize(int(fd), unix.TIOCSWINSZ, &unix.Winsize{Row: rows, Col: cols})
+	})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+func (c *console) write(text string) {
+	c.t.Helper()
+	if _, err := c.master.WriteString(text); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+// wait waits until the screen shows text.
+func (c *console) wait(text string) {
+	c.t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); !strings.Contains(c.out.String(), text); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			c.t.Fatalf("the terminal does not show %q: %q", text, c.out.String())
+		}
+	}
+}
+
+// exit waits until the client has ended and returns its exit code.
+func (c *console) exit() int {
+	c.t.Helper()
+	timer := time.AfterFunc(20*time.Second, func() { c.cmd.Process.Kill() })
+	defer timer.Stop()
+	c.cmd.Wait()
+	return c.cmd.ProcessState.ExitCode()
+}
+
+func TestStoryTerminal(t *testing.T) {
+	s := newStory(t)
+	const script = `stty size; trap 'echo winch $(stty size)' WINCH; trap 'echo int' INT; echo started; while :; do read -r l || continue; echo "<$l>"; [ "$l" = quit ] && exit 5; done`
+	c := s.console(33, 77, append([]string{"run", "web", "-i", "-t", "--name", "tty", "--rootfs", s.rootfs}, sh(script)...)...)
+	c.wait("started")
+	c.wait("33 77")
+	c.write("hello\r")
+	c.wait("<hello>")
+	c.write("\x03") // ctrl-c is a signal in the member, not for the client
+	c.wait("int")
+	c.resize(44, 88)
+	c.write("\r")
+	c.wait("winch 44 88")
+	c.write("\x10\x11") // ctrl-p ctrl-q
+	if code := c.exit(); code != 0 {
+		t.Errorf("detached with exit code %d: %q", code, c.out.String())
+	}
+	if v := s.inspect("tty"); v.State != "Running" {
+		t.Errorf("after detaching it is %s", v.State)
+	}
+	c = s.console(20, 60, "attach", "web/tty")
+	c.write("again\r")
+	c.wait("<again>")
+	c.write("quit\r")
+	if code := c.exit(); code != 5 {
+		t.Errorf("attach: exit code %d: %q", code, c.out.String())
+	}
+	s.contains("its log", s.ok("logs", "web/tty"), "started", "<hello>", "<again>")
+
+	s.startMember("up", "sleep 1000")
+	for _, verb := range []string{"exec", "join"} {
+		c := s.console(11, 22, append([]string{verb, "-i", "-t", "web/up"}, sh("stty size; tty; read l; echo got $l; exit 6")...)...)
+		c.wait("11 22")
+		c.write("line\r")
+		c.wait("got line")
+		if code := c.exit(); code != 6 {
+			t.Errorf("%s -t: exit code %d", verb, code)
+		}
+		c.wait("/dev/pts/")
+	}
+}
+
+// reopenLog asks a member's monitor to open the log anew, as a program that
+// rotates logs does (docs/ARCHITECTURE.md, "The monitor").
+func (s *story) reopenLog(name string) {
+	s.t.Helper()
+	sock := filepath.Join(s.state, "sandboxes", s.sandboxID(), "m", s.inspect(name).ID, "monitor.sock")
+	conn, err := net.DialUnix("unixpacket", nil, &net.UnixAddr{Name: sock, Net: "unixpacket"})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	defer conn.Close()
+	if _, err := conn.Write([]byte("r")); err != nil {
+		s.t.Fatal(err)
+	}
+	answer := make([]byte, 8)
+	if n, err := conn.Read(answer); err != nil || string(answer[:n]) != "k" {
+		s.t.Fatalf("reopen the log: %q, %v", answer[:n], err)
+	}
+}
+
+func TestStoryLogs(t *testing.T) {
+	s := newStory(t)
+	long := strings.Repeat("x", 40000)
+	s.startMember("m", `echo one; echo err >&2; i=0; while [ $i -lt 40000 ]; do printf x; i=$((i+1)); done; echo; printf half; while [ ! -e /tmp/go ]; do sleep 0.02; done; echo " done"; while [ ! -e /tmp/end ]; do sleep 0.02; done; echo last`)
+	s.logged("m", long)
+	stdout, stderr, _ := s.do("", "logs", "web/m")
+	if !strings.Contains(stdout, "one\n"+long+"\n") || !strings.Contains(stderr, "err\n") {
+		t.Errorf("logs: %.100q, stderr %q", stdout, stderr)
+	}
+	stamp := regexp.MustCompile(`^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z one\n`)
+	if out := s.ok("logs", "--timestamps", "web/m"); !stamp.MatchString(out) {
+		t.Errorf("logs --timestamps: %.100q", out)
+	}
+	// Following across a rotation.
+	follow := s.command("logs", "-f", "web/m")
+	var out lockedBuffer
+	follow.Stdout = &out
+	if err := follow.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { follow.Process.Kill(); follow.Wait() }()
+	s.eventually("it follows", func() bool { return strings.Contains(out.String(), "xxx\n") })
+	path := s.inspect("m").LogPath
+	if err := os.Rename(path, path+".1"); err != nil {
+		t.Fatal(err)
+	}
+	s.reopenLog("m")
+	s.ok("exec", "web/m", "--", "touch", "/tmp/go")
+	s.eventually("it follows on", func() bool { return strings.Contains(out.String(), "half done\n") })
+	s.ok("exec", "web/m", "--", "touch", "/tmp/end")
+	s.eventually("it shows the last line", func() bool { return strings.Contains(out.String(), "last\n") })
+	ended := make(chan error, 1)
+	go func() { ended <- follow.Wait() }()
+	select {
+	case err := <-ended:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(20 * time.Second):
+		t.Error("logs -f goes on after the member's end")
+	}
+	s.expect("the last line", s.ok("logs", "--tail", "1", "web/m"), "last\n")
+	if err := os.Remove(path + ".1"); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestStoryLogsWithStoppedDaemon(t *testing.T) {
+	s := newStory(t)
+	s.startMember("m", `while [ ! -e /tmp/go ]; do sleep 0.02; done; yes 0123456789abcdef | head -n 300000; echo end; exit 3`)
+	if err := s.cmd.Process.Signal(unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	s.ok("exec", "web/m", "--", "touch", "/tmp/go") // which needs no daemon
+	path := s.inspect("m").LogPath
+	s.eventually("all is logged while the daemon is stopped", func() bool {
+		b, err := os.ReadFile(path)
+		return err == nil && bytes.HasSuffix(b, []byte(" stdout F end\n"))
+	})
+	s.eventually("its exit is known", func() bool { return s.inspect("m").Exit != nil })
+	if err := s.cmd.Process.Signal(unix.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, code := s.do("", "wait", "web/m"); code != 3 {
+		t.Errorf("exit code %d", code)
+	}
+	if n := strings.Count(s.ok("logs", "web/m"), "0123456789abcdef\n"); n != 300000 {
+		t.Errorf("%d lines are logged", n)
+	}
+}
