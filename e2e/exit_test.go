@@ -3,9 +3,11 @@
 package e2e
 
 import (
+	endian "encoding/binary"
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 
@@ -80,6 +82,69 @@ func TestExitBySignal(t *testing.T) {
 		r.run("box", tt.name, fmt.Sprintf("kill -%d $$", tt.signal), "--ns", "pid=host")
 		r.known("box/"+tt.name, 128+int(tt.signal), int(tt.signal), false)
 	}
+	r.ok("rm", "-f", "box")
+}
+
+// TestExitByFault runs a program that does what it must not, as pid 1 of its pid
+// namespace: the kernel forces this signal on it.
+func TestExitByFault(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	path := t.TempDir() + "/fault"
+	if err := os.WriteFile(path, faultELF(), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	r.mustServe()
+	r.ok("create", "box")
+	r.ok("run", "box", "--rootfs", r.rootfs, "--name", "m", "-d", "-v", path+":/fault", "--", "/fault")
+	r.known("box/m", 139, int(unix.SIGSEGV), false)
+	r.ok("rm", "-f", "box")
+}
+
+// faultELF is the smallest program that writes to address 0 (elf(5)).
+func faultELF() []byte {
+	const base, headers = 0x400000, 64 + 56
+	machine, code := uint16(62), []byte{0x31, 0xc0, 0x89, 0x00} // xor eax, eax; mov [rax], eax
+	if runtime.GOARCH == "arm64" {
+		machine, code = 183, []byte{0, 0, 0x80, 0xd2, 0, 0, 0, 0xf9} // mov x0, 0; str x0, [x0]
+	}
+	le := endian.LittleEndian
+	b := []byte("\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00") // 64 bits, little endian
+	b = le.AppendUint16(b, 2)                                              // executable
+	b = le.AppendUint16(b, machine)
+	b = le.AppendUint32(b, 1)
+	b = le.AppendUint64(b, base+headers) // entry
+	b = le.AppendUint64(b, 64)           // program headers
+	b = le.AppendUint64(b, 0)
+	b = le.AppendUint32(b, 0)
+	for _, n := range []uint16{64, 56, 1, 64, 0, 0} {
+		b = le.AppendUint16(b, n)
+	}
+	b = le.AppendUint32(b, 1) // load
+	b = le.AppendUint32(b, 5) // readable, executable
+	size := uint64(headers + len(code))
+	for _, n := range []uint64{0, base, base, size, size, 0x1000} {
+		b = le.AppendUint64(b, n)
+	}
+	return append(b, code...)
+}
+
+// TestOOMAfterMonitorWasKilled: who takes over counts the kills for memory too.
+func TestOOMAfterMonitorWasKilled(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.mustServe()
+	r.ok("create", "box")
+	r.run("box", "m", `trap "exec tail /dev/zero" TERM; while :; do sleep 0.01; done`, "--memory", "16m")
+	m := r.member("box/m")
+	r.catches(m.PID, unix.SIGTERM)
+	r.sig(m.MonitorPID, unix.SIGKILL)
+	r.eventually("the monitor is replaced", func() bool {
+		now := r.member("box/m")
+		return now.MonitorPID != 0 && now.MonitorPID != m.MonitorPID
+	})
+	r.sig(m.PID, unix.SIGTERM)
+	r.known("box/m", 137, 9, true)
 	r.ok("rm", "-f", "box")
 }
 

@@ -4,6 +4,8 @@ package e2e
 
 import (
 	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -56,6 +58,9 @@ func (r *rig) reanchored(before sandbox.Info) {
 	if now.State != "Ready" {
 		r.Errorf("the sandbox is %s: %s", now.State, now.Reason)
 	}
+	if n := pauses(before.ID); n != 1 {
+		r.Errorf("the sandbox has %d pauses", n)
+	}
 	for k, ns := range before.Namespaces {
 		var st unix.Stat_t
 		path := fmt.Sprintf("/proc/%d/ns/%s", now.PausePID, k)
@@ -63,6 +68,19 @@ func (r *rig) reanchored(before sandbox.Info) {
 			r.Errorf("%s namespace: %d (%v), shown as %d; want %d", k, st.Ino, err, now.Namespaces[k].Inode, ns.Inode)
 		}
 	}
+}
+
+// pauses counts the pauses of a sandbox, by their command lines.
+func pauses(id string) (n int) {
+	files, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+	for _, f := range files {
+		// One that has ended meanwhile reads as empty.
+		b, _ := os.ReadFile(f)
+		if argv := strings.Split(string(b), "\x00"); len(argv) > 1 && argv[0] == "sandboxd-pause" && strings.HasSuffix(argv[1], "."+id) {
+			n++
+		}
+	}
+	return n
 }
 
 func TestPauseKilled(t *testing.T) {
