@@ -12,7 +12,7 @@ flags="-std=c11 -Oz -fconserve-stack -Wall -Wextra -Werror -ffreestanding -fno-b
  -fno-tree-loop-distribute-patterns -fno-ident -Wl,--build-id=none -Wl,-z,noseparate-code -Wl,-z,norelro
  -Wl,-z,noexecstack -Wl,--gc-sections -s"
 build() {
-	# shellcheck disable=SC2086 # the flags are words
+	# shellcheck disable=SC2086,SC2046 # the flags are words
 	"$1" $(echo $flags | sed "s/-fcf-protection=none/$4/") -Wl,-z,max-page-size="$3" -o "${out}_$2.elf" "$src"
 }
 machine=$(uname -m)
