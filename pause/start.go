@@ -86,6 +86,9 @@ func (p *Pauser) Start(ctx context.Context, s *Spec) (*Pause, error) {
 	if err := check(s); err != nil {
 		return nil, err
 	}
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
 	r, w, err := os.Pipe()
 	if err != nil {
 		return nil, err

@@ -99,6 +99,7 @@ while read -r pkg options; do
 	echo "$pkg $binary $options" >>"$image/list"
 	packages+=("$pkg")
 done <tools/vm/tests
+cp --parents pause/*.elf "$image/src/" # a program of another machine
 cp tools/vm/init "$image/init"
 chmod 755 "$image/init"
 if [[ -n ${VM_SHELL:-} ]]; then
