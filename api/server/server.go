@@ -67,7 +67,12 @@ func New(m Manager, x Execer, log *slog.Logger) *Server {
 			begin := time.Now()
 			resp, err := h(ctx, req)
 			s.rest.Reset(restAfter)
-			if err != nil && status.Code(err) != codes.Canceled {
+			switch status.Code(err) {
+			case codes.OK, codes.Canceled:
+			case codes.NotFound:
+				// How clients find out that something is gone.
+				log.Debug("Call refused", "method", info.FullMethod, "err", status.Convert(err).Message(), "took", time.Since(begin))
+			default:
 				log.Info("Call refused", "method", info.FullMethod, "err", status.Convert(err).Message(), "took", time.Since(begin))
 			}
 			return resp, err

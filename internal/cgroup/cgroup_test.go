@@ -187,7 +187,7 @@ func TestLimitsAreSet(t *testing.T) {
 		Memory:  &specs.LinuxMemory{Limit: &limit},
 		CPU:     &specs.LinuxCPU{Quota: &quota, Period: &period, Shares: &shares, Cpus: "0"},
 		Pids:    &specs.LinuxPids{Limit: &pids},
-		Devices: append(DefaultDevices(), specs.LinuxDeviceCgroup{Allow: true, Type: "c", Major: p(10), Minor: p(200), Access: "rw"}),
+		Devices: append(defaultDevices(), specs.LinuxDeviceCgroup{Allow: true, Type: "c", Major: p(10), Minor: p(200), Access: "rw"}),
 	}
 	member := path + "/member"
 	makeMember(t, h, member, res)
@@ -367,7 +367,7 @@ func TestKillGivesUp(t *testing.T) {
 func BenchmarkMakeRemove(b *testing.B) {
 	h, path := newSandbox(b)
 	limit, pids := int64(64<<20), int64(100)
-	res := &specs.LinuxResources{Memory: &specs.LinuxMemory{Limit: &limit}, Pids: &specs.LinuxPids{Limit: &pids}, Devices: DefaultDevices()}
+	res := &specs.LinuxResources{Memory: &specs.LinuxMemory{Limit: &limit}, Pids: &specs.LinuxPids{Limit: &pids}, Devices: defaultDevices()}
 	n := 0
 	for b.Loop() {
 		n++
@@ -424,5 +424,33 @@ func TestMembersRunBelowABareCgroup(t *testing.T) {
 	makeMember(t, h, parent+"/sandbox/member", nil)
 	if err := run(t, procs(h, parent+"/sandbox/member"), "echo").Wait(); err != nil {
 		t.Error(err)
+	}
+}
+
+// defaultDevices are rules like those that a member has.
+func defaultDevices() []specs.LinuxDeviceCgroup {
+	rule := func(allow bool, typ string, major, minor int64, access string) specs.LinuxDeviceCgroup {
+		d := specs.LinuxDeviceCgroup{Allow: allow, Type: typ, Access: access}
+		if major >= 0 {
+			d.Major = &major
+		}
+		if minor >= 0 {
+			d.Minor = &minor
+		}
+		return d
+	}
+	return []specs.LinuxDeviceCgroup{
+		rule(false, "a", -1, -1, "rwm"),
+		rule(true, "c", -1, -1, "m"),
+		rule(true, "b", -1, -1, "m"),
+		rule(true, "c", 1, 3, "rwm"),    // null
+		rule(true, "c", 1, 5, "rwm"),    // zero
+		rule(true, "c", 1, 7, "rwm"),    // full
+		rule(true, "c", 1, 8, "rwm"),    // random
+		rule(true, "c", 1, 9, "rwm"),    // urandom
+		rule(true, "c", 5, 0, "rwm"),    // tty
+		rule(true, "c", 5, 1, "rwm"),    // console
+		rule(true, "c", 5, 2, "rwm"),    // ptmx
+		rule(true, "c", 136, -1, "rwm"), // pts
 	}
 }

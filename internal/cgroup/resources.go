@@ -194,33 +194,3 @@ func deviceRule(d specs.LinuxDeviceCgroup) (*devices.Rule, error) {
 	}
 	return r, nil
 }
-
-// DefaultDevices returns the rules that every container has whatever else it is
-// denied: all may be made, none but the devices of config-linux.md ("Default Devices") and
-// terminals may be used.
-func DefaultDevices() []specs.LinuxDeviceCgroup {
-	rule := func(allow bool, typ string, major, minor int64, access string) specs.LinuxDeviceCgroup {
-		d := specs.LinuxDeviceCgroup{Allow: allow, Type: typ, Access: access}
-		if major >= 0 {
-			d.Major = &major
-		}
-		if minor >= 0 {
-			d.Minor = &minor
-		}
-		return d
-	}
-	return []specs.LinuxDeviceCgroup{
-		rule(false, "a", -1, -1, "rwm"),
-		rule(true, "c", -1, -1, "m"),
-		rule(true, "b", -1, -1, "m"),
-		rule(true, "c", 1, 3, "rwm"),    // null
-		rule(true, "c", 1, 5, "rwm"),    // zero
-		rule(true, "c", 1, 7, "rwm"),    // full
-		rule(true, "c", 1, 8, "rwm"),    // random
-		rule(true, "c", 1, 9, "rwm"),    // urandom
-		rule(true, "c", 5, 0, "rwm"),    // tty
-		rule(true, "c", 5, 1, "rwm"),    // console
-		rule(true, "c", 5, 2, "rwm"),    // ptmx
-		rule(true, "c", 136, -1, "rwm"), // pts
-	}
-}
