@@ -1,0 +1,60 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"encoding/json"
+	"maps"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// keys are the keys of an object and of those in it, as "a.b", sorted.
+func keys(prefix string, v any) []string {
+	var out []string
+	if o, ok := v.(object); ok {
+		for _, k := range slices.Sorted(maps.Keys(o)) {
+			name := strings.TrimPrefix(prefix+"."+k, ".")
+			out = append(append(out, name), keys(name, o[k])...)
+		}
+	}
+	return out
+}
+
+func TestStoryShape(t *testing.T) {
+	s := newStory(t)
+	s.startMember("m", "exit 3")
+	s.exited("m")
+	var sandbox, member object
+	var list, members []object
+	for args, into := range map[string]any{"inspect web": &sandbox, "inspect web/m": &member, "ls -o json": &list, "ps -o json": &members} {
+		if err := json.Unmarshal([]byte(s.ok(strings.Fields(args)...)), into); err != nil {
+			t.Fatalf("%s: %v", args, err)
+		}
+	}
+	// Other programs read these: a key may be added, none may go.
+	for what, want := range map[string]string{
+		"sandbox": "id name state createdAt pausePid hostname network network.mode namespaces.net.inode namespaces.net.path labels annotations cgroup members",
+		"member": "id name state pid createdAt startedAt namespaces.mnt.source namespaces.mnt.inode namespaces.mnt.path root logPath cgroup custody.held custody.since " +
+			"exit.known exit.code exit.signal exit.oomKilled exit.finishedAt exit.reason exit.rusage.userMicros exit.rusage.systemMicros exit.rusage.maxRssKiB",
+	} {
+		got := keys("", map[string]object{"sandbox": sandbox, "member": member}[what])
+		for _, k := range strings.Fields(want) {
+			if !slices.Contains(got, k) {
+				t.Errorf("%s lacks %s: %v", what, k, got)
+			}
+		}
+	}
+	if len(list) != 1 || !slices.Equal(keys("", list[0]), keys("", sandbox)) || len(members) != 1 || !slices.Equal(keys("", members[0]), keys("", member)) {
+		t.Errorf("ls and ps have other objects than inspect: %v, %v", list, members)
+	}
+	id := s.sandboxID()
+	for _, ref := range []string{"web", id, id[:6]} {
+		s.contains("inspect "+ref, s.ok("inspect", ref), id)
+	}
+	for _, shell := range []string{"bash", "zsh", "fish"} {
+		s.contains("completion for "+shell, s.ok("completion", shell), "sandboxd")
+	}
+	s.contains("completion of names", s.ok("__complete", "join", "w"), "web", "web/m")
+}
