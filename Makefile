@@ -24,7 +24,7 @@ build: ## the binary, static, in build/sandboxd
 
 .PHONY: test
 test: ## everything that CI does
-	tools/ci/test.sh lint generate-check test-root test-race test-fuzz test-arm64 test-e2e test-demo test-vm
+	tools/ci/test.sh lint generate-check test-root test-race test-fuzz test-arm64 test-e2e test-vm
 
 .PHONY: test-unit
 test-unit: | $(RESULTS) ## what needs no root; what does is skipped without it
@@ -45,12 +45,8 @@ test-fuzz: | $(RESULTS) ## each fuzz target for a moment: as many inputs everywh
 	tools/ci/fuzz.sh | $(SUM)
 
 .PHONY: test-e2e
-test-e2e: | $(RESULTS) ## the binary as a user drives it
+test-e2e: | $(RESULTS) ## the binary as a user drives it, the demonstration and the documents too
 	$(TEST) -tags=e2e -timeout=20m ./e2e | $(SUM)
-
-.PHONY: test-demo
-test-demo: ## the story of the README, with the leak oracle's verdict
-	$(MAKE) --no-print-directory demo >build/demo.log 2>&1 || { cat build/demo.log; exit 1; }
 
 .PHONY: test-vm
 test-vm: | $(RESULTS) ## root and e2e tests on Linux 6.1 with cgroup v2 only, in an emulator
