@@ -29,6 +29,7 @@ const drainTime = 2 * time.Second
 type Command struct {
 	Program *launch.Program // of [CompileJoin]
 	Dir     string          // as in [launch.Options]
+	Argv    []string        // likewise
 
 	// Without a terminal these become the process's own. nil is /dev/null. A
 	// value that is an [*os.File] is given to the process itself and nothing is
@@ -57,7 +58,7 @@ func (c *Command) Run(ctx context.Context) (code int, err error) {
 		return ExitFailed, err
 	}
 	var o launch.Options
-	o.Dir = c.Dir
+	o.Dir, o.Argv = c.Dir, c.Argv
 	var theirs []*os.File // the process's ends of pipes
 	var ours []*os.File   // the other ends of those of its output
 	var copying sync.WaitGroup

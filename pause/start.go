@@ -189,7 +189,7 @@ func (s *Spec) shmOptions() string {
 // reanchor starts the process in the namespaces of s.From. A launch program
 // does it: this process has threads and cannot join a mnt, user or time namespace.
 func (p *Pauser) reanchor(s *Spec, ready *os.File) (int, *os.File, error) {
-	proc, err := launch.Start(reanchorProgram(s, p.exe.File(), ready), launch.Options{Dir: p.dir, Setsid: true})
+	proc, err := launch.Start(reanchorProgram(s, p.exe.File(), ready), launch.Options{Dir: p.dir, Argv: []string{Name, s.Mark}, Setsid: true})
 	if err != nil {
 		return 0, nil, fmt.Errorf("join the sandbox's namespaces: %w", err)
 	}

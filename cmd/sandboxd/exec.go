@@ -28,7 +28,7 @@ func (x execer) Exec(ctx context.Context, ref string, r sandbox.ExecRequest) (sa
 		return sandbox.ExecResult{}, fmt.Errorf("exec %s: %w", ref, err)
 	}
 	var stdout, stderr cappedBuffer
-	c := &member.Command{Program: prog, Dir: x.app.stateDir(), Stdout: &stdout, Stderr: &stderr}
+	c := &member.Command{Program: prog, Dir: x.app.stateDir(), Argv: j.argv(), Stdout: &stdout, Stderr: &stderr}
 	if len(r.Stdin) > 0 {
 		c.Stdin = bytes.NewReader(r.Stdin)
 	}

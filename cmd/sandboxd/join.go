@@ -542,7 +542,7 @@ func (j *joiner) run(ctx context.Context, o *processFlags, args []string) error 
 	}
 	signals, stop := forward()
 	defer stop()
-	c := &member.Command{Program: prog, Dir: j.app.stateDir(), Stdout: j.app.out, Stderr: j.app.err, TTY: o.tty, Signals: signals}
+	c := &member.Command{Program: prog, Dir: j.app.stateDir(), Argv: j.argv(), Stdout: j.app.out, Stderr: j.app.err, TTY: o.tty, Signals: signals}
 	if o.stdin {
 		c.Stdin = j.app.in
 		if o.tty {
@@ -559,6 +559,19 @@ func (j *joiner) run(ctx context.Context, o *processFlags, args []string) error 
 		return &failure{code, err}
 	}
 	return asExit(code)
+}
+
+// argv is the launcher's, with the mark that everything of a sandbox bears.
+func (j *joiner) argv() []string {
+	state, err := filepath.Abs(j.app.stateDir())
+	if err != nil {
+		state = j.app.stateDir()
+	}
+	mark := installationMark(state) + "." + j.target.sandbox.ID
+	if m := j.target.member; m != nil {
+		mark += "/" + m.ID
+	}
+	return []string{"sandboxd-launch", mark}
 }
 
 // mergeEnv adds the variables of more to base, in place of those of the same

@@ -68,6 +68,7 @@ type Process struct {
 type Options struct {
 	Stdin, Stdout, Stderr *os.File // nil is /dev/null
 	Dir                   string   // where an executable file is put if memfds cannot be executed
+	Argv                  []string // of the launcher, by which it is recognised; nil is "sandboxd-launch"
 	Setsid                bool
 	// Created, if not nil, is called when the program has reported that the
 	// process is created and waits; it is then started. pid is the process's.
@@ -114,7 +115,11 @@ func Start(p *Program, o Options) (*Process, error) {
 	for i, f := range p.files {
 		files[FirstFD+i] = f
 	}
-	pid, err := exe.Start([]string{"sandboxd-launch"}, nil, files, &syscall.ProcAttr{Sys: &syscall.SysProcAttr{Setsid: o.Setsid}})
+	argv := o.Argv
+	if argv == nil {
+		argv = []string{"sandboxd-launch"}
+	}
+	pid, err := exe.Start(argv, nil, files, &syscall.ProcAttr{Sys: &syscall.SysProcAttr{Setsid: o.Setsid}})
 	if err != nil {
 		return nil, err
 	}
