@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"os"
 	"slices"
@@ -94,8 +95,9 @@ func Adopt(_ context.Context, id procid.ID, kinds []namespace.Kind) (*Pause, err
 	p := newPause(pidfd)
 	p.id = id
 	err = p.open(id.PID, kinds)
-	// What was opened by pid belongs to this process if it still is there.
-	if !id.Alive() {
+	// What was opened by pid belongs to this process if it still is there. One that
+	// exits gives its namespaces up a moment before it becomes a zombie.
+	if errors.Is(err, fs.ErrNotExist) || !id.Alive() {
 		err = procid.ErrGone
 	}
 	if err != nil {
