@@ -309,7 +309,7 @@ func TestKillForking(t *testing.T) {
 	if cs, _ := h.controllers(path); slices.Contains(cs, "pids") {
 		res = &specs.LinuxResources{Pids: &specs.LinuxPids{Limit: &pids}} // should the test fail
 	}
-	const bomb = "f() { while :; do sleep 1000 & sh -c : & done 2>/dev/null; }; f & f & echo; wait"
+	const bomb = "f() { while :; do sleep 1000 & sh -c : & done 2>/dev/null; }; f & f & echo; exec sleep 1000" // wait would end with the two
 	for _, way := range []struct {
 		name string
 		kill func(context.Context) error
