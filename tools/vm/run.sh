@@ -123,28 +123,31 @@ qemu=(qemu-system-x86_64 -M q35 -accel tcg -cpu max -smp 2 -m 2048
 if [[ -n ${VM_SHELL:-} ]]; then
 	exec "${qemu[@]}" -serial mon:stdio
 fi
+pid=
+trap '[[ -z $pid ]] || kill -KILL "$pid" 2>/dev/null || true' EXIT
 # boot runs the machine until it ends, and at the longest for $timeout seconds.
 # It returns 75 if there is no sign of the first process after $boot seconds.
 boot() {
 	: >"$console"
 	"${qemu[@]}" -serial "file:$console" </dev/null &
-	local pid=$! start=$SECONDS
-	trap 'kill -KILL $pid 2>/dev/null || true' EXIT
+	pid=$!
+	local start=$SECONDS result=0
 	while kill -0 "$pid" 2>/dev/null; do
-		local ran=$((SECONDS - start)) why=
+		local ran=$((SECONDS - start))
 		if ((ran >= boot)) && ! grep -qa '^=== VM BOOT' "$console"; then
-			why=75
+			result=75
 		elif ((ran >= timeout)); then
-			why=124
+			result=124
 		fi
-		if [[ -n $why ]]; then
+		if ((result)); then
 			kill -KILL "$pid"
-			wait "$pid" 2>/dev/null || true
-			return "$why"
+			break
 		fi
 		sleep 0.5
 	done
-	wait "$pid"
+	wait "$pid" || ((result)) || result=$?
+	pid=
+	return "$result"
 }
 status=0
 for try in 1 2 3; do
