@@ -51,6 +51,6 @@ if ! command -v go >/dev/null; then
 	echo "deps: there is no go in PATH; see go.mod for the version" >&2
 	exit 1
 fi
-for module in . tools tools/golangci; do
+for module in . tools; do
 	(cd "$module" && attempt go mod download)
 done
