@@ -100,12 +100,8 @@ type Status struct {
 // ReadStatus reads the status page in a member's directory. If the page has not
 // been filled by a monitor yet, the result is the zero Status.
 func ReadStatus(dir string) (Status, error) {
-	f, err := os.Open(filepath.Join(dir, statusName))
-	if err != nil {
-		return Status{}, err
-	}
-	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, statusSize+1))
+	// A longer page is told from a whole one by parseStatus.
+	b, err := readAtMost(filepath.Join(dir, statusName), statusSize+1)
 	if err != nil {
 		return Status{}, err
 	}
@@ -210,16 +206,27 @@ func ReadExit(dir string) (*exit.Record, error) {
 }
 
 func readLimited(name string, limit int64) ([]byte, error) {
-	f, err := os.Open(name)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, limit+1))
+	b, err := readAtMost(name, limit+1)
 	if err == nil && int64(len(b)) > limit {
 		err = fmt.Errorf("%s is longer than %d bytes", name, limit)
 	}
 	return b, err
+}
+
+// readAtMost reads the first limit bytes of a regular file.
+func readAtMost(name string, limit int64) ([]byte, error) {
+	// A FIFO in its place must not block the daemon.
+	f, err := os.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	if fi, err := f.Stat(); err != nil {
+		return nil, err
+	} else if !fi.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s is not a regular file", name)
+	}
+	return io.ReadAll(io.LimitReader(f, limit))
 }
 
 func parseRecord(b []byte) (record, error) {

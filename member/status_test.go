@@ -50,6 +50,42 @@ func TestReadExit(t *testing.T) {
 	}
 }
 
+// What stands in the place of a monitor's file must not block whoever reads it.
+func TestReadWhatIsNoFile(t *testing.T) {
+	for _, name := range []string{statusName, exitName} {
+		for _, tt := range []struct {
+			what string
+			put  func(path string) error
+		}{
+			{"FIFO", func(path string) error { return unix.Mkfifo(path, 0o600) }},
+			{"directory", func(path string) error { return os.Mkdir(path, 0o700) }},
+			{"device", func(path string) error { return os.Symlink("/dev/zero", path) }},
+		} {
+			t.Run(tt.what+" as "+name, func(t *testing.T) {
+				dir := t.TempDir()
+				writeFile(t, dir, statusName, statusPage(PhaseExited, 0))
+				os.Remove(filepath.Join(dir, name))
+				if err := tt.put(filepath.Join(dir, name)); err != nil {
+					t.Fatal(err)
+				}
+				done := make(chan error, 1)
+				go func() {
+					_, err := ReadExit(dir)
+					done <- err
+				}()
+				select {
+				case err := <-done:
+					if err == nil || !strings.Contains(err.Error(), name+" is not a regular file") {
+						t.Errorf("ReadExit = %v", err)
+					}
+				case <-time.After(5 * time.Second):
+					t.Fatal("ReadExit is blocked")
+				}
+			})
+		}
+	}
+}
+
 func TestReadExitWithoutRecord(t *testing.T) {
 	dir := t.TempDir()
 	if r, err := ReadExit(dir); r != nil || err != nil {
