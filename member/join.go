@@ -332,16 +332,24 @@ func openHow(p *launch.Program, flags, resolve uint64) launch.Arg {
 
 // OpenNamespaces opens the namespaces of these kinds of the process id; the
 // caller closes them. It fails with [procid.ErrGone] if the process is gone,
-// whether or not another has its pid.
+// whether or not another has its pid, or is a zombie, which is in no namespace
+// any more; and with [os.ErrNotExist] only if the kernel has no namespaces of one
+// of the kinds.
 func OpenNamespaces(id procid.ID, kinds []namespace.Kind) (map[namespace.Kind]*os.File, error) {
 	files := make(map[namespace.Kind]*os.File)
 	err := whileAlive(id, func(proc string) error {
 		for _, k := range kinds {
 			f, err := os.Open(proc + "/ns/" + string(k))
+			if errors.Is(err, os.ErrNotExist) && k.Supported() {
+				return procid.ErrGone
+			}
 			if err != nil {
 				return err
 			}
 			files[k] = f
+		}
+		if !id.Alive() { // of a zombie some can be opened, and be as dead
+			return procid.ErrGone
 		}
 		return nil
 	})

@@ -408,6 +408,29 @@ func TestJoinTheDead(t *testing.T) {
 	}
 }
 
+// A process that nobody has reaped yet is in no namespace any more: whoever
+// joins it must be told, and not stay where it was.
+func TestOpenNamespacesOfZombie(t *testing.T) {
+	testenv.Root(t)
+	tg := startTarget(t)
+	if err := tg.id.Signal(unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	for deadline := time.Now().Add(10 * time.Second); tg.id.Alive(); {
+		if time.Now().After(deadline) {
+			t.Fatal("the target survives SIGKILL")
+		}
+		time.Sleep(time.Millisecond)
+	}
+	for _, k := range namespace.Kinds() {
+		files, err := OpenNamespaces(tg.id, []namespace.Kind{k})
+		closeAll(files)
+		if want := procid.ErrGone; k.Supported() && !errors.Is(err, want) {
+			t.Errorf("OpenNamespaces(%s) of a zombie = %v, want %v", k, err, want)
+		}
+	}
+}
+
 func TestRunEndsWithItsContextAndForwardsSignals(t *testing.T) {
 	testenv.Root(t)
 	p, err := CompileJoin(&JoinSpec{Process: process("sh", "-c", "trap 'exit 9' USR1; echo ready; while :; do sleep 1; done")})

@@ -282,8 +282,8 @@ func (j *joiner) enter(sel namespace.Selection, pidNamed bool) error {
 			}
 			continue
 		}
-		if errors.Is(err, os.ErrNotExist) {
-			continue // a kind that this kernel does not have
+		if errors.Is(err, os.ErrNotExist) && !k.Supported() {
+			continue
 		}
 		if err != nil {
 			return err
@@ -413,7 +413,7 @@ func (j *joiner) ofMember(m *sandbox.MemberRecord, k namespace.Kind) (*os.File, 
 		return nil, fmt.Errorf("%w: that of member %s, which has exited", member.ErrDeadPID, m.Config.Name)
 	}
 	f, err := member.OpenNamespace(m.Monitor, k)
-	if errors.Is(err, procid.ErrGone) {
+	if errors.Is(err, procid.ErrGone) || errors.Is(err, os.ErrNotExist) && k.Supported() {
 		return nil, notHeld(m)
 	}
 	return f, err

@@ -147,7 +147,7 @@ func (n *node) CheckSandbox(c *sandbox.Config) error {
 		}
 	}
 	for _, k := range c.Share {
-		if _, err := os.Stat("/proc/self/ns/" + string(k)); errors.Is(err, os.ErrNotExist) {
+		if !k.Supported() {
 			return invalid{fmt.Errorf("this kernel has no %s namespaces", k)}
 		}
 	}

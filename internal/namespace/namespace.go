@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"os"
 	"slices"
 	"strings"
 
@@ -59,6 +60,12 @@ func (k Kind) Flag() uintptr {
 		return unix.CLONE_NEWTIME
 	}
 	return 0
+}
+
+// Supported reports whether the running kernel has namespaces of kind k.
+func (k Kind) Supported() bool {
+	_, err := os.Stat("/proc/self/ns/" + string(k))
+	return !errors.Is(err, os.ErrNotExist)
 }
 
 // ParseKind returns the kind called s. Besides the names in /proc it takes the
