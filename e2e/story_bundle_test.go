@@ -83,6 +83,9 @@ func TestStoryBundle(t *testing.T) {
 				"syscalls": []object{{"names": []string{"mkdir", "mkdirat"}, "action": "SCMP_ACT_ERRNO", "errnoRet": 1}}}
 			c["root"].(object)["readonly"] = false
 		}},
+		{"a terminal without -t", `test -t 0 && test -t 1 && echo terminal; sleep 0.1; echo still`, "terminal\r\nstill\r\n", func(c object) {
+			proc(c)["terminal"] = true // as runc spec says
+		}},
 		{"names of its own", `hostname; cat /proc/sys/kernel/shmmni`, "mine\n99\n", func(c object) {
 			c["hostname"] = "mine"
 			linux(c)["sysctl"] = object{"kernel.shmmni": "99"}

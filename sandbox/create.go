@@ -300,7 +300,7 @@ func (m *Manager) add(ctx context.Context, b *box, mb *memb, siblings []*MemberR
 		return m.writeMember(mb, func(r *MemberRecord) {
 			r.Namespaces = sel
 			if spec.Process != nil {
-				r.Config.Args = slices.Clone(spec.Process.Args)
+				r.Config.Args, r.Config.TTY = slices.Clone(spec.Process.Args), spec.Process.Terminal
 			}
 		})
 	})

@@ -82,7 +82,8 @@ func (a *app) runAttached(ctx context.Context, ref string, c sandbox.MemberConfi
 		if err != nil {
 			return err
 		}
-		return a.session(ctx, ref, t.dir, t.member.Init, t.member.Monitor, c.TTY, c.Stdin, func() error {
+		tty := t.member.Config.TTY // a bundle can ask for one too
+		return a.session(ctx, ref, t.dir, t.member.Init, t.member.Monitor, tty, c.Stdin, func() error {
 			started = true
 			// Asked for before it starts: with --rm it may be gone by the time
 			// that its end is known here.
