@@ -4,12 +4,19 @@ package e2e
 
 import (
 	"bytes"
+	encoding "encoding/binary"
+	"encoding/json"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/internal/procid"
 )
 
 // TestUnreadableRecord starts a daemon on records that are not what they were.
@@ -208,4 +215,95 @@ func TestWithoutDaemon(t *testing.T) {
 	r.fails(125, "daemon", "rm", "-f", "box")
 	r.mustServe()
 	r.ok("rm", "-f", "box")
+}
+
+// TestRecordNamesAnother damages records and a status page so that they name a
+// process that is not the sandbox's. It is not adopted, signalled or killed, and
+// what is the sandbox's goes.
+func TestRecordNamesAnother(t *testing.T) {
+	t.Parallel()
+	for _, what := range []string{"pause", "monitor", "init", "status monitor", "status init"} {
+		t.Run(what, func(t *testing.T) {
+			t.Parallel()
+			r := newRig(t)
+			r.mustServe()
+			r.ok("create", "s")
+			r.ok(long(r, "run", "s", "m")...)
+			box, m := r.sandbox("s"), r.member("s/m")
+			dir := filepath.Join(r.d.state, "sandboxes", box.ID)
+			file := filepath.Join(dir, "m", m.ID, "member.json")
+			r.kill()
+
+			victim := exec.Command("sleep", "1000")
+			if err := victim.Start(); err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() {
+				victim.Process.Kill()
+				victim.Wait()
+			})
+			id, err := procid.Of(victim.Process.Pid)
+			if err != nil {
+				t.Fatal(err)
+			}
+			switch what {
+			case "pause":
+				err = rename(filepath.Join(dir, "sandbox.json"), "pause", id)
+			case "monitor", "init":
+				err = rename(file, what, id)
+			case "status monitor":
+				err = overwrite(filepath.Join(dir, "m", m.ID, "status"), 16, uint32(id.PID))
+			case "status init":
+				err = overwrite(filepath.Join(dir, "m", m.ID, "status"), 20, struct {
+					PID   uint32
+					Start uint64
+				}{uint32(id.PID), id.Start})
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			r.mustServe()
+			r.cli("kill", "s/m", "TERM")
+			r.ok("rm", "-f", "s")
+			var ws unix.WaitStatus
+			if pid, err := unix.Wait4(id.PID, &ws, unix.WNOHANG, nil); pid != 0 || err != nil {
+				r.Errorf("the other process has ended: status %#x, %v", ws, err)
+			}
+			for _, pid := range []int{m.PID, m.MonitorPID, box.PausePID} {
+				r.gone(pid)
+			}
+		})
+	}
+}
+
+// rename makes key of the record in file name the process id.
+func rename(file, key string, id procid.ID) error {
+	var r map[string]any
+	b, err := os.ReadFile(file)
+	if err == nil {
+		err = json.Unmarshal(b, &r)
+	}
+	if err != nil {
+		return err
+	}
+	r[key] = id
+	if b, err = json.Marshal(r); err != nil {
+		return err
+	}
+	return os.WriteFile(file, b, 0o600)
+}
+
+// overwrite puts v, little endian, into file at the offset.
+func overwrite(file string, at int64, v any) error {
+	f, err := os.OpenFile(file, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	b, err := encoding.Append(nil, encoding.LittleEndian, v)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteAt(b, at)
+	return err
 }

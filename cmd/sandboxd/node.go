@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -321,6 +322,9 @@ func (n *node) takePause(ctx context.Context, r *sandbox.Record, id procid.ID) (
 
 // AdoptPause implements [sandbox.PauseNode].
 func (n *node) AdoptPause(ctx context.Context, r *sandbox.Record) error {
+	if foreign(r.Pause, n.sandboxMark(r.ID)) {
+		return procid.ErrGone
+	}
 	p, err := pause.Adopt(ctx, r.Pause, r.Config.Share)
 	if err != nil {
 		return err
@@ -347,11 +351,11 @@ func (n *node) KillPause(ctx context.Context, r *sandbox.Record) error {
 	if p != nil {
 		err = errors.Join(p.Kill(ctx), p.Close())
 	}
-	if p == nil || p.ID() != r.Pause {
-		err = errors.Join(err, killProcess(ctx, r.Pause))
-	}
-	if r.Pause.IsZero() {
+	switch {
+	case r.Pause.IsZero(), foreign(r.Pause, n.sandboxMark(r.ID)):
 		err = errors.Join(err, n.killMarked(ctx, n.sandboxMark(r.ID)))
+	case p == nil || p.ID() != r.Pause:
+		err = errors.Join(err, killProcess(ctx, r.Pause))
 	}
 	return err
 }
@@ -463,11 +467,43 @@ func (n *node) AdoptMonitor(ctx context.Context, m *sandbox.MemberRecord, dir st
 	if err != nil {
 		return nil, err
 	}
+	// What the status page names must be what it was: it is killed some day.
+	as := *m
+	as.Monitor, as.Init = mon.Process(), mon.Init()
+	if foreign(as.Monitor, n.memberMark(m)) || !n.isInit(&as) {
+		err := fmt.Errorf("the status page in %s names processes %v and %v, which are not the member's", dir, as.Monitor, as.Init)
+		return nil, errors.Join(err, mon.Close())
+	}
 	return n.watched(m, mon)
+}
+
+// isInit reports whether the process that m names as its init is one, or has
+// ended. A record can be damaged, and init has no mark once it has executed its
+// command.
+func (n *node) isInit(m *sandbox.MemberRecord) bool {
+	if !m.Init.Alive() || proctree.Bears(m.Init, n.memberMark(m)) {
+		return true
+	}
+	// Privileged members can leave their cgroup, but not their parent, which is
+	// the daemon if the monitor was killed.
+	parent, err := m.Init.Parent()
+	if err == nil && (parent == m.Monitor.PID || parent == os.Getpid()) {
+		return true
+	}
+	text, err := os.ReadFile("/proc/" + strconv.Itoa(m.Init.PID) + "/cgroup")
+	for line := range strings.Lines(string(text)) {
+		if strings.Contains(strings.TrimSpace(line)+"/", "/"+m.Sandbox+"/"+m.ID+"/") {
+			return true
+		}
+	}
+	return err != nil // it has ended just now
 }
 
 // ReplaceMonitor implements [sandbox.MemberNode].
 func (n *node) ReplaceMonitor(ctx context.Context, r *sandbox.Record, m *sandbox.MemberRecord, _ *specs.Spec, dir string) (sandbox.Monitor, error) {
+	if !n.isInit(m) {
+		return nil, procid.ErrGone
+	}
 	spec, done, err := n.monitorSpec(r, m, dir)
 	if err != nil {
 		return nil, err
@@ -580,17 +616,26 @@ func (n *node) letGo(kept map[string]*os.File, id string, f *os.File) {
 func (n *node) KillMonitor(ctx context.Context, m *sandbox.MemberRecord) error {
 	n.keep(n.masters, m.ID, nil)
 	n.keep(n.stdins, m.ID, nil)
-	err := killProcess(ctx, m.Monitor)
-	if m.State != sandbox.MemberRunning {
+	unknown := m.Monitor.IsZero() || foreign(m.Monitor, n.memberMark(m))
+	isInit := n.isInit(m) // asked while its parent lives
+	var err error
+	if !unknown {
+		err = killProcess(ctx, m.Monitor)
+	}
+	if isInit && m.State != sandbox.MemberRunning {
 		err = errors.Join(err, killProcess(ctx, m.Init))
 	}
-	if m.Monitor.IsZero() {
+	if unknown {
 		// The child of a monitor has the same mark until its execve.
 		err = errors.Join(err, n.killMarked(ctx, n.memberMark(m)))
 	}
 	n.reaper.forget(m.Init)
 	return err
 }
+
+// foreign reports whether id names a living process without that mark, as a
+// damaged record or status page can.
+func foreign(id procid.ID, mark string) bool { return id.Alive() && !proctree.Bears(id, mark) }
 
 // killMarked kills every process with that mark.
 func (n *node) killMarked(ctx context.Context, mark string) error {
@@ -612,7 +657,12 @@ func (n *node) killMarked(ctx context.Context, mark string) error {
 }
 
 // SignalInit implements [sandbox.MemberNode].
-func (n *node) SignalInit(m *sandbox.MemberRecord, sig unix.Signal) error { return m.Init.Signal(sig) }
+func (n *node) SignalInit(m *sandbox.MemberRecord, sig unix.Signal) error {
+	if !n.isInit(m) {
+		return procid.ErrGone
+	}
+	return m.Init.Signal(sig)
+}
 
 // Orphaned implements [sandbox.MemberNode].
 func (n *node) Orphaned(m *sandbox.MemberRecord, dir string) {

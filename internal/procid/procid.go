@@ -75,6 +75,16 @@ func (id ID) Alive() bool {
 	return err == nil && st.start == id.Start && st.state != 'Z' && st.state != 'X'
 }
 
+// Parent returns the pid of the process's parent. It fails with [ErrGone] if there
+// is no such process.
+func (id ID) Parent() (int, error) {
+	st, err := readStat(id.PID)
+	if err == nil && st.start != id.Start {
+		err = ErrGone
+	}
+	return st.parent, err
+}
+
 // Signal sends sig to the process. It fails with [ErrGone] if there is none.
 func (id ID) Signal(sig unix.Signal) error {
 	f, err := id.Open()
@@ -92,8 +102,9 @@ func (id ID) Signal(sig unix.Signal) error {
 }
 
 type stat struct {
-	state byte
-	start uint64
+	state  byte
+	parent int
+	start  uint64
 }
 
 func readStat(pid int) (stat, error) {
@@ -107,7 +118,7 @@ func readStat(pid int) (stat, error) {
 	return parseStat(b)
 }
 
-// parseStat reads the two fields of proc_pid_stat(5) that matter here. The
+// parseStat reads the three fields of proc_pid_stat(5) that matter here. The
 // command name may hold blanks and parentheses, so fields count from the last
 // closing one.
 func parseStat(b []byte) (stat, error) {
@@ -116,7 +127,7 @@ func parseStat(b []byte) (stat, error) {
 		return stat{}, errors.New("process status without a command name")
 	}
 	f := bytes.Fields(b[i+1:])
-	const stateField, startField = 0, 22 - 3 // fields 3 and 22
+	const stateField, parentField, startField = 0, 4 - 3, 22 - 3 // fields 3, 4 and 22
 	if len(f) <= startField || len(f[stateField]) != 1 {
 		return stat{}, fmt.Errorf("process status with %d fields", len(f)+2)
 	}
@@ -124,5 +135,9 @@ func parseStat(b []byte) (stat, error) {
 	if err != nil {
 		return stat{}, fmt.Errorf("process start time: %w", err)
 	}
-	return stat{f[stateField][0], start}, nil
+	parent, err := strconv.Atoi(string(f[parentField]))
+	if err != nil {
+		return stat{}, fmt.Errorf("process parent: %w", err)
+	}
+	return stat{f[stateField][0], parent, start}, nil
 }

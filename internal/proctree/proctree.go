@@ -62,6 +62,17 @@ func find(proc, markPrefix string) ([]Found, error) {
 	return found, nil
 }
 
+// Bears reports whether the process has that mark. A zombie, which has no command
+// line any more, might have had it.
+func Bears(id procid.ID, mark string) bool {
+	b, err := os.ReadFile("/proc/" + strconv.Itoa(id.PID) + "/cmdline")
+	if err != nil {
+		return false
+	}
+	_, has, ok := parse(b)
+	return len(b) == 0 || ok && has == mark
+}
+
 func look(proc string, pid int, markPrefix string) (Found, bool, error) {
 	cmdline := proc + "/" + strconv.Itoa(pid) + "/cmdline"
 	match := func() (Found, bool, error) {
