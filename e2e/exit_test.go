@@ -335,3 +335,28 @@ func TestMonitorOfCreatedKilled(t *testing.T) {
 		})
 	}
 }
+
+// TestMonitorStopped: a monitor that does not answer keeps neither the daemon from
+// starting nor others from being used, and is found again when it goes on.
+func TestMonitorStopped(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.mustServe()
+	r.ok("create", "s")
+	r.ok(long(r, "run", "s", "m")...)
+	r.ok("create", "other")
+	m := r.member("s/m")
+	r.sig(m.MonitorPID, unix.SIGSTOP)
+	r.kill()
+	r.mustServe()
+	r.run("other", "quick", "exit 7")
+	r.known("other/quick", 7, 0, false)
+	if got := r.member("s/m"); got.State != "Running" || got.PID != m.PID {
+		r.Errorf("the member is %+v", got)
+	}
+	r.sig(m.MonitorPID, unix.SIGCONT)
+	r.ok("kill", "s/m", "KILL")
+	r.known("s/m", 137, 9, false)
+	r.ok("rm", "other")
+	r.ok("rm", "s")
+}

@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -461,10 +462,19 @@ func (n *node) RemoveMemberData(_ context.Context, m *sandbox.MemberRecord) erro
 	return os.RemoveAll(n.dataDir(m))
 }
 
+// adoptTimeout bounds the wait for the answer of a monitor. One that is stopped, or
+// writes a log to a file system that hangs, must not keep the daemon from starting.
+const adoptTimeout = 3 * time.Second
+
 // AdoptMonitor implements [sandbox.MemberNode].
 func (n *node) AdoptMonitor(ctx context.Context, m *sandbox.MemberRecord, dir string) (sandbox.Monitor, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, adoptTimeout, errors.New("the monitor does not answer"))
+	defer cancel()
 	mon, err := member.Connect(ctx, dir)
 	if err != nil {
+		if errors.Is(err, context.DeadlineExceeded) {
+			err = context.Cause(ctx)
+		}
 		return nil, err
 	}
 	// What the status page names must be what it was: it is killed some day.
