@@ -125,8 +125,15 @@ func (p *Pause) wait() error {
 		return err
 	}
 	return rc.Read(func(fd uintptr) bool {
+		// A signal that is pending, such as the SIGCHLD of another child, makes
+		// poll fail also if it does not wait (EINTR). That says nothing of this
+		// process, and waitid with a non-blocking pidfd would not wait either.
 		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-		if n, _ := unix.Poll(fds, 0); n == 0 {
+		n, err := unix.Poll(fds, 0)
+		for err == unix.EINTR {
+			n, err = unix.Poll(fds, 0)
+		}
+		if n == 0 {
 			return false
 		}
 		// By pidfd, so that another child of this process is never meant. ECHILD

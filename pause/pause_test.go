@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -692,4 +693,53 @@ func BenchmarkStart(b *testing.B) {
 	b.ReportMetric(float64(start.Microseconds()), "start-us")
 	b.ReportMetric(float64(clone.Microseconds()), "clone-us")
 	b.ReportMetric(float64(start)/float64(clone), "start/clone")
+}
+
+// A signal that is pending makes poll(2) fail: it must not be taken for the end
+// of a pause.
+func TestSignalsAreNotTheEnd(t *testing.T) {
+	testenv.Root(t)
+	p := openPauser(t)
+	pauses := make([]*Pause, 20)
+	for i := range pauses {
+		pause, err := p.Start(t.Context(), &Spec{Mark: "m", Kinds: []namespace.Kind{namespace.UTS}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		pauses[i] = pause
+		defer func() {
+			if err := errors.Join(pause.Kill(context.Background()), pause.Close()); err != nil {
+				t.Error(err)
+			}
+		}()
+	}
+	stop := make(chan struct{})
+	var senders sync.WaitGroup
+	for range 4 {
+		senders.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+					unix.Kill(os.Getpid(), unix.SIGURG) // which the runtime takes for a request to preempt
+				}
+			}
+		})
+	}
+	defer senders.Wait()
+	defer close(stop)
+	for i := range 200 { // watching anew polls at once
+		again, err := Adopt(t.Context(), pauses[i%len(pauses)].ID(), []namespace.Kind{namespace.UTS})
+		if err != nil {
+			t.Fatal(err)
+		}
+		runtime.Gosched()
+		select {
+		case <-again.Done():
+			t.Fatalf("pause %v is said to be dead", again.ID())
+		default:
+		}
+		again.Close()
+	}
 }
