@@ -50,6 +50,7 @@ var attacks = map[string]func(args []string){
 	"exe":     attackExe,
 	"tty":     attackTTY,
 	"keyring": attackKeyring,
+	"idle":    func([]string) { time.Sleep(time.Hour) },
 	"euid":    func([]string) { fmt.Println(os.Geteuid()) },
 }
 
@@ -241,6 +242,43 @@ func TestPauseIsOutOfReach(t *testing.T) {
 		t.Errorf("the host does not see a monitor: %v", err)
 	}
 	d.must(t, "exec", "pod/ptracer", "--", "/bin/rm", "/dev/shm/mine")
+}
+
+// TestForgedPause: a member that bears the name and the mark of its sandbox's pause
+// does not take its place, in which its root would be the /dev/shm of other members.
+func TestForgedPause(t *testing.T) {
+	rootfs, _ := hostileRootfs(t)
+	if err := os.Rename(filepath.Join(rootfs, "attacker"), filepath.Join(rootfs, "bin/sandboxd-pause")); err != nil {
+		t.Fatal(err)
+	}
+	r := newRigOn(t, rootfs)
+	r.mustServe()
+	r.ok("create", "s")
+	pause := r.sandbox("s").PausePID
+	argv, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pause))
+	if err != nil {
+		t.Fatal(err)
+	}
+	mark := strings.Split(string(argv), "\x00")[1]
+	r.ok("run", "s", "-d", "--name", "forger", "--rootfs", rootfs, "-e", attackVar+"=idle", "--", "sh", "-c",
+		"echo mine >/planted; exec sandboxd-pause "+mark+" mode=1777")
+	forger := r.member("s/forger").PID
+	r.eventually("the forger has its name", func() bool {
+		b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", forger))
+		return bytes.HasPrefix(b, []byte("sandboxd-pause\x00"))
+	})
+	before := r.killPause("s")
+	r.eventually("there is a new pause", func() bool {
+		now := r.sandbox("s").PausePID
+		return now != 0 && now != before.PausePID
+	})
+	if now := r.sandbox("s").PausePID; now == forger {
+		r.Errorf("the member is the pause")
+	}
+	if out := r.ok("run", "s", "--rm", "--rootfs", rootfs, "--", "ls", "/dev/shm"); out != "" {
+		r.Errorf("in /dev/shm is %s", out)
+	}
+	r.ok("rm", "-f", "s")
 }
 
 // attackFlight looks at every process that appears, for as many seconds as the

@@ -301,6 +301,17 @@ func (n *node) unrecordedPause(ctx context.Context, r *sandbox.Record) (*pause.P
 // takePause makes the process id the pause of r, if its namespaces are those
 // that r knows.
 func (n *node) takePause(ctx context.Context, r *sandbox.Record, id procid.ID) (*pause.Pause, error) {
+	// A member can call itself anything, and has the right namespaces too; its root
+	// would become the /dev/shm of others. It cannot leave its cgroup.
+	paths, err := cgroupPaths(id)
+	if err != nil {
+		return nil, err
+	}
+	for _, path := range paths {
+		if _, leaf, ok := strings.Cut(path, "/"+r.ID+"/"); ok && leaf != pauseLeaf {
+			return nil, fmt.Errorf("it is in cgroup %s", path)
+		}
+	}
 	p, err := pause.Adopt(ctx, id, r.Config.Share)
 	if err != nil {
 		return nil, err
@@ -500,9 +511,9 @@ func (n *node) isInit(m *sandbox.MemberRecord) bool {
 	if err == nil && (parent == m.Monitor.PID || parent == os.Getpid()) {
 		return true
 	}
-	text, err := os.ReadFile("/proc/" + strconv.Itoa(m.Init.PID) + "/cgroup")
-	for line := range strings.Lines(string(text)) {
-		if strings.Contains(strings.TrimSpace(line)+"/", "/"+m.Sandbox+"/"+m.ID+"/") {
+	paths, err := cgroupPaths(m.Init)
+	for _, p := range paths {
+		if strings.Contains(p+"/", "/"+m.Sandbox+"/"+m.ID+"/") {
 			return true
 		}
 	}
@@ -664,6 +675,18 @@ func (n *node) killMarked(ctx context.Context, mark string) error {
 			}
 		}
 	}
+}
+
+// cgroupPaths returns the cgroups that the process is in (cgroups(7)).
+func cgroupPaths(id procid.ID) ([]string, error) {
+	text, err := os.ReadFile("/proc/" + strconv.Itoa(id.PID) + "/cgroup")
+	var paths []string
+	for line := range strings.Lines(string(text)) {
+		if f := strings.SplitN(strings.TrimSpace(line), ":", 3); len(f) == 3 {
+			paths = append(paths, f[2])
+		}
+	}
+	return paths, err
 }
 
 // SignalInit implements [sandbox.MemberNode].
