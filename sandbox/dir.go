@@ -57,39 +57,57 @@ func (b dirBox) name() string    { return b.rec.Config.Name }
 func (m dirMember) id() string   { return m.rec.ID }
 func (m dirMember) name() string { return m.rec.Config.Name }
 
-// load reads every record. What cannot be read is shown as unclean, as the
-// daemon would show it; what goes away meanwhile is not there.
-func (d *Dir) load() ([]dirBox, error) {
-	root, err := os.OpenRoot(d.path)
-	if err != nil {
-		return nil, err
-	}
-	defer root.Close()
+// sandboxes reads the record of every sandbox. What cannot be read is shown as
+// unclean, as the daemon would show it; what goes away meanwhile is not there.
+func sandboxes(root *os.Root) []dirBox {
 	var boxes []dirBox
 	for _, id := range ids(root, sandboxesDir) {
-		dir := sandboxesDir + "/" + id
-		r, err := readRecord(root, dir)
+		r, err := readRecord(root, sandboxesDir+"/"+id)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
 		if err != nil {
 			r = &Record{ID: id, State: Unclean, Config: Config{Name: id}, Reason: "the record cannot be read: " + err.Error()}
 		}
-		b := dirBox{rec: r}
-		for _, mid := range ids(root, dir+"/"+membersDir) {
-			mdir := dir + "/" + membersDir + "/" + mid
-			mr, err := readMemberRecord(root, mdir)
-			if errors.Is(err, fs.ErrNotExist) {
-				continue
-			}
-			if err != nil {
-				mr = placeholderMember(r, mid, err)
-			}
-			b.members = append(b.members, dirMember{mr, filepath.Join(d.path, mdir)})
-		}
-		boxes = append(boxes, b)
+		boxes = append(boxes, dirBox{rec: r})
 	}
-	return boxes, nil
+	return boxes
+}
+
+// readMembers reads the records of the sandbox's members, like [sandboxes].
+func (d *Dir) readMembers(root *os.Root, b *dirBox) {
+	dir := sandboxesDir + "/" + b.rec.ID + "/" + membersDir
+	for _, id := range ids(root, dir) {
+		r, err := readMemberRecord(root, dir+"/"+id)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			r = placeholderMember(b.rec, id, err)
+		}
+		b.members = append(b.members, dirMember{r, filepath.Join(d.path, dir, id)})
+	}
+}
+
+// box returns the sandbox that ref names, with its members. A full id is looked
+// up without reading the others' records.
+func (d *Dir) box(ref string) (dirBox, error) {
+	root, err := os.OpenRoot(d.path)
+	if err != nil {
+		return dirBox{}, err
+	}
+	defer root.Close()
+	var b dirBox
+	if isID(ref) {
+		b.rec, _ = readRecord(root, sandboxesDir+"/"+ref)
+	}
+	if b.rec == nil {
+		if b, err = find("sandbox", ref, sandboxes(root)); err != nil {
+			return dirBox{}, err
+		}
+	}
+	d.readMembers(root, &b)
+	return b, nil
 }
 
 // ids returns the names in dir that are ids.
@@ -117,12 +135,14 @@ func (d *Dir) info(b dirBox) Info {
 
 // List returns all sandboxes, ordered by the time of their creation.
 func (d *Dir) List() ([]Info, error) {
-	boxes, err := d.load()
+	root, err := os.OpenRoot(d.path)
 	if err != nil {
 		return nil, err
 	}
+	defer root.Close()
 	infos := []Info{}
-	for _, b := range boxes {
+	for _, b := range sandboxes(root) {
+		d.readMembers(root, &b)
 		infos = append(infos, d.info(b))
 	}
 	sortInfos(infos)
@@ -131,11 +151,7 @@ func (d *Dir) List() ([]Info, error) {
 
 // Sandbox returns what is known about a sandbox.
 func (d *Dir) Sandbox(ref string) (Info, error) {
-	boxes, err := d.load()
-	if err != nil {
-		return Info{}, err
-	}
-	b, err := find("sandbox", ref, boxes)
+	b, err := d.box(ref)
 	if err != nil {
 		return Info{}, err
 	}
@@ -147,11 +163,7 @@ func (d *Dir) member(ref string) (dirBox, dirMember, error) {
 	if err != nil {
 		return dirBox{}, dirMember{}, err
 	}
-	boxes, err := d.load()
-	if err != nil {
-		return dirBox{}, dirMember{}, err
-	}
-	b, err := find("sandbox", s, boxes)
+	b, err := d.box(s)
 	if err != nil {
 		return dirBox{}, dirMember{}, err
 	}
@@ -203,14 +215,8 @@ func (d *Dir) Records(ref string) (r *Record, m *MemberRecord, dir string, sibli
 			return nil, nil, "", nil, err
 		}
 		m, dir = dm.rec, dm.dir
-	} else {
-		boxes, err := d.load()
-		if err != nil {
-			return nil, nil, "", nil, err
-		}
-		if b, err = find("sandbox", ref, boxes); err != nil {
-			return nil, nil, "", nil, err
-		}
+	} else if b, err = d.box(ref); err != nil {
+		return nil, nil, "", nil, err
 	}
 	for _, other := range b.members {
 		if m == nil || other.rec.ID != m.ID {
