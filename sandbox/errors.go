@@ -21,10 +21,17 @@ type OpError struct {
 	Undo error  // what could not be taken back; nil if nothing is left behind
 }
 
+// maxRef is more than two names with a slash have.
+const maxRef = 200
+
 func (e *OpError) Error() string {
 	s := e.Op
-	if e.Ref != "" {
-		s += " " + e.Ref
+	switch ref := e.Ref; {
+	case ref == "":
+	case !printable(ref) || len(ref) > maxRef:
+		s += " " + quote(ref) // it may be anything
+	default:
+		s += " " + ref
 	}
 	if e.Step != "" {
 		s += ": " + e.Step

@@ -472,11 +472,17 @@ func (m *Manager) Wait(ctx context.Context, ref string) (Exit, error) {
 	return Exit{}, &OpError{Op: "wait", Ref: ref, Err: &kindError{"the member was removed", ErrNotFound}}
 }
 
+// maxSignal is the highest number of a signal (signal(7)).
+const maxSignal = 64
+
 // Kill sends sig to a member's init.
 func (m *Manager) Kill(ctx context.Context, ref string, sig unix.Signal) error {
 	_, mb, err := m.member(ref)
 	if err != nil {
 		return &OpError{Op: "kill", Err: err}
+	}
+	if sig < 1 || sig > maxSignal {
+		return &OpError{Op: "kill", Ref: ref, Err: invalidf("signal %d: want a number from 1 to %d", sig, maxSignal)}
 	}
 	// Without mb.op: a stop that waits for init must not keep others from
 	// killing it. The record names init by more than its pid.

@@ -210,6 +210,32 @@ func TestStartError(t *testing.T) {
 	}
 }
 
+func TestKillWithoutASignal(t *testing.T) {
+	m := open(t, t.TempDir(), newFakeNode())
+	ctx := t.Context()
+	must[Info](t)(m.Create(ctx, Config{Name: "web"}))
+	must[MemberInfo](t)(m.Add(ctx, "web", member("app")))
+	for _, sig := range []unix.Signal{-9, -1, 0, 65, 1 << 30} {
+		if err := m.Kill(ctx, "web/app", sig); !errors.Is(err, ErrInvalid) {
+			t.Errorf("Kill with signal %d = %v, want ErrInvalid", sig, err)
+		}
+	}
+}
+
+// What a caller names can be anything, and errors are shown on terminals.
+func TestOpErrorQuotesReferences(t *testing.T) {
+	for ref, want := range map[string]string{
+		"web/app":                  "start web/app: no",
+		"\x1b[2J/app":              `start "\x1b[2J/app": no`,
+		"a\xff":                    `start "a\xff": no`,
+		strings.Repeat("a", 3<<20): `start "` + strings.Repeat("a", 80) + `"... (3145728 bytes): no`,
+	} {
+		if got := (&OpError{Op: "start", Ref: ref, Err: errors.New("no")}).Error(); got != want {
+			t.Errorf("error %.200q, want %q", got, want)
+		}
+	}
+}
+
 func TestCreateWaitsForItsTwin(t *testing.T) {
 	n := newFakeNode()
 	m := open(t, t.TempDir(), n)
