@@ -213,6 +213,23 @@ func (s *story) reopenLog(name string) {
 	}
 }
 
+// What a member writes faster than run can read it comes all the same, byte for
+// byte, although its log is removed with it.
+func TestStoryMuchOutput(t *testing.T) {
+	s := newStory(t)
+	const script = `head -c 20000000 /dev/zero; echo; seq 1 1000 >&2; yes 0123456789 | head -n 300000; printf end; exit 7`
+	want := strings.Repeat("\x00", 20_000_000) + "\n" + strings.Repeat("0123456789\n", 300_000) + "end"
+	for range 3 {
+		out, stderr, code := s.do("", append([]string{"run", "web", "--rm", "--rootfs", s.rootfs}, sh(script)...)...)
+		if out != want || code != 7 {
+			t.Errorf("stdout has %d bytes, want %d; exit code %d", len(out), len(want), code)
+		}
+		if lines := strings.Split(stderr, "\n"); len(lines) != 1001 || lines[999] != "1000" {
+			t.Errorf("stderr has %d lines: %.200q", len(lines), stderr)
+		}
+	}
+}
+
 func TestStoryLogs(t *testing.T) {
 	s := newStory(t)
 	long := strings.Repeat("x", 40000)

@@ -112,6 +112,30 @@ func ReadStatus(dir string) (Status, error) {
 	return s, nil
 }
 
+// StatusPage is an open status page. It can be read after its name is gone.
+type StatusPage struct{ f *os.File }
+
+// OpenStatus opens the status page in a member's directory. The caller closes it.
+func OpenStatus(dir string) (*StatusPage, error) {
+	f, err := openRegular(filepath.Join(dir, statusName))
+	if err != nil {
+		return nil, err
+	}
+	return &StatusPage{f}, nil
+}
+
+// Read is [ReadStatus] for the open page.
+func (p *StatusPage) Read() (Status, error) {
+	b, err := io.ReadAll(io.NewSectionReader(p.f, 0, statusSize+1))
+	if err != nil {
+		return Status{}, err
+	}
+	return parseStatus(b)
+}
+
+// Close closes the page.
+func (p *StatusPage) Close() error { return p.f.Close() }
+
 func parseStatus(b []byte) (Status, error) {
 	if len(b) != statusSize {
 		return Status{}, fmt.Errorf("status page has not %d bytes", statusSize)
@@ -215,18 +239,29 @@ func readLimited(name string, limit int64) ([]byte, error) {
 
 // readAtMost reads the first limit bytes of a regular file.
 func readAtMost(name string, limit int64) ([]byte, error) {
+	f, err := openRegular(name)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return io.ReadAll(io.LimitReader(f, limit))
+}
+
+func openRegular(name string) (*os.File, error) {
 	// A FIFO in its place must not block the daemon.
 	f, err := os.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, err
 	}
-	defer f.Close()
-	if fi, err := f.Stat(); err != nil {
-		return nil, err
-	} else if !fi.Mode().IsRegular() {
-		return nil, fmt.Errorf("%s is not a regular file", name)
+	fi, err := f.Stat()
+	if err == nil && !fi.Mode().IsRegular() {
+		err = fmt.Errorf("%s is not a regular file", name)
 	}
-	return io.ReadAll(io.LimitReader(f, limit))
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
 }
 
 func parseRecord(b []byte) (record, error) {

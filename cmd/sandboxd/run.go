@@ -83,7 +83,15 @@ func (a *app) runAttached(ctx context.Context, ref string, c sandbox.MemberConfi
 			return err
 		}
 		tty := t.member.Config.TTY // a bundle can ask for one too
-		return a.session(ctx, ref, t.dir, t.member.Init, t.member.Monitor, tty, c.Stdin, func() error {
+		behind := openCatchUp(t.member.LogPath, t.dir, func(ctx context.Context) {
+			if dir, err := a.dir(); err == nil {
+				awaitExit(ctx, dir, sandbox.MemberInfo{Sandbox: t.member.Sandbox, ID: t.member.ID})
+			}
+		})
+		if behind != nil {
+			defer behind.close()
+		}
+		return a.session(ctx, ref, t.dir, t.member.Init, t.member.Monitor, tty, c.Stdin, behind, func() error {
 			started = true
 			// Asked for before it starts: with --rm it may be gone by the time
 			// that its end is known here.
@@ -153,7 +161,7 @@ directory.`,
 		if s.Phase != member.PhaseRunning && s.Phase != member.PhaseCreated {
 			return fmt.Errorf("attach %s: %w: it is %s", args[0], sandbox.ErrState, s.Phase)
 		}
-		err = a.session(cmd.Context(), args[0], t.dir, t.member.Init, t.member.Monitor, c.TTY, c.Stdin && !*noStdin, nil)
+		err = a.session(cmd.Context(), args[0], t.dir, t.member.Init, t.member.Monitor, c.TTY, c.Stdin && !*noStdin, nil, nil)
 		if errors.Is(err, errDetached) {
 			return nil
 		}

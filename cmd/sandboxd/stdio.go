@@ -213,6 +213,7 @@ type attached struct {
 	phase    member.Phase
 	out, err io.Writer
 	gone     chan error // errDetached, or why input ended; buffered
+	behind   *catchUp   // what goes on if we are cut off, or nil
 }
 
 // input copies in to the member's stdin, or to its terminal's master. At the end
@@ -234,8 +235,9 @@ func (s *attached) input(in io.Reader, to *os.File, tty bool) {
 
 // output copies the member's output until it has exited. It reports whether
 // everything came: not if the monitor went away or cut us off.
-func (s *attached) output() (complete bool, err error) {
+func (s *attached) output(ctx context.Context) (complete bool, err error) {
 	q := newQueue()
+	var seen [2]uint64
 	written := make(chan error, 1)
 	go func() { written <- q.writeTo(s.out, s.err) }()
 	for {
@@ -248,6 +250,7 @@ func (s *attached) output() (complete bool, err error) {
 		}
 		if ev.Stream != 0 {
 			q.put(ev.Stream, ev.Data)
+			seen[ev.Stream-1] += uint64(len(ev.Data))
 			continue
 		}
 		s.phase = ev.Phase
@@ -256,20 +259,24 @@ func (s *attached) output() (complete bool, err error) {
 			break
 		}
 	}
+	if !complete && err == nil && s.behind != nil {
+		complete, err = s.behind.run(ctx, seen, q.put)
+	}
 	q.close()
 	return complete, errors.Join(err, <-written)
 }
 
 // session attaches this process to the member in dir until that has exited or
 // the user leaves ([errDetached]). start, if not nil, is called once everything
-// is connected; the member is not running yet then.
-func (a *app) session(ctx context.Context, ref, dir string, init, monitor procid.ID, tty, stdin bool, start func() error) error {
+// is connected; the member is not running yet then. behind, if not nil, shows what
+// the connection does not bring.
+func (a *app) session(ctx context.Context, ref, dir string, init, monitor procid.ID, tty, stdin bool, behind *catchUp, start func() error) error {
 	att, err := member.Attach(dir)
 	if err != nil {
 		return fmt.Errorf("%s: %w", ref, err)
 	}
 	defer att.Close()
-	s := &attached{att: att, out: a.out, err: a.err, gone: make(chan error, 1)}
+	s := &attached{att: att, out: a.out, err: a.err, gone: make(chan error, 1), behind: behind}
 
 	signals, stop := forward()
 	defer stop()
@@ -310,7 +317,7 @@ func (a *app) session(ctx context.Context, ref, dir string, init, monitor procid
 	}
 	done := make(chan result, 1)
 	go func() {
-		complete, err := s.output()
+		complete, err := s.output(ctx)
 		done <- result{complete, err}
 	}()
 	// Only now: a member that writes much at once must find somebody who reads.
