@@ -276,6 +276,27 @@ func TestRecordNamesAnother(t *testing.T) {
 	}
 }
 
+// TestRecordNamesAnotherCgroup: what is in the sandbox's cgroup goes, although the
+// record names one that is not there.
+func TestRecordNamesAnotherCgroup(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.mustServe()
+	r.ok("create", "s")
+	r.ok(long(r, "run", "s", "m")...)
+	box, m := r.sandbox("s"), r.member("s/m")
+	r.kill()
+	file := filepath.Join(r.d.state, "sandboxes", box.ID, "sandbox.json")
+	if err := edit(file, `"cgroup":"/`, `"cgroup":"/x`); err != nil {
+		t.Fatal(err)
+	}
+	r.mustServe()
+	r.ok("rm", "-f", "s") // the rig looks for what is left
+	for _, pid := range []int{m.PID, m.MonitorPID, box.PausePID} {
+		r.gone(pid)
+	}
+}
+
 // rename makes key of the record in file name the process id.
 func rename(file, key string, id procid.ID) error {
 	var r map[string]any

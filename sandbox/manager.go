@@ -214,7 +214,8 @@ func Open(ctx context.Context, state string, node Node, o Options) (*Manager, er
 // Free fails, as [Open] would, if another process has the state directory open.
 // It changes nothing.
 func Free(state string) error {
-	f, err := os.Open(filepath.Join(state, lockFile))
+	// A FIFO in its place must not block the daemon.
+	f, err := os.OpenFile(filepath.Join(state, lockFile), os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}

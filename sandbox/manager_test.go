@@ -88,6 +88,23 @@ func TestOneDaemon(t *testing.T) {
 
 // A daemon was killed, and for a moment its lock is held by a child that it was
 // about to make.
+func TestFreeWithAFIFO(t *testing.T) {
+	state := t.TempDir()
+	if err := unix.Mkfifo(filepath.Join(state, lockFile), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	go func() { done <- Free(state) }()
+	select {
+	case err := <-done:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(5 * time.Second):
+		t.Fatal("Free is blocked")
+	}
+}
+
 func TestLockOfADeadDaemon(t *testing.T) {
 	state := t.TempDir()
 	dead := exec.Command("true")

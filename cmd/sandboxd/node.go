@@ -166,7 +166,12 @@ func (n *node) MakeCgroup(_ context.Context, r *sandbox.Record) error {
 
 // RemoveCgroup implements [sandbox.PauseNode].
 func (n *node) RemoveCgroup(ctx context.Context, r *sandbox.Record) error {
-	return n.cg.Remove(ctx, r.Cgroup)
+	err := n.cg.Remove(ctx, r.Cgroup)
+	// Should the record be damaged, it is the id that counts.
+	if own := filepath.Join(n.CgroupParent, r.ID); own != r.Cgroup {
+		err = errors.Join(err, n.cg.Remove(ctx, own))
+	}
+	return err
 }
 
 // StartPause implements [sandbox.PauseNode].
