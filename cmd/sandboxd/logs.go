@@ -21,7 +21,8 @@ Works without the daemon, from the state directory.`,
 		ValidArgsFunction: a.completeRefs(1, false, true),
 	}
 	follow := cmd.Flags().BoolP("follow", "f", false, "go on until the member has exited, across rotations of the file")
-	tail := cmd.Flags().Int("tail", -1, "begin with the last `N` lines (default all)")
+	tail := cmd.Flags().Int("tail", -1, "begin with the last `N` lines")
+	cmd.Flags().Lookup("tail").DefValue = "all"
 	stamps := cmd.Flags().Bool("timestamps", false, "show when each line was written")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if err := wantMember(cmd, args[0]); err != nil {

@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/sandboxd/sandboxd/api"
 	"github.com/sandboxd/sandboxd/sandbox"
 )
 
@@ -53,6 +54,8 @@ func (a *app) report(err error) int {
 	hint := ""
 	if errors.Is(err, fs.ErrPermission) && os.Geteuid() != 0 {
 		hint = " (sandboxd is for root)"
+	} else if errors.Is(err, api.ErrUnavailable) && (errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ECONNREFUSED)) {
+		hint = " (sandboxd serve starts one)"
 	}
 	fmt.Fprintf(a.err, "sandboxd: %s%s\n", oneLine(err.Error()), hint)
 	if f, ok := errors.AsType[*failure](err); ok {

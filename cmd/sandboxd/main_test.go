@@ -104,12 +104,22 @@ func TestUsageErrors(t *testing.T) {
 		{"serve --log-level loud", `"loud"`},
 		{"--address tcp://x ls", `"tcp://x"`},
 		{"create", "no daemon answers"},
+		{"create", "(sandboxd serve starts one)"},
+		{"run web --rootfs / sh -c true", "unknown shorthand flag: 'c' in -c; flags of the command need -- before it (try: sandboxd run --help)"},
+		{"exec web/m ls --color", "unknown flag: --color; flags of the command need --"},
 		{"stop web", "/nonexistent/sandboxd.sock"},
 	} {
 		code, out, errs := cli(t, strings.Fields(tt.args)...)
 		if code != exitFailed || out != "" || !strings.HasPrefix(errs, "sandboxd: ") || !strings.Contains(errs, tt.want) || strings.Count(errs, "\n") != 1 {
 			t.Errorf("sandboxd %s: exit code %d, stdout %q, stderr %q; want %d and one line with %q", tt.args, code, out, errs, exitFailed, tt.want)
 		}
+	}
+}
+
+func TestVersionFlag(t *testing.T) {
+	code, out, errs := cli(t, "--version")
+	if want := "sandboxd " + readVersion().Version + "\n"; code != 0 || out != want || errs != "" {
+		t.Errorf("--version: exit code %d, %q, %q, want %q", code, out, errs, want)
 	}
 }
 

@@ -228,9 +228,13 @@ func (a *app) wait(ctx context.Context, ref string) (sandbox.Exit, error) {
 
 func (a *app) killCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use:     "kill SANDBOX/MEMBER [SIGNAL]",
-		Short:   "Send a signal to a member's first process",
-		Long:    "Send a signal to a member's first process: a name, with or without SIG, or a number. The default is KILL.",
+		Use:   "kill SANDBOX/MEMBER [SIGNAL]",
+		Short: "Send a signal to a member's first process",
+		Long: `Send a signal to a member's first process: a name, with or without SIG, or a
+number. The default is KILL.
+
+The first process of a pid namespace, which a member's is if it has one of its
+own, ignores signals that it has no handler for, except KILL and STOP (pid_namespaces(7)).`,
 		Example: "  sandboxd kill web/redis\n  sandboxd kill web/nginx HUP",
 		Args:    argsBetween(1, 2),
 		ValidArgsFunction: func(cmd *cobra.Command, args []string, s string) ([]string, cobra.ShellCompDirective) {

@@ -10,6 +10,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/sandboxd/sandboxd/api"
 	"github.com/sandboxd/sandboxd/sandbox"
@@ -47,8 +48,9 @@ const (
 
 func (a *app) rootCommand() *cobra.Command {
 	root := &cobra.Command{
-		Use:   "sandboxd",
-		Short: "Pod sandboxes that outlive their members",
+		Use:     "sandboxd",
+		Short:   "Pod sandboxes that outlive their members",
+		Version: readVersion().Version,
 		Long: `sandboxd manages pod sandboxes on one Linux host.
 
 A sandbox holds namespaces. Members are containers that join any subset of them.
@@ -87,7 +89,16 @@ ended it; 125 if sandboxd itself failed; 126 if the command cannot be executed,
 	root.SetIn(a.in)
 	root.SetOut(a.out)
 	root.SetErr(a.err)
-	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return usageError(cmd, "%s", err) })
+	root.SetUsageTemplate(strings.NewReplacer(".LocalFlags.FlagUsages", "flags .LocalFlags", ".InheritedFlags.FlagUsages", "flags .InheritedFlags").Replace(root.UsageTemplate()))
+	root.SetVersionTemplate("sandboxd {{.Version}}\n")
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		// As other container tools take it: run web sh -c 'exit 3'.
+		_, unknown := errors.AsType[*pflag.NotExistError](err)
+		if unknown && strings.HasSuffix(strings.TrimSuffix(cmd.Use, "]"), "CMD ARG…") {
+			return usageError(cmd, "%s; flags of the command need -- before it", err)
+		}
+		return usageError(cmd, "%s", err)
+	})
 	f := root.PersistentFlags()
 	f.StringVar(&a.address, "address", "", "the daemon's socket, unix:///`PATH` (default $SANDBOXD_ADDRESS, or STATE/sandboxd.sock)")
 	f.StringVar(&a.state, "state", "", "state `directory` (default $SANDBOXD_STATE, or "+defaultState+")")
@@ -118,6 +129,31 @@ ended it; 125 if sandboxd itself failed; 126 if the command cannot be executed,
 		}
 	}
 	return root
+}
+
+func init() { cobra.AddTemplateFunc("flags", flagUsages) }
+
+// flagUsages is [pflag.FlagSet.FlagUsages] without the values of flags that need
+// none, and aligned by characters instead of bytes.
+func flagUsages(fs *pflag.FlagSet) string {
+	const mark = "\x01" // before the text of a flag
+	fs.VisitAll(func(f *pflag.Flag) { f.Usage = mark + f.Usage })
+	text := fs.FlagUsages()
+	fs.VisitAll(func(f *pflag.Flag) { f.Usage = strings.TrimPrefix(f.Usage, mark) })
+	type row struct{ flag, usage string }
+	var rows []row
+	width := 0
+	for line := range strings.Lines(text) {
+		flag, usage, _ := strings.Cut(line, mark)
+		flag = strings.TrimSuffix(strings.TrimRight(flag, " "), "[=true|false]")
+		rows = append(rows, row{flag, usage})
+		width = max(width, utf8.RuneCountInString(flag))
+	}
+	var b strings.Builder
+	for _, r := range rows {
+		b.WriteString(r.flag + strings.Repeat(" ", width-utf8.RuneCountInString(r.flag)+3) + r.usage)
+	}
+	return b.String()
 }
 
 // usageError is a mistake of the caller: one line, with a hint.

@@ -116,6 +116,7 @@ never renamed or removed.`,
 		ValidArgsFunction: a.completeRefs(1, true, true),
 	}
 	outputFlag(cmd) // JSON either way; accepted as everywhere else
+	cmd.Flag("output").Usage = "output format, json either way"
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if isMember(args[0]) {
 			m, err := a.inspectMember(cmd.Context(), args[0])
