@@ -22,7 +22,7 @@ type Info struct {
 	Annotations map[string]string                `json:"annotations"`
 	Cgroup      string                           `json:"cgroup"` // relative to each hierarchy's mount point
 	Reason      string                           `json:"reason,omitempty"`
-	Members     []MemberInfo                     `json:"members"`
+	Members     []MemberInfo                     `json:"members"` // by the time of their creation
 }
 
 // NetworkInfo is the network part of [Info].

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -73,6 +74,29 @@ func TestWholeLife(t *testing.T) {
 	}
 	if left, _ := os.ReadDir(filepath.Join(m.path, sandboxesDir)); len(left) != 0 {
 		t.Errorf("left in the state directory: %v", left)
+	}
+}
+
+// Ids are random; who reads a list expects the newest at its end.
+func TestMembersAreListedByAge(t *testing.T) {
+	state := t.TempDir()
+	n := newFakeNode()
+	m := open(t, state, n)
+	ctx := t.Context()
+	must[Info](t)(m.Create(ctx, Config{Name: "web"}))
+	var want []string
+	for i := range 9 {
+		want = append(want, fmt.Sprintf("m%d", 9-i))
+		must[MemberInfo](t)(m.Add(ctx, "web", member(want[i])))
+	}
+	for name, info := range map[string]Info{"daemon": must[Info](t)(m.Inspect("web")), "directory": must[Info](t)(must[*Dir](t)(OpenDir(state, n)).Sandbox("web"))} {
+		var got []string
+		for _, mi := range info.Members {
+			got = append(got, mi.Name)
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("%s: %v, want %v", name, got, want)
+		}
 	}
 }
 

@@ -37,6 +37,9 @@ func (v view) sandbox(r *Record, ms []MemberInfo) Info {
 	if ms == nil {
 		i.Members = []MemberInfo{}
 	}
+	slices.SortFunc(i.Members, func(a, b MemberInfo) int {
+		return cmp.Or(a.CreatedAt.Compare(b.CreatedAt), strings.Compare(a.ID, b.ID))
+	})
 	alive := v.alive(r.Pause)
 	if alive {
 		i.PausePID = r.Pause.PID
