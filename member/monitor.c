@@ -347,9 +347,11 @@ static void client_read(struct client *c) {
 
 /* -- Output -- */
 
-/* log_open opens the log, again if it is open. If it cannot, the old one stays. */
+/* log_open opens the log, again if it is open. If it cannot, the old one stays.
+ * No link is followed: the member may have a volume where its log is. */
 static long log_open(void) {
-	long fd = SYS4(openat, AT_FDCWD, log_path, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC | O_NOCTTY | O_NONBLOCK, 0640);
+	uint64_t how[3] = {O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC | O_NOCTTY | O_NONBLOCK, 0640, 4 /* RESOLVE_NO_SYMLINKS */};
+	long fd = SYS4(openat2, AT_FDCWD, log_path, how, sizeof how);
 	fd = move(fd, FD_LOG);
 	if (IS_ERR(fd))
 		return fd;

@@ -504,6 +504,34 @@ func TestMonitorReopensTheLog(t *testing.T) {
 	}
 }
 
+// A member may have a volume where its log is, and put a link there.
+func TestMonitorFollowsNoLink(t *testing.T) {
+	m := newMonitored(t, "echo one; read x; echo two")
+	m.spec.Stdin = true
+	m.start()
+	m.eventually("one is logged", func() bool { b, _ := os.ReadFile(m.spec.LogPath); return bytes.HasSuffix(b, []byte("one\n")) })
+	victim := filepath.Join(t.TempDir(), "victim")
+	if err := os.WriteFile(victim, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.Rename(m.spec.LogPath, m.spec.LogPath+".1"), os.Symlink(victim, m.spec.LogPath)); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.mon.ReopenLog(m.ctx); !errors.Is(err, unix.ELOOP) {
+		t.Errorf("ReopenLog = %v, want ELOOP", err)
+	}
+	if err := m.mon.CloseStdin(m.ctx); err != nil {
+		t.Fatal(err)
+	}
+	m.exit()
+	if b, err := os.ReadFile(victim); err != nil || len(b) > 0 {
+		t.Errorf("what the link leads to holds %q, %v", b, err)
+	}
+	if b, _ := os.ReadFile(m.spec.LogPath + ".1"); !bytes.HasSuffix(b, []byte("two\n")) {
+		t.Errorf("the old log ends in %q, want two", b)
+	}
+}
+
 func TestMonitorLogIsFull(t *testing.T) {
 	m := newMonitored(t, "yes 0123456789 | head -c 1000000; exit 6")
 	dir := t.TempDir()

@@ -114,8 +114,14 @@ func completeMember(c MemberConfig, id string) (MemberConfig, error) {
 	if _, err := signum.Parse(c.StopSignal); err != nil {
 		return c, invalidf("stop signal: %v", err)
 	}
-	if c.LogPath != "" && (!filepath.IsAbs(c.LogPath) || strings.ContainsRune(c.LogPath, 0)) {
-		return c, invalidf("log path %s is not absolute", quote(c.LogPath))
+	if c.LogPath != "" {
+		if !filepath.IsAbs(c.LogPath) || strings.ContainsRune(c.LogPath, 0) {
+			return c, invalidf("log path %s is not absolute", quote(c.LogPath))
+		}
+		var err error
+		if c.LogPath, err = resolveLog(c.LogPath); err != nil {
+			return c, err
+		}
 	}
 	if err := checkMetadata("label", c.Labels); err != nil {
 		return c, err
@@ -145,4 +151,17 @@ func checkMetadata(what string, kv map[string]string) error {
 
 func printable(s string) bool {
 	return utf8.ValidString(s) && !strings.ContainsFunc(s, unicode.IsControl)
+}
+
+// resolveLog follows the symbolic links in the path of a log, once: monitors and
+// readers follow none, because a member may have a volume where its log is.
+func resolveLog(name string) (string, error) {
+	if to, err := filepath.EvalSymlinks(name); err == nil {
+		return to, nil
+	}
+	dir, err := filepath.EvalSymlinks(filepath.Dir(name)) // the log itself is made
+	if err != nil {
+		return "", invalidf("log path %s: %v", quote(name), err)
+	}
+	return filepath.Join(dir, filepath.Base(name)), nil
 }

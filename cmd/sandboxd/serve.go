@@ -95,6 +95,10 @@ func (a *app) serve(ctx context.Context, o serveOptions) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, node.Close()) }()
+	// Logs are opened without following links. The directory exists now.
+	if root, err = filepath.EvalSymlinks(root); err != nil {
+		return err
+	}
 	m, err := sandbox.Open(ctx, state, node, sandbox.Options{
 		Log: log, CgroupParent: o.cgroupParent, LogDir: filepath.Join(root, "sandboxes"),
 	})

@@ -148,11 +148,15 @@ type reader struct {
 }
 
 func (r *reader) open() error {
-	// Not blocking on a FIFO; whether it is a file is seen below.
-	f, err := os.OpenFile(r.path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	// Not blocking on a FIFO; whether it is a file is seen below. No link is
+	// followed: who is logged may be able to make one.
+	fd, err := unix.Openat2(unix.AT_FDCWD, r.path, &unix.OpenHow{
+		Flags: unix.O_RDONLY | unix.O_NONBLOCK | unix.O_CLOEXEC, Resolve: unix.RESOLVE_NO_SYMLINKS,
+	})
 	if err != nil {
-		return err
+		return &os.PathError{Op: "open", Path: r.path, Err: err}
 	}
+	f := os.NewFile(uintptr(fd), r.path)
 	fi, err := f.Stat()
 	if err == nil && !fi.Mode().IsRegular() {
 		err = fmt.Errorf("%s is not a regular file", r.path)
