@@ -14,9 +14,9 @@ SUM = go run ./internal/testsum --skips $(MISSING) --counts $(RESULTS)/$@.counts
 TEST = SANDBOXD_TEST_REQUIRE=$(REQUIRE) go test -json -p=1 -count=1
 
 # What user-mode emulation can run: packages that ask little of the kernel. It
-# refuses new namespaces at clone, and programs in memory are the host's. Tests of
+# has no openat2, refuses new namespaces at clone, and programs in memory are the host's. Tests of
 # packages launch, member and pause run their arm64 programs themselves.
-ARM64_PACKAGES := ./api/... ./cmd/... ./internal/crilog ./internal/idrange ./internal/signum ./internal/statefile ./internal/undo ./sandbox
+ARM64_PACKAGES := ./api/... ./cmd/... ./internal/idrange ./internal/signum ./internal/statefile ./internal/undo ./sandbox
 
 .PHONY: build
 build: ## the binary, static, in build/sandboxd
