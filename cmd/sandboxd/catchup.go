@@ -26,10 +26,14 @@ type catchUp struct {
 // openCatchUp returns nil if there is no log to read. The log may be a file that
 // others have written to before.
 func openCatchUp(logPath, dir string, exit func(context.Context)) *catchUp {
-	log, err := os.OpenFile(logPath, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	// No link is followed: who is logged may be able to make one.
+	fd, err := unix.Openat2(unix.AT_FDCWD, logPath, &unix.OpenHow{
+		Flags: unix.O_RDONLY | unix.O_NONBLOCK | unix.O_CLOEXEC, Resolve: unix.RESOLVE_NO_SYMLINKS,
+	})
 	if err != nil {
 		return nil
 	}
+	log := os.NewFile(uintptr(fd), logPath)
 	if st, err := log.Stat(); err == nil && st.Mode().IsRegular() {
 		if _, err = log.Seek(0, io.SeekEnd); err == nil {
 			if status, err := member.OpenStatus(dir); err == nil {
