@@ -710,6 +710,7 @@ static void setup(void) {
 	uint64_t all = ~0ULL, chld = 1ULL << (17 - 1);
 	SYS4(rt_sigprocmask, 0 /* SIG_BLOCK */, &all, 0, 8);
 	SYS5(prctl, PR_SET_DUMPABLE, 0, 0, 0, 0);
+	SYS5(prctl, PR_SET_NAME, "sandboxd-monitor", 0, 0, 0); /* else it is called by a descriptor's number */
 	SYS5(prctl, PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0);
 	SYS1(umask, 022);
 	SYS1(chdir, "/");

@@ -343,7 +343,7 @@ func (a *app) session(ctx context.Context, ref, dir string, init, monitor procid
 			}
 		case r := <-done:
 			if r.err == nil && !r.complete {
-				a.report(fmt.Errorf("the connection to %s's output is cut; the whole of it is in its log (sandboxd logs)", ref))
+				return fmt.Errorf("the connection to %s's output is cut; the whole of it is in its log (sandboxd logs)", ref)
 			}
 			return r.err
 		}

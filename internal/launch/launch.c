@@ -8,6 +8,7 @@
 
 __attribute__((used)) _Noreturn static void launch_main(void) {
 	SYS5(prctl, 4 /* PR_SET_DUMPABLE */, 0, 0, 0, 0);
+	SYS5(prctl, 15 /* PR_SET_NAME */, "sandboxd-launch", 0, 0, 0);
 	SYS3(fcntl, STATUS_FD, 2 /* F_SETFD */, 1 /* FD_CLOEXEC */);
 	SYS3(fcntl, START_FD, 2, 1);
 	long len = SYS3(lseek, PROGRAM_FD, 0, 2 /* SEEK_END */);
