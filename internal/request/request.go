@@ -5,15 +5,18 @@ package request
 
 import (
 	"github.com/sandboxd/sandboxd/internal/namespace"
+	"github.com/sandboxd/sandboxd/internal/network"
 )
 
 // NetworkMode says what network a sandbox has.
-type NetworkMode string
+type NetworkMode = network.Mode
 
 // The network modes.
 const (
-	NetworkNone NetworkMode = "none" // a network namespace of its own with only lo, which is up
-	NetworkHost NetworkMode = "host" // the host's network namespace; Share must not hold net
+	NetworkNone    = network.ModeNone
+	NetworkHost    = network.ModeHost
+	NetworkBuiltin = network.ModeBuiltin
+	NetworkCNI     = network.ModeCNI
 )
 
 // Sandbox is what a caller asks of a new sandbox. The zero value of each field
