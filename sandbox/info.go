@@ -55,7 +55,8 @@ type MemberInfo struct {
 	Cgroup     string                           `json:"cgroup"`
 	Custody    CustodyInfo                      `json:"custody"`
 	Labels     map[string]string                `json:"labels"`
-	Exit       *Exit                            `json:"exit,omitempty"` // nil until init has exited
+	Exit       *Exit                            `json:"exit,omitempty"`       // nil until init has exited
+	Collection string                           `json:"collection,omitempty"` // what was taken at exit, SANDBOX/MEMBER-N below the collection directory
 }
 
 // CustodyInfo says whether a member's root and namespaces are held.
@@ -63,4 +64,17 @@ type CustodyInfo struct {
 	Policy Custody   `json:"policy"`
 	Held   bool      `json:"held"`
 	Since  time.Time `json:"since,omitzero"`
+	// Until is when custody will be ended; the zero time means when the member
+	// is removed. It may end earlier where the host's custody is bounded.
+	Until    time.Time       `json:"until,omitzero"`
+	Released *CustodyRelease `json:"released,omitempty"` // nil unless custody was ended before the member was removed
+	// TmpfsBytes is what its file systems in memory hold, which other
+	// processes could have used.
+	TmpfsBytes int64 `json:"tmpfsBytes"`
+}
+
+// CustodyRelease says when and why custody was ended.
+type CustodyRelease struct {
+	At     time.Time `json:"at"`
+	Reason string    `json:"reason"`
 }

@@ -1,7 +1,9 @@
 package sandbox
 
 import (
+	"cmp"
 	"maps"
+	"path"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -126,10 +128,53 @@ func completeMember(c MemberConfig, id string) (MemberConfig, error) {
 	if err := checkMetadata("label", c.Labels); err != nil {
 		return c, err
 	}
+	if c.CustodyTTL < 0 {
+		return c, invalidf("custody ttl %s is negative", c.CustodyTTL)
+	}
+	var err error
+	if c.Collect, err = completeCollect(c.Collect); err != nil {
+		return c, err
+	}
 	c.Namespaces = c.Namespaces.Clone()
 	c.Labels = maps.Clone(c.Labels)
 	return c, nil
 }
+
+// maxCollectors bounds what is looked for after an exit; a glob can name much.
+const maxCollectors = 64
+
+// completeCollect checks collectors and returns a copy with every default filled in.
+func completeCollect(in []request.Collect) ([]request.Collect, error) {
+	if len(in) > maxCollectors {
+		return nil, invalidf("%d collectors are more than %d", len(in), maxCollectors)
+	}
+	out := slices.Clone(in)
+	for i := range out {
+		c := &out[i]
+		c.On = cmp.Or(c.On, request.OnAlways)
+		if c.Max == 0 {
+			c.Max = request.DefaultCollectMax
+		}
+		_, bad := path.Match(c.Path, "")
+		switch {
+		case !path.IsAbs(c.Path) || !printable(c.Path) || len(c.Path) > maxPath:
+			return nil, invalidf("collect %s: want an absolute path in the member", quote(c.Path))
+		case bad != nil:
+			return nil, invalidf("collect %s: the pattern is not complete", quote(c.Path))
+		case slices.Contains(strings.Split(c.Path, "/"), ".."):
+			return nil, invalidf("collect %s: the path has an element ..", quote(c.Path))
+		case !slices.Contains([]request.When{request.OnAlways, request.OnFailure, request.OnOOM, request.OnSignal}, c.On):
+			return nil, invalidf("collect %s: condition %s: want always, failure, oom or signal", quote(c.Path), quote(string(c.On)))
+		case c.Max < 0:
+			return nil, invalidf("collect %s: the limit %d is negative", quote(c.Path), c.Max)
+		}
+		c.Path = path.Clean(c.Path)
+	}
+	return out, nil
+}
+
+// maxPath is one less than PATH_MAX, which counts the NUL.
+const maxPath = 4095
 
 func checkMetadata(what string, kv map[string]string) error {
 	size := 0

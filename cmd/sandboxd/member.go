@@ -51,6 +51,8 @@ func (a *app) memberFlags(cmd *cobra.Command) func(command []string) (sandbox.Me
 	f.BoolVar(&c.Privileged, "privileged", false, "all capabilities and devices, nothing masked, no seccomp filter")
 	f.StringVar(&c.StopSignal, "stop-signal", "", "`signal` that stop sends (default TERM)")
 	f.StringVar(&custody, "custody", "", "when root and namespaces stay held after exit: always|failure|never (default always)")
+	f.Var(&value[time.Duration]{p: &c.CustodyTTL, typ: "duration", parse: parseTTL}, "custody-ttl", "end custody this long after the exit, such as 1h (default 0: when it is removed)")
+	f.Var(&list[request.Collect]{p: &c.Collect, typ: "path[,on=always|failure|oom|signal][,max=64m]", parse: parseCollect}, "collect", "file, directory or glob of its root that is put into the collection directory once it has exited")
 	f.StringArrayVar(&labels, "label", nil, "label, `KEY=VALUE`")
 	f.Var(&value[string]{p: &log, typ: "file", parse: parsePath}, "log", "log file (default under the daemon's root directory)")
 	cmd.RegisterFlagCompletionFunc("custody", cobra.FixedCompletions([]string{"always", "failure", "never"}, cobra.ShellCompDirectiveNoFileComp))

@@ -4,6 +4,8 @@
 package request
 
 import (
+	"time"
+
 	"github.com/sandboxd/sandboxd/internal/namespace"
 	"github.com/sandboxd/sandboxd/internal/network"
 )
@@ -41,6 +43,29 @@ const (
 	CustodyFailure Custody = "failure" // unless the exit code is 0
 	CustodyNever   Custody = "never"   // everything is freed at exit; the record stays
 )
+
+// When says after which exits a collector takes what it is to take.
+type When string
+
+// The conditions of a collector.
+const (
+	OnAlways  When = "always"  // the default
+	OnFailure When = "failure" // unless the exit code is known to be 0
+	OnOOM     When = "oom"     // the kernel killed init or another process of the member for memory
+	OnSignal  When = "signal"  // a signal ended init
+)
+
+// Collect is a file, a directory with all that is in it, or a glob of these,
+// that is taken out of a member once it has exited.
+type Collect struct {
+	Path string `json:"path"`          // absolute path in the member; each element may be a pattern (path.Match)
+	On   When   `json:"on,omitempty"`  // default: always
+	Max  int64  `json:"max,omitempty"` // bytes that are taken at most; default: 64 MiB
+}
+
+// DefaultCollectMax is how many bytes a collector takes at most if it does not
+// say.
+const DefaultCollectMax = 64 << 20
 
 // Volume is a bind mount from the host.
 type Volume struct {
@@ -82,4 +107,6 @@ type Member struct {
 	AutoRemove bool                `json:"autoRemove,omitempty"` // rm once init has exited
 	Labels     map[string]string   `json:"labels,omitempty"`
 	LogPath    string              `json:"logPath,omitempty"` // absolute; default: under the root directory
+	Collect    []Collect           `json:"collect,omitempty"`
+	CustodyTTL time.Duration       `json:"custodyTTL,omitempty"` // how long after its exit it is held at most, in nanoseconds; 0: until it is removed
 }

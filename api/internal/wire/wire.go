@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"time"
 
+	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	pb "github.com/sandboxd/sandboxd/api/sandboxd/v1"
@@ -63,6 +64,12 @@ func FromMemberConfig(c sandbox.MemberConfig) *pb.MemberConfig {
 	for _, v := range c.Volumes {
 		out.Volumes = append(out.Volumes, &pb.Volume{Source: v.Source, Target: v.Target, ReadOnly: v.ReadOnly})
 	}
+	for _, w := range c.Collect {
+		out.Collect = append(out.Collect, &pb.Collect{Path: w.Path, On: string(w.On), Max: w.Max})
+	}
+	if c.CustodyTTL != 0 {
+		out.CustodyTtl = durationpb.New(c.CustodyTTL)
+	}
 	for _, t := range c.Tmpfs {
 		out.Tmpfs = append(out.Tmpfs, &pb.Tmpfs{Target: t.Target, Size: t.Size})
 	}
@@ -91,6 +98,10 @@ func ToMemberConfig(m *pb.MemberConfig) (sandbox.MemberConfig, error) {
 	for _, t := range m.GetTmpfs() {
 		c.Tmpfs = append(c.Tmpfs, request.Tmpfs{Target: t.GetTarget(), Size: t.GetSize()})
 	}
+	for _, w := range m.GetCollect() {
+		c.Collect = append(c.Collect, request.Collect{Path: w.GetPath(), On: request.When(w.GetOn()), Max: w.GetMax()})
+	}
+	c.CustodyTTL = m.GetCustodyTtl().AsDuration()
 	for name, source := range m.GetNamespaces() {
 		k, err := namespace.ParseKind(name)
 		if err != nil {
@@ -144,8 +155,7 @@ func FromMemberInfo(i sandbox.MemberInfo) *pb.MemberInfo {
 		Id: i.ID, Name: i.Name, Sandbox: i.Sandbox, State: i.State, Pid: int32(i.PID), MonitorPid: int32(i.MonitorPID),
 		CreatedAt: fromTime(i.CreatedAt), StartedAt: fromTime(i.StartedAt), Command: i.Command, Tty: i.TTY,
 		Namespaces: fromNamespaces(i.Namespaces), Root: i.Root, LogPath: i.LogPath, Cgroup: i.Cgroup,
-		Custody: &pb.CustodyInfo{Policy: string(i.Custody.Policy), Held: i.Custody.Held, Since: fromTime(i.Custody.Since)},
-		Labels:  i.Labels,
+		Custody: fromCustody(i.Custody), Labels: i.Labels, Collection: i.Collection,
 	}
 	if i.Exit != nil {
 		out.Exit = FromExit(*i.Exit)
@@ -160,17 +170,34 @@ func ToMemberInfo(m *pb.MemberInfo) sandbox.MemberInfo {
 		MonitorPID: int(m.GetMonitorPid()), CreatedAt: toTime(m.GetCreatedAt()), StartedAt: toTime(m.GetStartedAt()),
 		Command: append([]string{}, m.GetCommand()...), TTY: m.GetTty(), Namespaces: toNamespaces(m.GetNamespaces()),
 		Root: m.GetRoot(), LogPath: m.GetLogPath(), Cgroup: m.GetCgroup(),
-		Custody: sandbox.CustodyInfo{
-			Policy: sandbox.Custody(m.GetCustody().GetPolicy()), Held: m.GetCustody().GetHeld(),
-			Since: toTime(m.GetCustody().GetSince()),
-		},
-		Labels: orEmpty(m.GetLabels()),
+		Custody: toCustody(m.GetCustody()), Labels: orEmpty(m.GetLabels()), Collection: m.GetCollection(),
 	}
 	if m.GetExit() != nil {
 		e := ToExit(m.GetExit())
 		i.Exit = &e
 	}
 	return i
+}
+
+func fromCustody(c sandbox.CustodyInfo) *pb.CustodyInfo {
+	out := &pb.CustodyInfo{
+		Policy: string(c.Policy), Held: c.Held, Since: fromTime(c.Since), Until: fromTime(c.Until), TmpfsBytes: c.TmpfsBytes,
+	}
+	if r := c.Released; r != nil {
+		out.Released = &pb.CustodyRelease{At: fromTime(r.At), Reason: r.Reason}
+	}
+	return out
+}
+
+func toCustody(m *pb.CustodyInfo) sandbox.CustodyInfo {
+	c := sandbox.CustodyInfo{
+		Policy: sandbox.Custody(m.GetPolicy()), Held: m.GetHeld(), Since: toTime(m.GetSince()),
+		Until: toTime(m.GetUntil()), TmpfsBytes: m.GetTmpfsBytes(),
+	}
+	if r := m.GetReleased(); r != nil {
+		c.Released = &sandbox.CustodyRelease{At: toTime(r.GetAt()), Reason: r.GetReason()}
+	}
+	return c
 }
 
 // FromExit makes a message of an exit record.

@@ -210,6 +210,8 @@ type MemberConfig struct {
 	AutoRemove    bool                   `protobuf:"varint,22,opt,name=auto_remove,json=autoRemove,proto3" json:"auto_remove,omitempty"`
 	Labels        map[string]string      `protobuf:"bytes,23,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	LogPath       string                 `protobuf:"bytes,24,opt,name=log_path,json=logPath,proto3" json:"log_path,omitempty"` // absolute; default: under the root directory
+	Collect       []*Collect             `protobuf:"bytes,25,rep,name=collect,proto3" json:"collect,omitempty"`
+	CustodyTtl    *durationpb.Duration   `protobuf:"bytes,26,opt,name=custody_ttl,json=custodyTtl,proto3" json:"custody_ttl,omitempty"` // absent: held until it is removed
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -412,6 +414,81 @@ func (x *MemberConfig) GetLogPath() string {
 	return ""
 }
 
+func (x *MemberConfig) GetCollect() []*Collect {
+	if x != nil {
+		return x.Collect
+	}
+	return nil
+}
+
+func (x *MemberConfig) GetCustodyTtl() *durationpb.Duration {
+	if x != nil {
+		return x.CustodyTtl
+	}
+	return nil
+}
+
+// Collect is what is taken out of a member once it has exited.
+type Collect struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"` // absolute path in the member; each element may be a pattern
+	On            string                 `protobuf:"bytes,2,opt,name=on,proto3" json:"on,omitempty"`     // always (default), failure, oom or signal
+	Max           int64                  `protobuf:"varint,3,opt,name=max,proto3" json:"max,omitempty"`  // bytes that are taken at most; default 64 MiB
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Collect) Reset() {
+	*x = Collect{}
+	mi := &file_sandboxd_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Collect) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Collect) ProtoMessage() {}
+
+func (x *Collect) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Collect.ProtoReflect.Descriptor instead.
+func (*Collect) Descriptor() ([]byte, []int) {
+	return file_sandboxd_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *Collect) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *Collect) GetOn() string {
+	if x != nil {
+		return x.On
+	}
+	return ""
+}
+
+func (x *Collect) GetMax() int64 {
+	if x != nil {
+		return x.Max
+	}
+	return 0
+}
+
 // Volume is a bind mount from the host.
 type Volume struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -424,7 +501,7 @@ type Volume struct {
 
 func (x *Volume) Reset() {
 	*x = Volume{}
-	mi := &file_sandboxd_proto_msgTypes[3]
+	mi := &file_sandboxd_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -436,7 +513,7 @@ func (x *Volume) String() string {
 func (*Volume) ProtoMessage() {}
 
 func (x *Volume) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[3]
+	mi := &file_sandboxd_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -449,7 +526,7 @@ func (x *Volume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Volume.ProtoReflect.Descriptor instead.
 func (*Volume) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{3}
+	return file_sandboxd_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Volume) GetSource() string {
@@ -484,7 +561,7 @@ type Tmpfs struct {
 
 func (x *Tmpfs) Reset() {
 	*x = Tmpfs{}
-	mi := &file_sandboxd_proto_msgTypes[4]
+	mi := &file_sandboxd_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -496,7 +573,7 @@ func (x *Tmpfs) String() string {
 func (*Tmpfs) ProtoMessage() {}
 
 func (x *Tmpfs) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[4]
+	mi := &file_sandboxd_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -509,7 +586,7 @@ func (x *Tmpfs) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tmpfs.ProtoReflect.Descriptor instead.
 func (*Tmpfs) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{4}
+	return file_sandboxd_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Tmpfs) GetTarget() string {
@@ -548,7 +625,7 @@ type SandboxInfo struct {
 
 func (x *SandboxInfo) Reset() {
 	*x = SandboxInfo{}
-	mi := &file_sandboxd_proto_msgTypes[5]
+	mi := &file_sandboxd_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -560,7 +637,7 @@ func (x *SandboxInfo) String() string {
 func (*SandboxInfo) ProtoMessage() {}
 
 func (x *SandboxInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[5]
+	mi := &file_sandboxd_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -573,7 +650,7 @@ func (x *SandboxInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SandboxInfo.ProtoReflect.Descriptor instead.
 func (*SandboxInfo) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{5}
+	return file_sandboxd_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *SandboxInfo) GetId() string {
@@ -679,7 +756,7 @@ type NamespaceInfo struct {
 
 func (x *NamespaceInfo) Reset() {
 	*x = NamespaceInfo{}
-	mi := &file_sandboxd_proto_msgTypes[6]
+	mi := &file_sandboxd_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -691,7 +768,7 @@ func (x *NamespaceInfo) String() string {
 func (*NamespaceInfo) ProtoMessage() {}
 
 func (x *NamespaceInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[6]
+	mi := &file_sandboxd_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -704,7 +781,7 @@ func (x *NamespaceInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NamespaceInfo.ProtoReflect.Descriptor instead.
 func (*NamespaceInfo) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{6}
+	return file_sandboxd_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *NamespaceInfo) GetSource() string {
@@ -747,14 +824,15 @@ type MemberInfo struct {
 	Cgroup        string                    `protobuf:"bytes,14,opt,name=cgroup,proto3" json:"cgroup,omitempty"`
 	Custody       *CustodyInfo              `protobuf:"bytes,15,opt,name=custody,proto3" json:"custody,omitempty"`
 	Labels        map[string]string         `protobuf:"bytes,16,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	Exit          *ExitRecord               `protobuf:"bytes,17,opt,name=exit,proto3" json:"exit,omitempty"` // absent until init has exited
+	Exit          *ExitRecord               `protobuf:"bytes,17,opt,name=exit,proto3" json:"exit,omitempty"`             // absent until init has exited
+	Collection    string                    `protobuf:"bytes,18,opt,name=collection,proto3" json:"collection,omitempty"` // SANDBOX/MEMBER-N below the collection directory; empty if there is none
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *MemberInfo) Reset() {
 	*x = MemberInfo{}
-	mi := &file_sandboxd_proto_msgTypes[7]
+	mi := &file_sandboxd_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -766,7 +844,7 @@ func (x *MemberInfo) String() string {
 func (*MemberInfo) ProtoMessage() {}
 
 func (x *MemberInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[7]
+	mi := &file_sandboxd_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -779,7 +857,7 @@ func (x *MemberInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberInfo.ProtoReflect.Descriptor instead.
 func (*MemberInfo) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{7}
+	return file_sandboxd_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *MemberInfo) GetId() string {
@@ -901,19 +979,29 @@ func (x *MemberInfo) GetExit() *ExitRecord {
 	return nil
 }
 
+func (x *MemberInfo) GetCollection() string {
+	if x != nil {
+		return x.Collection
+	}
+	return ""
+}
+
 // CustodyInfo says whether a member's root and namespaces are held.
 type CustodyInfo struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Policy        string                 `protobuf:"bytes,1,opt,name=policy,proto3" json:"policy,omitempty"`
 	Held          bool                   `protobuf:"varint,2,opt,name=held,proto3" json:"held,omitempty"`
 	Since         *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=since,proto3" json:"since,omitempty"`
+	Until         *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=until,proto3" json:"until,omitempty"`                              // absent: until it is removed
+	Released      *CustodyRelease        `protobuf:"bytes,5,opt,name=released,proto3" json:"released,omitempty"`                        // absent unless custody was ended before that
+	TmpfsBytes    int64                  `protobuf:"varint,6,opt,name=tmpfs_bytes,json=tmpfsBytes,proto3" json:"tmpfs_bytes,omitempty"` // in its file systems in memory
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CustodyInfo) Reset() {
 	*x = CustodyInfo{}
-	mi := &file_sandboxd_proto_msgTypes[8]
+	mi := &file_sandboxd_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -925,7 +1013,7 @@ func (x *CustodyInfo) String() string {
 func (*CustodyInfo) ProtoMessage() {}
 
 func (x *CustodyInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[8]
+	mi := &file_sandboxd_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -938,7 +1026,7 @@ func (x *CustodyInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CustodyInfo.ProtoReflect.Descriptor instead.
 func (*CustodyInfo) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{8}
+	return file_sandboxd_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *CustodyInfo) GetPolicy() string {
@@ -962,6 +1050,80 @@ func (x *CustodyInfo) GetSince() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *CustodyInfo) GetUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Until
+	}
+	return nil
+}
+
+func (x *CustodyInfo) GetReleased() *CustodyRelease {
+	if x != nil {
+		return x.Released
+	}
+	return nil
+}
+
+func (x *CustodyInfo) GetTmpfsBytes() int64 {
+	if x != nil {
+		return x.TmpfsBytes
+	}
+	return 0
+}
+
+// CustodyRelease says when and why custody was ended.
+type CustodyRelease struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	At            *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=at,proto3" json:"at,omitempty"`
+	Reason        string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CustodyRelease) Reset() {
+	*x = CustodyRelease{}
+	mi := &file_sandboxd_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CustodyRelease) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CustodyRelease) ProtoMessage() {}
+
+func (x *CustodyRelease) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CustodyRelease.ProtoReflect.Descriptor instead.
+func (*CustodyRelease) Descriptor() ([]byte, []int) {
+	return file_sandboxd_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *CustodyRelease) GetAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.At
+	}
+	return nil
+}
+
+func (x *CustodyRelease) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
 // ExitRecord says how a member's init ended. Nothing in it is guessed.
 type ExitRecord struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -978,7 +1140,7 @@ type ExitRecord struct {
 
 func (x *ExitRecord) Reset() {
 	*x = ExitRecord{}
-	mi := &file_sandboxd_proto_msgTypes[9]
+	mi := &file_sandboxd_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -990,7 +1152,7 @@ func (x *ExitRecord) String() string {
 func (*ExitRecord) ProtoMessage() {}
 
 func (x *ExitRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[9]
+	mi := &file_sandboxd_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1003,7 +1165,7 @@ func (x *ExitRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExitRecord.ProtoReflect.Descriptor instead.
 func (*ExitRecord) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{9}
+	return file_sandboxd_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ExitRecord) GetKnown() bool {
@@ -1067,7 +1229,7 @@ type Rusage struct {
 
 func (x *Rusage) Reset() {
 	*x = Rusage{}
-	mi := &file_sandboxd_proto_msgTypes[10]
+	mi := &file_sandboxd_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1079,7 +1241,7 @@ func (x *Rusage) String() string {
 func (*Rusage) ProtoMessage() {}
 
 func (x *Rusage) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[10]
+	mi := &file_sandboxd_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1092,7 +1254,7 @@ func (x *Rusage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rusage.ProtoReflect.Descriptor instead.
 func (*Rusage) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{10}
+	return file_sandboxd_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Rusage) GetUserMicros() int64 {
@@ -1127,7 +1289,7 @@ type StartFailure struct {
 
 func (x *StartFailure) Reset() {
 	*x = StartFailure{}
-	mi := &file_sandboxd_proto_msgTypes[11]
+	mi := &file_sandboxd_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1139,7 +1301,7 @@ func (x *StartFailure) String() string {
 func (*StartFailure) ProtoMessage() {}
 
 func (x *StartFailure) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[11]
+	mi := &file_sandboxd_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1152,7 +1314,7 @@ func (x *StartFailure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartFailure.ProtoReflect.Descriptor instead.
 func (*StartFailure) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{11}
+	return file_sandboxd_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *StartFailure) GetText() string {
@@ -1178,7 +1340,7 @@ type CreateSandboxRequest struct {
 
 func (x *CreateSandboxRequest) Reset() {
 	*x = CreateSandboxRequest{}
-	mi := &file_sandboxd_proto_msgTypes[12]
+	mi := &file_sandboxd_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1190,7 +1352,7 @@ func (x *CreateSandboxRequest) String() string {
 func (*CreateSandboxRequest) ProtoMessage() {}
 
 func (x *CreateSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[12]
+	mi := &file_sandboxd_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1203,7 +1365,7 @@ func (x *CreateSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSandboxRequest.ProtoReflect.Descriptor instead.
 func (*CreateSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{12}
+	return file_sandboxd_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *CreateSandboxRequest) GetConfig() *SandboxConfig {
@@ -1222,7 +1384,7 @@ type CreateSandboxResponse struct {
 
 func (x *CreateSandboxResponse) Reset() {
 	*x = CreateSandboxResponse{}
-	mi := &file_sandboxd_proto_msgTypes[13]
+	mi := &file_sandboxd_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1234,7 +1396,7 @@ func (x *CreateSandboxResponse) String() string {
 func (*CreateSandboxResponse) ProtoMessage() {}
 
 func (x *CreateSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[13]
+	mi := &file_sandboxd_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1247,7 +1409,7 @@ func (x *CreateSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSandboxResponse.ProtoReflect.Descriptor instead.
 func (*CreateSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{13}
+	return file_sandboxd_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *CreateSandboxResponse) GetSandbox() *SandboxInfo {
@@ -1267,7 +1429,7 @@ type StopSandboxRequest struct {
 
 func (x *StopSandboxRequest) Reset() {
 	*x = StopSandboxRequest{}
-	mi := &file_sandboxd_proto_msgTypes[14]
+	mi := &file_sandboxd_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1279,7 +1441,7 @@ func (x *StopSandboxRequest) String() string {
 func (*StopSandboxRequest) ProtoMessage() {}
 
 func (x *StopSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[14]
+	mi := &file_sandboxd_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1292,7 +1454,7 @@ func (x *StopSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopSandboxRequest.ProtoReflect.Descriptor instead.
 func (*StopSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{14}
+	return file_sandboxd_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *StopSandboxRequest) GetSandbox() string {
@@ -1317,7 +1479,7 @@ type StopSandboxResponse struct {
 
 func (x *StopSandboxResponse) Reset() {
 	*x = StopSandboxResponse{}
-	mi := &file_sandboxd_proto_msgTypes[15]
+	mi := &file_sandboxd_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1329,7 +1491,7 @@ func (x *StopSandboxResponse) String() string {
 func (*StopSandboxResponse) ProtoMessage() {}
 
 func (x *StopSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[15]
+	mi := &file_sandboxd_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1342,7 +1504,7 @@ func (x *StopSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopSandboxResponse.ProtoReflect.Descriptor instead.
 func (*StopSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{15}
+	return file_sandboxd_proto_rawDescGZIP(), []int{17}
 }
 
 type RemoveSandboxRequest struct {
@@ -1355,7 +1517,7 @@ type RemoveSandboxRequest struct {
 
 func (x *RemoveSandboxRequest) Reset() {
 	*x = RemoveSandboxRequest{}
-	mi := &file_sandboxd_proto_msgTypes[16]
+	mi := &file_sandboxd_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1367,7 +1529,7 @@ func (x *RemoveSandboxRequest) String() string {
 func (*RemoveSandboxRequest) ProtoMessage() {}
 
 func (x *RemoveSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[16]
+	mi := &file_sandboxd_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1380,7 +1542,7 @@ func (x *RemoveSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveSandboxRequest.ProtoReflect.Descriptor instead.
 func (*RemoveSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{16}
+	return file_sandboxd_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *RemoveSandboxRequest) GetSandbox() string {
@@ -1405,7 +1567,7 @@ type RemoveSandboxResponse struct {
 
 func (x *RemoveSandboxResponse) Reset() {
 	*x = RemoveSandboxResponse{}
-	mi := &file_sandboxd_proto_msgTypes[17]
+	mi := &file_sandboxd_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1417,7 +1579,7 @@ func (x *RemoveSandboxResponse) String() string {
 func (*RemoveSandboxResponse) ProtoMessage() {}
 
 func (x *RemoveSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[17]
+	mi := &file_sandboxd_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1430,7 +1592,7 @@ func (x *RemoveSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveSandboxResponse.ProtoReflect.Descriptor instead.
 func (*RemoveSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{17}
+	return file_sandboxd_proto_rawDescGZIP(), []int{19}
 }
 
 type ListSandboxesRequest struct {
@@ -1441,7 +1603,7 @@ type ListSandboxesRequest struct {
 
 func (x *ListSandboxesRequest) Reset() {
 	*x = ListSandboxesRequest{}
-	mi := &file_sandboxd_proto_msgTypes[18]
+	mi := &file_sandboxd_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1453,7 +1615,7 @@ func (x *ListSandboxesRequest) String() string {
 func (*ListSandboxesRequest) ProtoMessage() {}
 
 func (x *ListSandboxesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[18]
+	mi := &file_sandboxd_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1466,7 +1628,7 @@ func (x *ListSandboxesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSandboxesRequest.ProtoReflect.Descriptor instead.
 func (*ListSandboxesRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{18}
+	return file_sandboxd_proto_rawDescGZIP(), []int{20}
 }
 
 type ListSandboxesResponse struct {
@@ -1478,7 +1640,7 @@ type ListSandboxesResponse struct {
 
 func (x *ListSandboxesResponse) Reset() {
 	*x = ListSandboxesResponse{}
-	mi := &file_sandboxd_proto_msgTypes[19]
+	mi := &file_sandboxd_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1490,7 +1652,7 @@ func (x *ListSandboxesResponse) String() string {
 func (*ListSandboxesResponse) ProtoMessage() {}
 
 func (x *ListSandboxesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[19]
+	mi := &file_sandboxd_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1503,7 +1665,7 @@ func (x *ListSandboxesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSandboxesResponse.ProtoReflect.Descriptor instead.
 func (*ListSandboxesResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{19}
+	return file_sandboxd_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ListSandboxesResponse) GetSandboxes() []*SandboxInfo {
@@ -1522,7 +1684,7 @@ type GetSandboxRequest struct {
 
 func (x *GetSandboxRequest) Reset() {
 	*x = GetSandboxRequest{}
-	mi := &file_sandboxd_proto_msgTypes[20]
+	mi := &file_sandboxd_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1534,7 +1696,7 @@ func (x *GetSandboxRequest) String() string {
 func (*GetSandboxRequest) ProtoMessage() {}
 
 func (x *GetSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[20]
+	mi := &file_sandboxd_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1547,7 +1709,7 @@ func (x *GetSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSandboxRequest.ProtoReflect.Descriptor instead.
 func (*GetSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{20}
+	return file_sandboxd_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *GetSandboxRequest) GetSandbox() string {
@@ -1566,7 +1728,7 @@ type GetSandboxResponse struct {
 
 func (x *GetSandboxResponse) Reset() {
 	*x = GetSandboxResponse{}
-	mi := &file_sandboxd_proto_msgTypes[21]
+	mi := &file_sandboxd_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1578,7 +1740,7 @@ func (x *GetSandboxResponse) String() string {
 func (*GetSandboxResponse) ProtoMessage() {}
 
 func (x *GetSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[21]
+	mi := &file_sandboxd_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1591,7 +1753,7 @@ func (x *GetSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSandboxResponse.ProtoReflect.Descriptor instead.
 func (*GetSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{21}
+	return file_sandboxd_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *GetSandboxResponse) GetSandbox() *SandboxInfo {
@@ -1611,7 +1773,7 @@ type AddMemberRequest struct {
 
 func (x *AddMemberRequest) Reset() {
 	*x = AddMemberRequest{}
-	mi := &file_sandboxd_proto_msgTypes[22]
+	mi := &file_sandboxd_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1623,7 +1785,7 @@ func (x *AddMemberRequest) String() string {
 func (*AddMemberRequest) ProtoMessage() {}
 
 func (x *AddMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[22]
+	mi := &file_sandboxd_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1636,7 +1798,7 @@ func (x *AddMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddMemberRequest.ProtoReflect.Descriptor instead.
 func (*AddMemberRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{22}
+	return file_sandboxd_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *AddMemberRequest) GetSandbox() string {
@@ -1662,7 +1824,7 @@ type AddMemberResponse struct {
 
 func (x *AddMemberResponse) Reset() {
 	*x = AddMemberResponse{}
-	mi := &file_sandboxd_proto_msgTypes[23]
+	mi := &file_sandboxd_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1674,7 +1836,7 @@ func (x *AddMemberResponse) String() string {
 func (*AddMemberResponse) ProtoMessage() {}
 
 func (x *AddMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[23]
+	mi := &file_sandboxd_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1687,7 +1849,7 @@ func (x *AddMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddMemberResponse.ProtoReflect.Descriptor instead.
 func (*AddMemberResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{23}
+	return file_sandboxd_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *AddMemberResponse) GetMember() *MemberInfo {
@@ -1706,7 +1868,7 @@ type StartMemberRequest struct {
 
 func (x *StartMemberRequest) Reset() {
 	*x = StartMemberRequest{}
-	mi := &file_sandboxd_proto_msgTypes[24]
+	mi := &file_sandboxd_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1718,7 +1880,7 @@ func (x *StartMemberRequest) String() string {
 func (*StartMemberRequest) ProtoMessage() {}
 
 func (x *StartMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[24]
+	mi := &file_sandboxd_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1731,7 +1893,7 @@ func (x *StartMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartMemberRequest.ProtoReflect.Descriptor instead.
 func (*StartMemberRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{24}
+	return file_sandboxd_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *StartMemberRequest) GetMember() string {
@@ -1750,7 +1912,7 @@ type StartMemberResponse struct {
 
 func (x *StartMemberResponse) Reset() {
 	*x = StartMemberResponse{}
-	mi := &file_sandboxd_proto_msgTypes[25]
+	mi := &file_sandboxd_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1762,7 +1924,7 @@ func (x *StartMemberResponse) String() string {
 func (*StartMemberResponse) ProtoMessage() {}
 
 func (x *StartMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[25]
+	mi := &file_sandboxd_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1775,7 +1937,7 @@ func (x *StartMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartMemberResponse.ProtoReflect.Descriptor instead.
 func (*StartMemberResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{25}
+	return file_sandboxd_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *StartMemberResponse) GetMember() *MemberInfo {
@@ -1795,7 +1957,7 @@ type StopMemberRequest struct {
 
 func (x *StopMemberRequest) Reset() {
 	*x = StopMemberRequest{}
-	mi := &file_sandboxd_proto_msgTypes[26]
+	mi := &file_sandboxd_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1807,7 +1969,7 @@ func (x *StopMemberRequest) String() string {
 func (*StopMemberRequest) ProtoMessage() {}
 
 func (x *StopMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[26]
+	mi := &file_sandboxd_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1820,7 +1982,7 @@ func (x *StopMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopMemberRequest.ProtoReflect.Descriptor instead.
 func (*StopMemberRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{26}
+	return file_sandboxd_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *StopMemberRequest) GetMember() string {
@@ -1845,7 +2007,7 @@ type StopMemberResponse struct {
 
 func (x *StopMemberResponse) Reset() {
 	*x = StopMemberResponse{}
-	mi := &file_sandboxd_proto_msgTypes[27]
+	mi := &file_sandboxd_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1857,7 +2019,7 @@ func (x *StopMemberResponse) String() string {
 func (*StopMemberResponse) ProtoMessage() {}
 
 func (x *StopMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[27]
+	mi := &file_sandboxd_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1870,7 +2032,7 @@ func (x *StopMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopMemberResponse.ProtoReflect.Descriptor instead.
 func (*StopMemberResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{27}
+	return file_sandboxd_proto_rawDescGZIP(), []int{29}
 }
 
 type KillMemberRequest struct {
@@ -1883,7 +2045,7 @@ type KillMemberRequest struct {
 
 func (x *KillMemberRequest) Reset() {
 	*x = KillMemberRequest{}
-	mi := &file_sandboxd_proto_msgTypes[28]
+	mi := &file_sandboxd_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1895,7 +2057,7 @@ func (x *KillMemberRequest) String() string {
 func (*KillMemberRequest) ProtoMessage() {}
 
 func (x *KillMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[28]
+	mi := &file_sandboxd_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1908,7 +2070,7 @@ func (x *KillMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillMemberRequest.ProtoReflect.Descriptor instead.
 func (*KillMemberRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{28}
+	return file_sandboxd_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *KillMemberRequest) GetMember() string {
@@ -1933,7 +2095,7 @@ type KillMemberResponse struct {
 
 func (x *KillMemberResponse) Reset() {
 	*x = KillMemberResponse{}
-	mi := &file_sandboxd_proto_msgTypes[29]
+	mi := &file_sandboxd_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1945,7 +2107,7 @@ func (x *KillMemberResponse) String() string {
 func (*KillMemberResponse) ProtoMessage() {}
 
 func (x *KillMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[29]
+	mi := &file_sandboxd_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1958,7 +2120,7 @@ func (x *KillMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillMemberResponse.ProtoReflect.Descriptor instead.
 func (*KillMemberResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{29}
+	return file_sandboxd_proto_rawDescGZIP(), []int{31}
 }
 
 type RemoveMemberRequest struct {
@@ -1971,7 +2133,7 @@ type RemoveMemberRequest struct {
 
 func (x *RemoveMemberRequest) Reset() {
 	*x = RemoveMemberRequest{}
-	mi := &file_sandboxd_proto_msgTypes[30]
+	mi := &file_sandboxd_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1983,7 +2145,7 @@ func (x *RemoveMemberRequest) String() string {
 func (*RemoveMemberRequest) ProtoMessage() {}
 
 func (x *RemoveMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[30]
+	mi := &file_sandboxd_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1996,7 +2158,7 @@ func (x *RemoveMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveMemberRequest.ProtoReflect.Descriptor instead.
 func (*RemoveMemberRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{30}
+	return file_sandboxd_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *RemoveMemberRequest) GetMember() string {
@@ -2021,7 +2183,7 @@ type RemoveMemberResponse struct {
 
 func (x *RemoveMemberResponse) Reset() {
 	*x = RemoveMemberResponse{}
-	mi := &file_sandboxd_proto_msgTypes[31]
+	mi := &file_sandboxd_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2033,7 +2195,7 @@ func (x *RemoveMemberResponse) String() string {
 func (*RemoveMemberResponse) ProtoMessage() {}
 
 func (x *RemoveMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[31]
+	mi := &file_sandboxd_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2046,7 +2208,7 @@ func (x *RemoveMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveMemberResponse.ProtoReflect.Descriptor instead.
 func (*RemoveMemberResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{31}
+	return file_sandboxd_proto_rawDescGZIP(), []int{33}
 }
 
 type WaitMemberRequest struct {
@@ -2058,7 +2220,7 @@ type WaitMemberRequest struct {
 
 func (x *WaitMemberRequest) Reset() {
 	*x = WaitMemberRequest{}
-	mi := &file_sandboxd_proto_msgTypes[32]
+	mi := &file_sandboxd_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2070,7 +2232,7 @@ func (x *WaitMemberRequest) String() string {
 func (*WaitMemberRequest) ProtoMessage() {}
 
 func (x *WaitMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[32]
+	mi := &file_sandboxd_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2083,7 +2245,7 @@ func (x *WaitMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitMemberRequest.ProtoReflect.Descriptor instead.
 func (*WaitMemberRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{32}
+	return file_sandboxd_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *WaitMemberRequest) GetMember() string {
@@ -2102,7 +2264,7 @@ type WaitMemberResponse struct {
 
 func (x *WaitMemberResponse) Reset() {
 	*x = WaitMemberResponse{}
-	mi := &file_sandboxd_proto_msgTypes[33]
+	mi := &file_sandboxd_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2114,7 +2276,7 @@ func (x *WaitMemberResponse) String() string {
 func (*WaitMemberResponse) ProtoMessage() {}
 
 func (x *WaitMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[33]
+	mi := &file_sandboxd_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2127,7 +2289,7 @@ func (x *WaitMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitMemberResponse.ProtoReflect.Descriptor instead.
 func (*WaitMemberResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{33}
+	return file_sandboxd_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *WaitMemberResponse) GetExit() *ExitRecord {
@@ -2146,7 +2308,7 @@ type ReopenMemberLogRequest struct {
 
 func (x *ReopenMemberLogRequest) Reset() {
 	*x = ReopenMemberLogRequest{}
-	mi := &file_sandboxd_proto_msgTypes[34]
+	mi := &file_sandboxd_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2158,7 +2320,7 @@ func (x *ReopenMemberLogRequest) String() string {
 func (*ReopenMemberLogRequest) ProtoMessage() {}
 
 func (x *ReopenMemberLogRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[34]
+	mi := &file_sandboxd_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2171,7 +2333,7 @@ func (x *ReopenMemberLogRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReopenMemberLogRequest.ProtoReflect.Descriptor instead.
 func (*ReopenMemberLogRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{34}
+	return file_sandboxd_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *ReopenMemberLogRequest) GetMember() string {
@@ -2189,7 +2351,7 @@ type ReopenMemberLogResponse struct {
 
 func (x *ReopenMemberLogResponse) Reset() {
 	*x = ReopenMemberLogResponse{}
-	mi := &file_sandboxd_proto_msgTypes[35]
+	mi := &file_sandboxd_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2201,7 +2363,7 @@ func (x *ReopenMemberLogResponse) String() string {
 func (*ReopenMemberLogResponse) ProtoMessage() {}
 
 func (x *ReopenMemberLogResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[35]
+	mi := &file_sandboxd_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2214,7 +2376,7 @@ func (x *ReopenMemberLogResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReopenMemberLogResponse.ProtoReflect.Descriptor instead.
 func (*ReopenMemberLogResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{35}
+	return file_sandboxd_proto_rawDescGZIP(), []int{37}
 }
 
 type GetMemberRequest struct {
@@ -2226,7 +2388,7 @@ type GetMemberRequest struct {
 
 func (x *GetMemberRequest) Reset() {
 	*x = GetMemberRequest{}
-	mi := &file_sandboxd_proto_msgTypes[36]
+	mi := &file_sandboxd_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2238,7 +2400,7 @@ func (x *GetMemberRequest) String() string {
 func (*GetMemberRequest) ProtoMessage() {}
 
 func (x *GetMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[36]
+	mi := &file_sandboxd_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2251,7 +2413,7 @@ func (x *GetMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetMemberRequest.ProtoReflect.Descriptor instead.
 func (*GetMemberRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{36}
+	return file_sandboxd_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *GetMemberRequest) GetMember() string {
@@ -2270,7 +2432,7 @@ type GetMemberResponse struct {
 
 func (x *GetMemberResponse) Reset() {
 	*x = GetMemberResponse{}
-	mi := &file_sandboxd_proto_msgTypes[37]
+	mi := &file_sandboxd_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2282,7 +2444,7 @@ func (x *GetMemberResponse) String() string {
 func (*GetMemberResponse) ProtoMessage() {}
 
 func (x *GetMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[37]
+	mi := &file_sandboxd_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2295,7 +2457,7 @@ func (x *GetMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetMemberResponse.ProtoReflect.Descriptor instead.
 func (*GetMemberResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{37}
+	return file_sandboxd_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *GetMemberResponse) GetMember() *MemberInfo {
@@ -2319,7 +2481,7 @@ type ExecMemberRequest struct {
 
 func (x *ExecMemberRequest) Reset() {
 	*x = ExecMemberRequest{}
-	mi := &file_sandboxd_proto_msgTypes[38]
+	mi := &file_sandboxd_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2331,7 +2493,7 @@ func (x *ExecMemberRequest) String() string {
 func (*ExecMemberRequest) ProtoMessage() {}
 
 func (x *ExecMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[38]
+	mi := &file_sandboxd_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2344,7 +2506,7 @@ func (x *ExecMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecMemberRequest.ProtoReflect.Descriptor instead.
 func (*ExecMemberRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{38}
+	return file_sandboxd_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ExecMemberRequest) GetMember() string {
@@ -2401,7 +2563,7 @@ type ExecMemberResponse struct {
 
 func (x *ExecMemberResponse) Reset() {
 	*x = ExecMemberResponse{}
-	mi := &file_sandboxd_proto_msgTypes[39]
+	mi := &file_sandboxd_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2413,7 +2575,7 @@ func (x *ExecMemberResponse) String() string {
 func (*ExecMemberResponse) ProtoMessage() {}
 
 func (x *ExecMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[39]
+	mi := &file_sandboxd_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2426,7 +2588,7 @@ func (x *ExecMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecMemberResponse.ProtoReflect.Descriptor instead.
 func (*ExecMemberResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{39}
+	return file_sandboxd_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ExecMemberResponse) GetExitCode() int32 {
@@ -2481,7 +2643,7 @@ const file_sandboxd_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"&\n" +
 	"\x0eNamespaceKinds\x12\x14\n" +
-	"\x05kinds\x18\x01 \x03(\tR\x05kinds\"\xdf\x06\n" +
+	"\x05kinds\x18\x01 \x03(\tR\x05kinds\"\xcb\a\n" +
 	"\fMemberConfig\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06rootfs\x18\x02 \x01(\tR\x06rootfs\x12\x16\n" +
@@ -2514,13 +2676,20 @@ const file_sandboxd_proto_rawDesc = "" +
 	"\vauto_remove\x18\x16 \x01(\bR\n" +
 	"autoRemove\x12=\n" +
 	"\x06labels\x18\x17 \x03(\v2%.sandboxd.v1.MemberConfig.LabelsEntryR\x06labels\x12\x19\n" +
-	"\blog_path\x18\x18 \x01(\tR\alogPath\x1a=\n" +
+	"\blog_path\x18\x18 \x01(\tR\alogPath\x12.\n" +
+	"\acollect\x18\x19 \x03(\v2\x14.sandboxd.v1.CollectR\acollect\x12:\n" +
+	"\vcustody_ttl\x18\x1a \x01(\v2\x19.google.protobuf.DurationR\n" +
+	"custodyTtl\x1a=\n" +
 	"\x0fNamespacesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"U\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"?\n" +
+	"\aCollect\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x0e\n" +
+	"\x02on\x18\x02 \x01(\tR\x02on\x12\x10\n" +
+	"\x03max\x18\x03 \x01(\x03R\x03max\"U\n" +
 	"\x06Volume\x12\x16\n" +
 	"\x06source\x18\x01 \x01(\tR\x06source\x12\x16\n" +
 	"\x06target\x18\x02 \x01(\tR\x06target\x12\x1b\n" +
@@ -2558,7 +2727,7 @@ const file_sandboxd_proto_rawDesc = "" +
 	"\rNamespaceInfo\x12\x16\n" +
 	"\x06source\x18\x01 \x01(\tR\x06source\x12\x14\n" +
 	"\x05inode\x18\x02 \x01(\x04R\x05inode\x12\x12\n" +
-	"\x04path\x18\x03 \x01(\tR\x04path\"\xf9\x05\n" +
+	"\x04path\x18\x03 \x01(\tR\x04path\"\x99\x06\n" +
 	"\n" +
 	"MemberInfo\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
@@ -2583,17 +2752,27 @@ const file_sandboxd_proto_rawDesc = "" +
 	"\x06cgroup\x18\x0e \x01(\tR\x06cgroup\x122\n" +
 	"\acustody\x18\x0f \x01(\v2\x18.sandboxd.v1.CustodyInfoR\acustody\x12;\n" +
 	"\x06labels\x18\x10 \x03(\v2#.sandboxd.v1.MemberInfo.LabelsEntryR\x06labels\x12+\n" +
-	"\x04exit\x18\x11 \x01(\v2\x17.sandboxd.v1.ExitRecordR\x04exit\x1aY\n" +
+	"\x04exit\x18\x11 \x01(\v2\x17.sandboxd.v1.ExitRecordR\x04exit\x12\x1e\n" +
+	"\n" +
+	"collection\x18\x12 \x01(\tR\n" +
+	"collection\x1aY\n" +
 	"\x0fNamespacesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x120\n" +
 	"\x05value\x18\x02 \x01(\v2\x1a.sandboxd.v1.NamespaceInfoR\x05value:\x028\x01\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"k\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xf7\x01\n" +
 	"\vCustodyInfo\x12\x16\n" +
 	"\x06policy\x18\x01 \x01(\tR\x06policy\x12\x12\n" +
 	"\x04held\x18\x02 \x01(\bR\x04held\x120\n" +
-	"\x05since\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\"\xef\x01\n" +
+	"\x05since\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x120\n" +
+	"\x05until\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05until\x127\n" +
+	"\breleased\x18\x05 \x01(\v2\x1b.sandboxd.v1.CustodyReleaseR\breleased\x12\x1f\n" +
+	"\vtmpfs_bytes\x18\x06 \x01(\x03R\n" +
+	"tmpfsBytes\"T\n" +
+	"\x0eCustodyRelease\x12*\n" +
+	"\x02at\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\"\xef\x01\n" +
 	"\n" +
 	"ExitRecord\x12\x14\n" +
 	"\x05known\x18\x01 \x01(\bR\x05known\x12\x12\n" +
@@ -2709,130 +2888,137 @@ func file_sandboxd_proto_rawDescGZIP() []byte {
 	return file_sandboxd_proto_rawDescData
 }
 
-var file_sandboxd_proto_msgTypes = make([]protoimpl.MessageInfo, 50)
+var file_sandboxd_proto_msgTypes = make([]protoimpl.MessageInfo, 52)
 var file_sandboxd_proto_goTypes = []any{
 	(*SandboxConfig)(nil),           // 0: sandboxd.v1.SandboxConfig
 	(*NamespaceKinds)(nil),          // 1: sandboxd.v1.NamespaceKinds
 	(*MemberConfig)(nil),            // 2: sandboxd.v1.MemberConfig
-	(*Volume)(nil),                  // 3: sandboxd.v1.Volume
-	(*Tmpfs)(nil),                   // 4: sandboxd.v1.Tmpfs
-	(*SandboxInfo)(nil),             // 5: sandboxd.v1.SandboxInfo
-	(*NamespaceInfo)(nil),           // 6: sandboxd.v1.NamespaceInfo
-	(*MemberInfo)(nil),              // 7: sandboxd.v1.MemberInfo
-	(*CustodyInfo)(nil),             // 8: sandboxd.v1.CustodyInfo
-	(*ExitRecord)(nil),              // 9: sandboxd.v1.ExitRecord
-	(*Rusage)(nil),                  // 10: sandboxd.v1.Rusage
-	(*StartFailure)(nil),            // 11: sandboxd.v1.StartFailure
-	(*CreateSandboxRequest)(nil),    // 12: sandboxd.v1.CreateSandboxRequest
-	(*CreateSandboxResponse)(nil),   // 13: sandboxd.v1.CreateSandboxResponse
-	(*StopSandboxRequest)(nil),      // 14: sandboxd.v1.StopSandboxRequest
-	(*StopSandboxResponse)(nil),     // 15: sandboxd.v1.StopSandboxResponse
-	(*RemoveSandboxRequest)(nil),    // 16: sandboxd.v1.RemoveSandboxRequest
-	(*RemoveSandboxResponse)(nil),   // 17: sandboxd.v1.RemoveSandboxResponse
-	(*ListSandboxesRequest)(nil),    // 18: sandboxd.v1.ListSandboxesRequest
-	(*ListSandboxesResponse)(nil),   // 19: sandboxd.v1.ListSandboxesResponse
-	(*GetSandboxRequest)(nil),       // 20: sandboxd.v1.GetSandboxRequest
-	(*GetSandboxResponse)(nil),      // 21: sandboxd.v1.GetSandboxResponse
-	(*AddMemberRequest)(nil),        // 22: sandboxd.v1.AddMemberRequest
-	(*AddMemberResponse)(nil),       // 23: sandboxd.v1.AddMemberResponse
-	(*StartMemberRequest)(nil),      // 24: sandboxd.v1.StartMemberRequest
-	(*StartMemberResponse)(nil),     // 25: sandboxd.v1.StartMemberResponse
-	(*StopMemberRequest)(nil),       // 26: sandboxd.v1.StopMemberRequest
-	(*StopMemberResponse)(nil),      // 27: sandboxd.v1.StopMemberResponse
-	(*KillMemberRequest)(nil),       // 28: sandboxd.v1.KillMemberRequest
-	(*KillMemberResponse)(nil),      // 29: sandboxd.v1.KillMemberResponse
-	(*RemoveMemberRequest)(nil),     // 30: sandboxd.v1.RemoveMemberRequest
-	(*RemoveMemberResponse)(nil),    // 31: sandboxd.v1.RemoveMemberResponse
-	(*WaitMemberRequest)(nil),       // 32: sandboxd.v1.WaitMemberRequest
-	(*WaitMemberResponse)(nil),      // 33: sandboxd.v1.WaitMemberResponse
-	(*ReopenMemberLogRequest)(nil),  // 34: sandboxd.v1.ReopenMemberLogRequest
-	(*ReopenMemberLogResponse)(nil), // 35: sandboxd.v1.ReopenMemberLogResponse
-	(*GetMemberRequest)(nil),        // 36: sandboxd.v1.GetMemberRequest
-	(*GetMemberResponse)(nil),       // 37: sandboxd.v1.GetMemberResponse
-	(*ExecMemberRequest)(nil),       // 38: sandboxd.v1.ExecMemberRequest
-	(*ExecMemberResponse)(nil),      // 39: sandboxd.v1.ExecMemberResponse
-	nil,                             // 40: sandboxd.v1.SandboxConfig.SysctlsEntry
-	nil,                             // 41: sandboxd.v1.SandboxConfig.LabelsEntry
-	nil,                             // 42: sandboxd.v1.SandboxConfig.AnnotationsEntry
-	nil,                             // 43: sandboxd.v1.MemberConfig.NamespacesEntry
-	nil,                             // 44: sandboxd.v1.MemberConfig.LabelsEntry
-	nil,                             // 45: sandboxd.v1.SandboxInfo.NamespacesEntry
-	nil,                             // 46: sandboxd.v1.SandboxInfo.LabelsEntry
-	nil,                             // 47: sandboxd.v1.SandboxInfo.AnnotationsEntry
-	nil,                             // 48: sandboxd.v1.MemberInfo.NamespacesEntry
-	nil,                             // 49: sandboxd.v1.MemberInfo.LabelsEntry
-	(*timestamppb.Timestamp)(nil),   // 50: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),     // 51: google.protobuf.Duration
+	(*Collect)(nil),                 // 3: sandboxd.v1.Collect
+	(*Volume)(nil),                  // 4: sandboxd.v1.Volume
+	(*Tmpfs)(nil),                   // 5: sandboxd.v1.Tmpfs
+	(*SandboxInfo)(nil),             // 6: sandboxd.v1.SandboxInfo
+	(*NamespaceInfo)(nil),           // 7: sandboxd.v1.NamespaceInfo
+	(*MemberInfo)(nil),              // 8: sandboxd.v1.MemberInfo
+	(*CustodyInfo)(nil),             // 9: sandboxd.v1.CustodyInfo
+	(*CustodyRelease)(nil),          // 10: sandboxd.v1.CustodyRelease
+	(*ExitRecord)(nil),              // 11: sandboxd.v1.ExitRecord
+	(*Rusage)(nil),                  // 12: sandboxd.v1.Rusage
+	(*StartFailure)(nil),            // 13: sandboxd.v1.StartFailure
+	(*CreateSandboxRequest)(nil),    // 14: sandboxd.v1.CreateSandboxRequest
+	(*CreateSandboxResponse)(nil),   // 15: sandboxd.v1.CreateSandboxResponse
+	(*StopSandboxRequest)(nil),      // 16: sandboxd.v1.StopSandboxRequest
+	(*StopSandboxResponse)(nil),     // 17: sandboxd.v1.StopSandboxResponse
+	(*RemoveSandboxRequest)(nil),    // 18: sandboxd.v1.RemoveSandboxRequest
+	(*RemoveSandboxResponse)(nil),   // 19: sandboxd.v1.RemoveSandboxResponse
+	(*ListSandboxesRequest)(nil),    // 20: sandboxd.v1.ListSandboxesRequest
+	(*ListSandboxesResponse)(nil),   // 21: sandboxd.v1.ListSandboxesResponse
+	(*GetSandboxRequest)(nil),       // 22: sandboxd.v1.GetSandboxRequest
+	(*GetSandboxResponse)(nil),      // 23: sandboxd.v1.GetSandboxResponse
+	(*AddMemberRequest)(nil),        // 24: sandboxd.v1.AddMemberRequest
+	(*AddMemberResponse)(nil),       // 25: sandboxd.v1.AddMemberResponse
+	(*StartMemberRequest)(nil),      // 26: sandboxd.v1.StartMemberRequest
+	(*StartMemberResponse)(nil),     // 27: sandboxd.v1.StartMemberResponse
+	(*StopMemberRequest)(nil),       // 28: sandboxd.v1.StopMemberRequest
+	(*StopMemberResponse)(nil),      // 29: sandboxd.v1.StopMemberResponse
+	(*KillMemberRequest)(nil),       // 30: sandboxd.v1.KillMemberRequest
+	(*KillMemberResponse)(nil),      // 31: sandboxd.v1.KillMemberResponse
+	(*RemoveMemberRequest)(nil),     // 32: sandboxd.v1.RemoveMemberRequest
+	(*RemoveMemberResponse)(nil),    // 33: sandboxd.v1.RemoveMemberResponse
+	(*WaitMemberRequest)(nil),       // 34: sandboxd.v1.WaitMemberRequest
+	(*WaitMemberResponse)(nil),      // 35: sandboxd.v1.WaitMemberResponse
+	(*ReopenMemberLogRequest)(nil),  // 36: sandboxd.v1.ReopenMemberLogRequest
+	(*ReopenMemberLogResponse)(nil), // 37: sandboxd.v1.ReopenMemberLogResponse
+	(*GetMemberRequest)(nil),        // 38: sandboxd.v1.GetMemberRequest
+	(*GetMemberResponse)(nil),       // 39: sandboxd.v1.GetMemberResponse
+	(*ExecMemberRequest)(nil),       // 40: sandboxd.v1.ExecMemberRequest
+	(*ExecMemberResponse)(nil),      // 41: sandboxd.v1.ExecMemberResponse
+	nil,                             // 42: sandboxd.v1.SandboxConfig.SysctlsEntry
+	nil,                             // 43: sandboxd.v1.SandboxConfig.LabelsEntry
+	nil,                             // 44: sandboxd.v1.SandboxConfig.AnnotationsEntry
+	nil,                             // 45: sandboxd.v1.MemberConfig.NamespacesEntry
+	nil,                             // 46: sandboxd.v1.MemberConfig.LabelsEntry
+	nil,                             // 47: sandboxd.v1.SandboxInfo.NamespacesEntry
+	nil,                             // 48: sandboxd.v1.SandboxInfo.LabelsEntry
+	nil,                             // 49: sandboxd.v1.SandboxInfo.AnnotationsEntry
+	nil,                             // 50: sandboxd.v1.MemberInfo.NamespacesEntry
+	nil,                             // 51: sandboxd.v1.MemberInfo.LabelsEntry
+	(*durationpb.Duration)(nil),     // 52: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),   // 53: google.protobuf.Timestamp
 }
 var file_sandboxd_proto_depIdxs = []int32{
 	1,  // 0: sandboxd.v1.SandboxConfig.share:type_name -> sandboxd.v1.NamespaceKinds
-	40, // 1: sandboxd.v1.SandboxConfig.sysctls:type_name -> sandboxd.v1.SandboxConfig.SysctlsEntry
-	41, // 2: sandboxd.v1.SandboxConfig.labels:type_name -> sandboxd.v1.SandboxConfig.LabelsEntry
-	42, // 3: sandboxd.v1.SandboxConfig.annotations:type_name -> sandboxd.v1.SandboxConfig.AnnotationsEntry
-	3,  // 4: sandboxd.v1.MemberConfig.volumes:type_name -> sandboxd.v1.Volume
-	4,  // 5: sandboxd.v1.MemberConfig.tmpfs:type_name -> sandboxd.v1.Tmpfs
-	43, // 6: sandboxd.v1.MemberConfig.namespaces:type_name -> sandboxd.v1.MemberConfig.NamespacesEntry
-	44, // 7: sandboxd.v1.MemberConfig.labels:type_name -> sandboxd.v1.MemberConfig.LabelsEntry
-	50, // 8: sandboxd.v1.SandboxInfo.created_at:type_name -> google.protobuf.Timestamp
-	45, // 9: sandboxd.v1.SandboxInfo.namespaces:type_name -> sandboxd.v1.SandboxInfo.NamespacesEntry
-	46, // 10: sandboxd.v1.SandboxInfo.labels:type_name -> sandboxd.v1.SandboxInfo.LabelsEntry
-	47, // 11: sandboxd.v1.SandboxInfo.annotations:type_name -> sandboxd.v1.SandboxInfo.AnnotationsEntry
-	7,  // 12: sandboxd.v1.SandboxInfo.members:type_name -> sandboxd.v1.MemberInfo
-	50, // 13: sandboxd.v1.MemberInfo.created_at:type_name -> google.protobuf.Timestamp
-	50, // 14: sandboxd.v1.MemberInfo.started_at:type_name -> google.protobuf.Timestamp
-	48, // 15: sandboxd.v1.MemberInfo.namespaces:type_name -> sandboxd.v1.MemberInfo.NamespacesEntry
-	8,  // 16: sandboxd.v1.MemberInfo.custody:type_name -> sandboxd.v1.CustodyInfo
-	49, // 17: sandboxd.v1.MemberInfo.labels:type_name -> sandboxd.v1.MemberInfo.LabelsEntry
-	9,  // 18: sandboxd.v1.MemberInfo.exit:type_name -> sandboxd.v1.ExitRecord
-	50, // 19: sandboxd.v1.CustodyInfo.since:type_name -> google.protobuf.Timestamp
-	50, // 20: sandboxd.v1.ExitRecord.finished_at:type_name -> google.protobuf.Timestamp
-	10, // 21: sandboxd.v1.ExitRecord.rusage:type_name -> sandboxd.v1.Rusage
-	0,  // 22: sandboxd.v1.CreateSandboxRequest.config:type_name -> sandboxd.v1.SandboxConfig
-	5,  // 23: sandboxd.v1.CreateSandboxResponse.sandbox:type_name -> sandboxd.v1.SandboxInfo
-	51, // 24: sandboxd.v1.StopSandboxRequest.timeout:type_name -> google.protobuf.Duration
-	5,  // 25: sandboxd.v1.ListSandboxesResponse.sandboxes:type_name -> sandboxd.v1.SandboxInfo
-	5,  // 26: sandboxd.v1.GetSandboxResponse.sandbox:type_name -> sandboxd.v1.SandboxInfo
-	2,  // 27: sandboxd.v1.AddMemberRequest.config:type_name -> sandboxd.v1.MemberConfig
-	7,  // 28: sandboxd.v1.AddMemberResponse.member:type_name -> sandboxd.v1.MemberInfo
-	7,  // 29: sandboxd.v1.StartMemberResponse.member:type_name -> sandboxd.v1.MemberInfo
-	51, // 30: sandboxd.v1.StopMemberRequest.timeout:type_name -> google.protobuf.Duration
-	9,  // 31: sandboxd.v1.WaitMemberResponse.exit:type_name -> sandboxd.v1.ExitRecord
-	7,  // 32: sandboxd.v1.GetMemberResponse.member:type_name -> sandboxd.v1.MemberInfo
-	6,  // 33: sandboxd.v1.SandboxInfo.NamespacesEntry.value:type_name -> sandboxd.v1.NamespaceInfo
-	6,  // 34: sandboxd.v1.MemberInfo.NamespacesEntry.value:type_name -> sandboxd.v1.NamespaceInfo
-	12, // 35: sandboxd.v1.Sandboxd.CreateSandbox:input_type -> sandboxd.v1.CreateSandboxRequest
-	14, // 36: sandboxd.v1.Sandboxd.StopSandbox:input_type -> sandboxd.v1.StopSandboxRequest
-	16, // 37: sandboxd.v1.Sandboxd.RemoveSandbox:input_type -> sandboxd.v1.RemoveSandboxRequest
-	18, // 38: sandboxd.v1.Sandboxd.ListSandboxes:input_type -> sandboxd.v1.ListSandboxesRequest
-	20, // 39: sandboxd.v1.Sandboxd.GetSandbox:input_type -> sandboxd.v1.GetSandboxRequest
-	22, // 40: sandboxd.v1.Sandboxd.AddMember:input_type -> sandboxd.v1.AddMemberRequest
-	24, // 41: sandboxd.v1.Sandboxd.StartMember:input_type -> sandboxd.v1.StartMemberRequest
-	26, // 42: sandboxd.v1.Sandboxd.StopMember:input_type -> sandboxd.v1.StopMemberRequest
-	28, // 43: sandboxd.v1.Sandboxd.KillMember:input_type -> sandboxd.v1.KillMemberRequest
-	30, // 44: sandboxd.v1.Sandboxd.RemoveMember:input_type -> sandboxd.v1.RemoveMemberRequest
-	32, // 45: sandboxd.v1.Sandboxd.WaitMember:input_type -> sandboxd.v1.WaitMemberRequest
-	34, // 46: sandboxd.v1.Sandboxd.ReopenMemberLog:input_type -> sandboxd.v1.ReopenMemberLogRequest
-	36, // 47: sandboxd.v1.Sandboxd.GetMember:input_type -> sandboxd.v1.GetMemberRequest
-	38, // 48: sandboxd.v1.Sandboxd.ExecMember:input_type -> sandboxd.v1.ExecMemberRequest
-	13, // 49: sandboxd.v1.Sandboxd.CreateSandbox:output_type -> sandboxd.v1.CreateSandboxResponse
-	15, // 50: sandboxd.v1.Sandboxd.StopSandbox:output_type -> sandboxd.v1.StopSandboxResponse
-	17, // 51: sandboxd.v1.Sandboxd.RemoveSandbox:output_type -> sandboxd.v1.RemoveSandboxResponse
-	19, // 52: sandboxd.v1.Sandboxd.ListSandboxes:output_type -> sandboxd.v1.ListSandboxesResponse
-	21, // 53: sandboxd.v1.Sandboxd.GetSandbox:output_type -> sandboxd.v1.GetSandboxResponse
-	23, // 54: sandboxd.v1.Sandboxd.AddMember:output_type -> sandboxd.v1.AddMemberResponse
-	25, // 55: sandboxd.v1.Sandboxd.StartMember:output_type -> sandboxd.v1.StartMemberResponse
-	27, // 56: sandboxd.v1.Sandboxd.StopMember:output_type -> sandboxd.v1.StopMemberResponse
-	29, // 57: sandboxd.v1.Sandboxd.KillMember:output_type -> sandboxd.v1.KillMemberResponse
-	31, // 58: sandboxd.v1.Sandboxd.RemoveMember:output_type -> sandboxd.v1.RemoveMemberResponse
-	33, // 59: sandboxd.v1.Sandboxd.WaitMember:output_type -> sandboxd.v1.WaitMemberResponse
-	35, // 60: sandboxd.v1.Sandboxd.ReopenMemberLog:output_type -> sandboxd.v1.ReopenMemberLogResponse
-	37, // 61: sandboxd.v1.Sandboxd.GetMember:output_type -> sandboxd.v1.GetMemberResponse
-	39, // 62: sandboxd.v1.Sandboxd.ExecMember:output_type -> sandboxd.v1.ExecMemberResponse
-	49, // [49:63] is the sub-list for method output_type
-	35, // [35:49] is the sub-list for method input_type
-	35, // [35:35] is the sub-list for extension type_name
-	35, // [35:35] is the sub-list for extension extendee
-	0,  // [0:35] is the sub-list for field type_name
+	42, // 1: sandboxd.v1.SandboxConfig.sysctls:type_name -> sandboxd.v1.SandboxConfig.SysctlsEntry
+	43, // 2: sandboxd.v1.SandboxConfig.labels:type_name -> sandboxd.v1.SandboxConfig.LabelsEntry
+	44, // 3: sandboxd.v1.SandboxConfig.annotations:type_name -> sandboxd.v1.SandboxConfig.AnnotationsEntry
+	4,  // 4: sandboxd.v1.MemberConfig.volumes:type_name -> sandboxd.v1.Volume
+	5,  // 5: sandboxd.v1.MemberConfig.tmpfs:type_name -> sandboxd.v1.Tmpfs
+	45, // 6: sandboxd.v1.MemberConfig.namespaces:type_name -> sandboxd.v1.MemberConfig.NamespacesEntry
+	46, // 7: sandboxd.v1.MemberConfig.labels:type_name -> sandboxd.v1.MemberConfig.LabelsEntry
+	3,  // 8: sandboxd.v1.MemberConfig.collect:type_name -> sandboxd.v1.Collect
+	52, // 9: sandboxd.v1.MemberConfig.custody_ttl:type_name -> google.protobuf.Duration
+	53, // 10: sandboxd.v1.SandboxInfo.created_at:type_name -> google.protobuf.Timestamp
+	47, // 11: sandboxd.v1.SandboxInfo.namespaces:type_name -> sandboxd.v1.SandboxInfo.NamespacesEntry
+	48, // 12: sandboxd.v1.SandboxInfo.labels:type_name -> sandboxd.v1.SandboxInfo.LabelsEntry
+	49, // 13: sandboxd.v1.SandboxInfo.annotations:type_name -> sandboxd.v1.SandboxInfo.AnnotationsEntry
+	8,  // 14: sandboxd.v1.SandboxInfo.members:type_name -> sandboxd.v1.MemberInfo
+	53, // 15: sandboxd.v1.MemberInfo.created_at:type_name -> google.protobuf.Timestamp
+	53, // 16: sandboxd.v1.MemberInfo.started_at:type_name -> google.protobuf.Timestamp
+	50, // 17: sandboxd.v1.MemberInfo.namespaces:type_name -> sandboxd.v1.MemberInfo.NamespacesEntry
+	9,  // 18: sandboxd.v1.MemberInfo.custody:type_name -> sandboxd.v1.CustodyInfo
+	51, // 19: sandboxd.v1.MemberInfo.labels:type_name -> sandboxd.v1.MemberInfo.LabelsEntry
+	11, // 20: sandboxd.v1.MemberInfo.exit:type_name -> sandboxd.v1.ExitRecord
+	53, // 21: sandboxd.v1.CustodyInfo.since:type_name -> google.protobuf.Timestamp
+	53, // 22: sandboxd.v1.CustodyInfo.until:type_name -> google.protobuf.Timestamp
+	10, // 23: sandboxd.v1.CustodyInfo.released:type_name -> sandboxd.v1.CustodyRelease
+	53, // 24: sandboxd.v1.CustodyRelease.at:type_name -> google.protobuf.Timestamp
+	53, // 25: sandboxd.v1.ExitRecord.finished_at:type_name -> google.protobuf.Timestamp
+	12, // 26: sandboxd.v1.ExitRecord.rusage:type_name -> sandboxd.v1.Rusage
+	0,  // 27: sandboxd.v1.CreateSandboxRequest.config:type_name -> sandboxd.v1.SandboxConfig
+	6,  // 28: sandboxd.v1.CreateSandboxResponse.sandbox:type_name -> sandboxd.v1.SandboxInfo
+	52, // 29: sandboxd.v1.StopSandboxRequest.timeout:type_name -> google.protobuf.Duration
+	6,  // 30: sandboxd.v1.ListSandboxesResponse.sandboxes:type_name -> sandboxd.v1.SandboxInfo
+	6,  // 31: sandboxd.v1.GetSandboxResponse.sandbox:type_name -> sandboxd.v1.SandboxInfo
+	2,  // 32: sandboxd.v1.AddMemberRequest.config:type_name -> sandboxd.v1.MemberConfig
+	8,  // 33: sandboxd.v1.AddMemberResponse.member:type_name -> sandboxd.v1.MemberInfo
+	8,  // 34: sandboxd.v1.StartMemberResponse.member:type_name -> sandboxd.v1.MemberInfo
+	52, // 35: sandboxd.v1.StopMemberRequest.timeout:type_name -> google.protobuf.Duration
+	11, // 36: sandboxd.v1.WaitMemberResponse.exit:type_name -> sandboxd.v1.ExitRecord
+	8,  // 37: sandboxd.v1.GetMemberResponse.member:type_name -> sandboxd.v1.MemberInfo
+	7,  // 38: sandboxd.v1.SandboxInfo.NamespacesEntry.value:type_name -> sandboxd.v1.NamespaceInfo
+	7,  // 39: sandboxd.v1.MemberInfo.NamespacesEntry.value:type_name -> sandboxd.v1.NamespaceInfo
+	14, // 40: sandboxd.v1.Sandboxd.CreateSandbox:input_type -> sandboxd.v1.CreateSandboxRequest
+	16, // 41: sandboxd.v1.Sandboxd.StopSandbox:input_type -> sandboxd.v1.StopSandboxRequest
+	18, // 42: sandboxd.v1.Sandboxd.RemoveSandbox:input_type -> sandboxd.v1.RemoveSandboxRequest
+	20, // 43: sandboxd.v1.Sandboxd.ListSandboxes:input_type -> sandboxd.v1.ListSandboxesRequest
+	22, // 44: sandboxd.v1.Sandboxd.GetSandbox:input_type -> sandboxd.v1.GetSandboxRequest
+	24, // 45: sandboxd.v1.Sandboxd.AddMember:input_type -> sandboxd.v1.AddMemberRequest
+	26, // 46: sandboxd.v1.Sandboxd.StartMember:input_type -> sandboxd.v1.StartMemberRequest
+	28, // 47: sandboxd.v1.Sandboxd.StopMember:input_type -> sandboxd.v1.StopMemberRequest
+	30, // 48: sandboxd.v1.Sandboxd.KillMember:input_type -> sandboxd.v1.KillMemberRequest
+	32, // 49: sandboxd.v1.Sandboxd.RemoveMember:input_type -> sandboxd.v1.RemoveMemberRequest
+	34, // 50: sandboxd.v1.Sandboxd.WaitMember:input_type -> sandboxd.v1.WaitMemberRequest
+	36, // 51: sandboxd.v1.Sandboxd.ReopenMemberLog:input_type -> sandboxd.v1.ReopenMemberLogRequest
+	38, // 52: sandboxd.v1.Sandboxd.GetMember:input_type -> sandboxd.v1.GetMemberRequest
+	40, // 53: sandboxd.v1.Sandboxd.ExecMember:input_type -> sandboxd.v1.ExecMemberRequest
+	15, // 54: sandboxd.v1.Sandboxd.CreateSandbox:output_type -> sandboxd.v1.CreateSandboxResponse
+	17, // 55: sandboxd.v1.Sandboxd.StopSandbox:output_type -> sandboxd.v1.StopSandboxResponse
+	19, // 56: sandboxd.v1.Sandboxd.RemoveSandbox:output_type -> sandboxd.v1.RemoveSandboxResponse
+	21, // 57: sandboxd.v1.Sandboxd.ListSandboxes:output_type -> sandboxd.v1.ListSandboxesResponse
+	23, // 58: sandboxd.v1.Sandboxd.GetSandbox:output_type -> sandboxd.v1.GetSandboxResponse
+	25, // 59: sandboxd.v1.Sandboxd.AddMember:output_type -> sandboxd.v1.AddMemberResponse
+	27, // 60: sandboxd.v1.Sandboxd.StartMember:output_type -> sandboxd.v1.StartMemberResponse
+	29, // 61: sandboxd.v1.Sandboxd.StopMember:output_type -> sandboxd.v1.StopMemberResponse
+	31, // 62: sandboxd.v1.Sandboxd.KillMember:output_type -> sandboxd.v1.KillMemberResponse
+	33, // 63: sandboxd.v1.Sandboxd.RemoveMember:output_type -> sandboxd.v1.RemoveMemberResponse
+	35, // 64: sandboxd.v1.Sandboxd.WaitMember:output_type -> sandboxd.v1.WaitMemberResponse
+	37, // 65: sandboxd.v1.Sandboxd.ReopenMemberLog:output_type -> sandboxd.v1.ReopenMemberLogResponse
+	39, // 66: sandboxd.v1.Sandboxd.GetMember:output_type -> sandboxd.v1.GetMemberResponse
+	41, // 67: sandboxd.v1.Sandboxd.ExecMember:output_type -> sandboxd.v1.ExecMemberResponse
+	54, // [54:68] is the sub-list for method output_type
+	40, // [40:54] is the sub-list for method input_type
+	40, // [40:40] is the sub-list for extension type_name
+	40, // [40:40] is the sub-list for extension extendee
+	0,  // [0:40] is the sub-list for field type_name
 }
 
 func init() { file_sandboxd_proto_init() }
@@ -2846,7 +3032,7 @@ func file_sandboxd_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_sandboxd_proto_rawDesc), len(file_sandboxd_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   50,
+			NumMessages:   52,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
