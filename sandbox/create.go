@@ -14,43 +14,10 @@ import (
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
-	"github.com/sandboxd/sandboxd/internal/crash"
 	"github.com/sandboxd/sandboxd/internal/idrange"
 	"github.com/sandboxd/sandboxd/internal/namespace"
 	"github.com/sandboxd/sandboxd/internal/statefile"
 )
-
-// run does one step of an operation, between the points where a test may kill
-// the daemon, and names the step in its error.
-func run(op, step string, fn func() error) error {
-	crash.Point(op + " " + step + " before")
-	if err := fn(); err != nil {
-		return &stepError{step, err}
-	}
-	crash.Point(op + " " + step + " after")
-	return nil
-}
-
-// stepError carries the name of a step to where the [OpError] is made.
-type stepError struct {
-	step string
-	err  error
-}
-
-func (e *stepError) Error() string { return e.step + ": " + e.err.Error() }
-func (e *stepError) Unwrap() error { return e.err }
-
-// opError makes an OpError of what an operation's steps returned.
-func opError(op, ref string, err, undo error) error {
-	if err == nil {
-		return nil
-	}
-	e := &OpError{Op: op, Ref: ref, Err: err, Undo: undo}
-	if se, ok := err.(*stepError); ok {
-		e.Step, e.Err = se.step, se.err
-	}
-	return e
-}
 
 // Create makes a sandbox and returns when it is [Ready].
 //
@@ -58,10 +25,11 @@ func opError(op, ref string, err, undo error) error {
 // sandbox. If something could not, the sandbox is there, is [Unclean], and
 // Remove tries again. A request equal to one that is being carried out waits
 // for that one and returns the same sandbox.
-func (m *Manager) Create(ctx context.Context, c Config) (Info, error) {
+func (m *Manager) Create(ctx context.Context, c Config) (_ Info, err error) {
+	defer m.operation("create", &err)()
 	ref := c.Name
 	id := m.o.NewID()
-	c, err := completeSandbox(c, id)
+	c, err = completeSandbox(c, id)
 	if err != nil {
 		return Info{}, &OpError{Op: "create", Err: err}
 	}
@@ -168,7 +136,7 @@ func (m *Manager) create(ctx context.Context, b *box) error {
 }
 
 func (m *Manager) createSteps(ctx context.Context, b *box) error {
-	err := run("create", "record", func() error {
+	err := m.run("create", "record", func() error {
 		if err := m.root.Mkdir(b.dir(), 0o700); err != nil {
 			return err
 		}
@@ -183,38 +151,39 @@ func (m *Manager) createSteps(ctx context.Context, b *box) error {
 	if err != nil {
 		return err
 	}
-	err = run("create", "cgroup", func() error { return m.node.MakeCgroup(ctx, b.rec.Load()) })
+	err = m.run("create", "cgroup", func() error { return m.node.MakeCgroup(ctx, b.rec.Load()) })
 	if err != nil {
 		return err
 	}
 	var facts PauseFacts
-	err = run("create", "pause", func() (err error) {
+	err = m.run("create", "pause", func() (err error) {
 		facts, err = m.node.StartPause(ctx, b.rec.Load())
 		return err
 	})
 	if err != nil {
 		return err
 	}
-	err = run("create", "pause record", func() error {
+	err = m.run("create", "pause record", func() error {
 		return m.write(b, func(r *Record) { r.Pause, r.Inodes = facts.Pause, facts.Inodes })
 	})
 	if err != nil {
 		return err
 	}
-	err = run("create", "watch", func() error { return m.watchPause(b) })
+	err = m.run("create", "watch", func() error { return m.watchPause(b) })
 	if err != nil {
 		return err
 	}
-	return run("create", "ready", func() error {
+	return m.run("create", "ready", func() error {
 		return m.write(b, func(r *Record) { r.State = Ready })
 	})
 }
 
 // Add makes a member and returns when it is [MemberCreated]: its init has done
 // everything but its execve. Failures are undone as those of Create.
-func (m *Manager) Add(ctx context.Context, sandboxRef string, c MemberConfig) (MemberInfo, error) {
+func (m *Manager) Add(ctx context.Context, sandboxRef string, c MemberConfig) (_ MemberInfo, err error) {
+	defer m.operation("add", &err)()
 	id := m.o.NewID()
-	c, err := completeMember(c, id)
+	c, err = completeMember(c, id)
 	if err != nil {
 		return MemberInfo{}, &OpError{Op: "add", Err: err}
 	}
@@ -287,7 +256,7 @@ func (b *box) open() error {
 
 // add makes what mb's record says. Preconditions: mb.op is held.
 func (m *Manager) add(ctx context.Context, b *box, mb *memb, siblings []*MemberRecord, spec *specs.Spec, sel namespace.Selection) error {
-	err := run("add", "record", func() error {
+	err := m.run("add", "record", func() error {
 		if err := m.root.Mkdir(mb.dir(), 0o700); err != nil {
 			return err
 		}
@@ -307,16 +276,16 @@ func (m *Manager) add(ctx context.Context, b *box, mb *memb, siblings []*MemberR
 	if err != nil {
 		return err
 	}
-	err = run("add", "cgroup", func() error { return m.node.MakeMemberCgroup(ctx, mb.rec.Load(), spec) })
+	err = m.run("add", "cgroup", func() error { return m.node.MakeMemberCgroup(ctx, mb.rec.Load(), spec) })
 	if err != nil {
 		return err
 	}
-	err = run("add", "data", func() error { return m.node.MakeMemberData(ctx, mb.rec.Load()) })
+	err = m.run("add", "data", func() error { return m.node.MakeMemberData(ctx, mb.rec.Load()) })
 	if err != nil {
 		return err
 	}
 	var mon Monitor
-	err = run("add", "monitor", func() (err error) {
+	err = m.run("add", "monitor", func() (err error) {
 		mon, err = m.node.StartMonitor(ctx, b.rec.Load(), mb.rec.Load(), siblings, spec, m.memberPath(mb))
 		return err
 	})
@@ -325,7 +294,7 @@ func (m *Manager) add(ctx context.Context, b *box, mb *memb, siblings []*MemberR
 	}
 	mb.setMonitor(mon)
 	f := mon.Facts()
-	return run("add", "created", func() error {
+	return m.run("add", "created", func() error {
 		err := m.writeMember(mb, func(r *MemberRecord) {
 			r.State, r.Monitor, r.Init, r.Inodes = MemberCreated, f.Monitor, f.Init, f.Inodes
 		})

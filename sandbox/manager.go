@@ -42,6 +42,7 @@ type Options struct {
 	Log          *slog.Logger     // default: discard
 	Now          func() time.Time // default: time.Now
 	NewID        func() string    // 16 hex digits; default: random
+	Observer     Observer         // default: Unobserved
 	CgroupParent string           // default: /sandboxd
 	LogDir       string           // a member's log is LogDir/SANDBOX/MEMBER/log unless it says where; default: /var/lib/sandboxd/sandboxes
 
@@ -178,6 +179,9 @@ func Open(ctx context.Context, state string, node Node, o Options) (*Manager, er
 	}
 	if o.NewID == nil {
 		o.NewID = newID
+	}
+	if o.Observer == nil {
+		o.Observer = Unobserved{}
 	}
 	o.CgroupParent = cmp.Or(o.CgroupParent, "/sandboxd")
 	o.LogDir = cmp.Or(o.LogDir, "/var/lib/sandboxd/sandboxes")
@@ -477,7 +481,8 @@ func (m *Manager) Wait(ctx context.Context, ref string) (Exit, error) {
 const maxSignal = 64
 
 // Kill sends sig to a member's init.
-func (m *Manager) Kill(ctx context.Context, ref string, sig unix.Signal) error {
+func (m *Manager) Kill(ctx context.Context, ref string, sig unix.Signal) (err error) {
+	defer m.operation("kill", &err)()
 	_, mb, err := m.member(ref)
 	if err != nil {
 		return &OpError{Op: "kill", Err: err}

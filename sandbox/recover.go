@@ -8,6 +8,7 @@ import (
 	"path"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/sandboxd/sandboxd/internal/crash"
 	"github.com/sandboxd/sandboxd/internal/procid"
@@ -24,6 +25,7 @@ var errVersion = errors.New("unknown record version")
 // recover brings the state directory and the host back in step: every sandbox
 // and member is complete, or is taken down.
 func (m *Manager) recover(ctx context.Context) error {
+	begin := time.Now()
 	for _, dir := range []string{sandboxesDir, quarantineDir} {
 		if err := m.root.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 			return err
@@ -50,6 +52,7 @@ func (m *Manager) recover(ctx context.Context) error {
 		})
 	}
 	wg.Wait()
+	m.o.Observer.Recovered(time.Since(begin))
 	return ctx.Err()
 }
 

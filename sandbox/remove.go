@@ -19,26 +19,29 @@ import (
 // Ids suffice: the record may name no process yet.
 func (m *Manager) undoMember(r *MemberRecord, op string) *undo.Stack {
 	var s undo.Stack
-	push(&s, op, "member data", func(ctx context.Context) error { return m.node.RemoveMemberData(ctx, r) })
-	push(&s, op, "member cgroup", func(ctx context.Context) error { return m.node.RemoveMemberCgroup(ctx, r) })
-	push(&s, op, "monitor", func(ctx context.Context) error { return m.node.KillMonitor(ctx, r) })
+	m.push(&s, op, "member data", func(ctx context.Context) error { return m.node.RemoveMemberData(ctx, r) })
+	m.push(&s, op, "member cgroup", func(ctx context.Context) error { return m.node.RemoveMemberCgroup(ctx, r) })
+	m.push(&s, op, "monitor", func(ctx context.Context) error { return m.node.KillMonitor(ctx, r) })
 	return &s
 }
 
 // undoSandbox is undoMember for what a sandbox has besides its members.
 func (m *Manager) undoSandbox(r *Record, op string) *undo.Stack {
 	var s undo.Stack
-	push(&s, op, "data", func(ctx context.Context) error { return m.node.RemoveSandboxData(ctx, r) })
-	push(&s, op, "cgroup", func(ctx context.Context) error { return m.node.RemoveCgroup(ctx, r) })
-	push(&s, op, "pause", func(ctx context.Context) error { return m.node.KillPause(ctx, r) })
+	m.push(&s, op, "data", func(ctx context.Context) error { return m.node.RemoveSandboxData(ctx, r) })
+	m.push(&s, op, "cgroup", func(ctx context.Context) error { return m.node.RemoveCgroup(ctx, r) })
+	m.push(&s, op, "pause", func(ctx context.Context) error { return m.node.KillPause(ctx, r) })
 	return &s
 }
 
 // push adds a step with the points where a test may kill the daemon.
-func push(s *undo.Stack, op, step string, fn func(context.Context) error) {
+func (m *Manager) push(s *undo.Stack, op, step string, fn func(context.Context) error) {
 	s.Push(step, func(ctx context.Context) error {
 		crash.Point(op + " " + step + " before")
-		if err := fn(ctx); err != nil {
+		done := m.o.Observer.Step(op, step)
+		err := fn(ctx)
+		done(err)
+		if err != nil {
 			return err
 		}
 		crash.Point(op + " " + step + " after")
@@ -216,7 +219,8 @@ func (m *Manager) killNow(ctx context.Context, ms ...*memb) {
 // Remove takes a sandbox apart. Unless force is set, it refuses while a member
 // runs or is about to. What cannot be taken down makes the sandbox [Unclean];
 // Remove then takes up where it failed.
-func (m *Manager) Remove(ctx context.Context, ref string, force bool) error {
+func (m *Manager) Remove(ctx context.Context, ref string, force bool) (err error) {
+	defer m.operation("remove", &err)()
 	b, err := m.box(ref)
 	if err != nil {
 		return &OpError{Op: "remove", Err: err}
@@ -236,7 +240,7 @@ func (m *Manager) Remove(ctx context.Context, ref string, force bool) error {
 		return &OpError{Op: "remove", Ref: ref, Err: err}
 	}
 	defer b.reopen()
-	err = run("remove", "deleting", func() error {
+	err = m.run("remove", "deleting", func() error {
 		return orFull(m.write(b, func(r *Record) { r.State = Deleting }))
 	})
 	if err != nil {
@@ -288,7 +292,8 @@ func orFull(err error) error {
 // RemoveMember removes a member, its log included, and ends the custody of its
 // root and namespaces. Unless force is set, it refuses if the member has not
 // exited.
-func (m *Manager) RemoveMember(ctx context.Context, ref string, force bool) error {
+func (m *Manager) RemoveMember(ctx context.Context, ref string, force bool) (err error) {
+	defer m.operation("remove_member", &err)()
 	_, mb, err := m.member(ref)
 	if err != nil {
 		return &OpError{Op: "remove", Err: err}
@@ -313,7 +318,7 @@ func (m *Manager) RemoveMember(ctx context.Context, ref string, force bool) erro
 // removeMember removes a member in whatever state. Preconditions: mb.op is held.
 func (m *Manager) removeMember(ctx context.Context, b *box, mb *memb, ref string) error {
 	m.endMember(context.WithoutCancel(ctx), b, mb)
-	err := run("remove", "member deleting", func() error {
+	err := m.run("remove", "member deleting", func() error {
 		return orFull(m.writeMember(mb, func(r *MemberRecord) { r.State = MemberDeleting }))
 	})
 	if err != nil {

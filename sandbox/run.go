@@ -14,7 +14,8 @@ import (
 // Start lets a created member run its command and returns once the execve has
 // succeeded. If it does not, the error wraps a [*StartError] and the member has
 // exited. Starting one that runs already does nothing.
-func (m *Manager) Start(ctx context.Context, ref string) (MemberInfo, error) {
+func (m *Manager) Start(ctx context.Context, ref string) (_ MemberInfo, err error) {
+	defer m.operation("start", &err)()
 	b, mb, err := m.lockMember(ctx, ref)
 	if err != nil {
 		return MemberInfo{}, opError("start", ref, err, nil)
@@ -42,7 +43,7 @@ func (m *Manager) Start(ctx context.Context, ref string) (MemberInfo, error) {
 
 // start tells init to go on. Preconditions: mb.op is held.
 func (m *Manager) start(ctx context.Context, b *box, mb *memb) error {
-	err := run("start", "record", func() error {
+	err := m.run("start", "record", func() error {
 		return m.writeMember(mb, func(r *MemberRecord) { r.State = MemberStarting })
 	})
 	if err != nil {
@@ -53,7 +54,7 @@ func (m *Manager) start(ctx context.Context, b *box, mb *memb) error {
 	ctx = context.WithoutCancel(ctx)
 	startCtx, cancel := context.WithTimeout(ctx, undo.StepTimeout)
 	defer cancel()
-	err = run("start", "execve", func() error {
+	err = m.run("start", "execve", func() error {
 		mon := mb.monitor()
 		if mon == nil {
 			return errors.New("the monitor cannot be reached")
@@ -75,7 +76,7 @@ func (m *Manager) start(ctx context.Context, b *box, mb *memb) error {
 			return err
 		}
 	}
-	return run("start", "running", func() error {
+	return m.run("start", "running", func() error {
 		m.noteMember(mb, func(r *MemberRecord) { r.State = MemberRunning })
 		return nil
 	})
@@ -85,7 +86,8 @@ func (m *Manager) start(ctx context.Context, b *box, mb *memb) error {
 // the member's cgroup if init has not exited when timeout is over. It returns
 // when the exit is recorded. A member that was never started is killed at once.
 // If ctx ends first, StopMember returns, and what was signalled stays so.
-func (m *Manager) StopMember(ctx context.Context, ref string, timeout time.Duration) error {
+func (m *Manager) StopMember(ctx context.Context, ref string, timeout time.Duration) (err error) {
+	defer m.operation("stop_member", &err)()
 	b, mb, err := m.lockMember(ctx, ref)
 	if err != nil {
 		return opError("stop", ref, err, nil)
@@ -109,7 +111,7 @@ func (m *Manager) stopMember(ctx context.Context, b *box, mb *memb, timeout time
 			return err
 		}
 		var exited bool
-		err = run("stop", "signal", func() error {
+		err = m.run("stop", "signal", func() error {
 			// One that cannot be signalled is killed without more ado.
 			if err := m.node.SignalInit(r, sig); err != nil {
 				m.o.Log.Debug("Stop signal not sent", "sandbox", r.Sandbox, "member", r.ID, "err", err)
@@ -124,7 +126,7 @@ func (m *Manager) stopMember(ctx context.Context, b *box, mb *memb, timeout time
 		}
 	}
 	ctx = context.WithoutCancel(ctx)
-	return run("stop", "kill", func() error {
+	return m.run("stop", "kill", func() error {
 		killCtx, cancel := context.WithTimeout(ctx, undo.StepTimeout)
 		defer cancel()
 		if err := m.node.KillMemberCgroup(killCtx, mb.rec.Load()); err != nil {
@@ -140,7 +142,8 @@ func (m *Manager) stopMember(ctx context.Context, b *box, mb *memb, timeout time
 // Stop stops all members of a sandbox at the same time, and then the sandbox:
 // no member can be added any more. Its namespaces, and the custody of its
 // members, are held until Remove.
-func (m *Manager) Stop(ctx context.Context, ref string, timeout time.Duration) error {
+func (m *Manager) Stop(ctx context.Context, ref string, timeout time.Duration) (err error) {
+	defer m.operation("stop", &err)()
 	b, err := m.lockBox(ctx, ref)
 	if err != nil {
 		return opError("stop", ref, err, nil)
@@ -157,9 +160,9 @@ func (m *Manager) Stop(ctx context.Context, ref string, timeout time.Duration) e
 		return &OpError{Op: "stop", Ref: ref, Err: err}
 	}
 	defer b.reopen()
-	err = run("stop", "members", func() error { return m.stopMembers(ctx, b, timeout) })
+	err = m.run("stop", "members", func() error { return m.stopMembers(ctx, b, timeout) })
 	if err == nil {
-		err = run("stop", "record", func() error {
+		err = m.run("stop", "record", func() error {
 			return m.write(b, func(r *Record) { r.State = Stopped })
 		})
 	}

@@ -61,7 +61,8 @@ func (m *Manager) attend(b *box, mb *memb) bool {
 	r := mb.rec.Load()
 	if r.State == MemberExited && r.Config.AutoRemove {
 		// What goes wrong is logged there, and the member is unclean.
-		m.removeMember(m.ctx, b, mb, b.name()+"/"+mb.name())
+		done := m.o.Observer.Operation("auto_remove")
+		done(m.removeMember(m.ctx, b, mb, b.name()+"/"+mb.name()))
 	}
 	return r.State.alive()
 }
@@ -172,6 +173,7 @@ func (m *Manager) replaceMonitor(ctx context.Context, b *box, mb *memb, dir stri
 		return nil, err
 	}
 	crash.Point("monitor replace after")
+	m.o.Observer.MonitorReplaced()
 	m.o.Log.Warn("Monitor was killed and replaced", "sandbox", r.Sandbox, "member", r.ID, "pid", mon.Facts().Monitor.PID)
 	return mon, nil
 }
@@ -219,6 +221,7 @@ func (m *Manager) finish(ctx context.Context, mb *memb, e Exit, startErr string)
 	crash.Point("exit record after")
 	mb.setMonitor(nil)
 	mb.setOver()
+	m.o.Observer.Exited(mb.rec.Load(), m.memberPath(mb))
 	m.o.Log.Info("Member exited", "sandbox", r.Sandbox, "member", r.ID, "name", r.Config.Name, "code", e.Code, "reason", e.Reason)
 }
 
@@ -282,6 +285,7 @@ func (m *Manager) reanchor(ctx context.Context, b *box) {
 		m.lost(b, fmt.Sprintf("pause cannot be watched: %v", err))
 		return
 	}
+	m.o.Observer.Reanchored(nil)
 	m.o.Log.Warn("Pause was killed and replaced", "sandbox", r.ID, "pid", facts.Pause.PID)
 }
 
@@ -293,6 +297,7 @@ func (m *Manager) lost(b *box, why string) {
 			r.State = NotReady
 		}
 	})
+	m.o.Observer.Reanchored(errors.New(why))
 	m.o.Log.Warn("Sandbox is not ready", "sandbox", b.id(), "reason", why)
 }
 
