@@ -45,9 +45,14 @@ type Driver interface {
 	Restore(ctx context.Context, id string, plan json.RawMessage, ns *os.File) error
 	// Status reports why the driver cannot make networks now; nil if it can.
 	Status(ctx context.Context) error
-	// GC finds what belongs to none of the ids in live, and unless dryRun is
-	// set removes it. It touches nothing that this installation has not made.
-	GC(ctx context.Context, live []string, dryRun bool) ([]garbage.Finding, error)
+	// GC finds what belongs to no attachment, and unless dryRun is set removes
+	// it. It touches nothing that this installation has not made.
+	//
+	// live returns the plans of all attachments on record, by id, those that
+	// are still to be detached among them. The driver looks at the host first
+	// and calls live then: since an attachment is on record before anything is made for
+	// it, what was seen and is not live belongs to nobody.
+	GC(ctx context.Context, live func() map[string]json.RawMessage, dryRun bool) ([]garbage.Finding, error)
 	// Close lets go of what the driver holds; networks stay.
 	Close() error
 }
