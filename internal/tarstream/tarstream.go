@@ -41,7 +41,21 @@ type Options struct {
 	// Note, if not nil, is told of what was left out and of what changed while
 	// it was copied. path is the name in the stream.
 	Note func(path, what string)
+	// Admit, if not nil, is asked by [Archive.Add] for each entry before it is
+	// written. An error leaves the entry out, and is noted; [ErrEnough] leaves
+	// out everything from there on.
+	Admit func(Entry) error
 }
+
+// Entry is a file that is about to be written.
+type Entry struct {
+	Name string // in the stream
+	Mode uint32 // st_mode (inode(7))
+	Size int64  // bytes of content that will be written; 0 for what is no regular file
+}
+
+// ErrEnough is what [Options.Admit] returns to end a copy.
+var ErrEnough = errors.New("enough has been copied")
 
 func (o *Options) note(path, what string) {
 	if o.Note != nil {

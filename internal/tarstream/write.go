@@ -32,7 +32,8 @@ func Write(ctx context.Context, root *os.File, name string, w io.Writer, o Optio
 	if as == "/" || name == "." || strings.HasSuffix(name, "/.") {
 		as = "."
 	}
-	t := &writer{ctx: ctx, o: o, out: w, tar: tar.NewWriter(w), links: make(map[inode]*link), buf: make([]byte, 256<<10)}
+	t := newWriter(w, false)
+	t.ctx, t.o = ctx, o
 	defer t.close()
 	if pseudo, err := isPseudo(top); err != nil || pseudo {
 		top.Close()
@@ -41,19 +42,53 @@ func Write(ctx context.Context, root *os.File, name string, w io.Writer, o Optio
 		}
 		return err
 	}
-	if err := t.entry(top, as, 0); err != nil {
+	if err := t.walk(top, as); err != nil {
 		return err
-	}
-	for len(t.dirs) > 0 {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		if err := t.step(); err != nil {
-			return err
-		}
 	}
 	return t.tar.Close()
 }
+
+// Archive is a tar stream that files and trees are written to one after the
+// other, as far as they can be read: what cannot be is left out and noted, where
+// [Write] would fail. It is not safe for concurrent use.
+type Archive struct{ t *writer }
+
+// NewArchive returns an Archive that writes to w. Nothing is written before the
+// first [Archive.Add].
+func NewArchive(w io.Writer) *Archive {
+	return &Archive{newWriter(w, true)}
+}
+
+// Add writes the file or directory at name under root as [Write] does, but calls
+// entries by their whole path in root, without the slash at the beginning. It
+// fails if name does not exist, with [ErrEnough] if o.Admit did, with ctx's error,
+// and with what the stream's writer returns; after the last two, the stream is of
+// no use any more.
+func (a *Archive) Add(ctx context.Context, root *os.File, name string, o Options) error {
+	t := a.t
+	top, err := openIn(root, name, unix.O_PATH|unix.O_NOFOLLOW)
+	if err != nil {
+		return err
+	}
+	t.ctx, t.o = ctx, o
+	as := strings.TrimPrefix(path.Clean("/"+name), "/")
+	if as == "" {
+		as = "."
+	}
+	if pseudo, err := isPseudo(top); err != nil || pseudo {
+		top.Close()
+		if err == nil {
+			o.note(as, "in a proc, sysfs or cgroup file system, left out")
+		}
+		return err
+	}
+	err = t.walk(top, as)
+	t.close()
+	return err
+}
+
+// Close ends the stream.
+func (a *Archive) Close() error { return a.t.tar.Close() }
 
 type inode struct{ dev, ino uint64 }
 
@@ -73,36 +108,95 @@ type dir struct {
 type writer struct {
 	ctx   context.Context
 	o     Options
-	out   io.Writer
+	out   *output
 	tar   *tar.Writer
 	dirs  []*dir
 	links map[inode]*link
 	buf   []byte
+	// lenient leaves out what cannot be read.
+	lenient bool
+}
+
+func newWriter(w io.Writer, lenient bool) *writer {
+	out := &output{w: w}
+	return &writer{out: out, tar: tar.NewWriter(out), links: make(map[inode]*link), buf: make([]byte, 256<<10), lenient: lenient}
+}
+
+// output remembers that the stream cannot be written, which is no fault of the
+// file that is being copied.
+type output struct {
+	w   io.Writer
+	err error
+}
+
+func (o *output) Write(b []byte) (int, error) {
+	n, err := o.w.Write(b)
+	if err != nil && o.err == nil {
+		o.err = err
+	}
+	return n, err
 }
 
 func (t *writer) close() {
 	for _, d := range t.dirs {
 		d.file.Close()
 	}
+	t.dirs = nil
 }
 
-// step copies the next entry of the innermost directory, or leaves it.
-func (t *writer) step() error {
-	d := t.dirs[len(t.dirs)-1]
-	if len(d.names) == 0 {
-		var err error
-		d.names, err = d.file.Readdirnames(256)
-		if err == io.EOF || len(d.names) == 0 && errors.Is(err, unix.ENOENT) { // removed meanwhile
+// walk copies top, an O_PATH descriptor, which it closes, and what is below it.
+func (t *writer) walk(top *os.File, as string) error {
+	if err := t.tolerate(as, t.entry(top, as, 0)); err != nil {
+		return err
+	}
+	for len(t.dirs) > 0 {
+		if err := t.ctx.Err(); err != nil {
+			return err
+		}
+		d := t.dirs[len(t.dirs)-1]
+		name, ok, err := t.next(d)
+		if !ok {
 			d.file.Close()
 			t.dirs = t.dirs[:len(t.dirs)-1]
-			return nil
+			if err = t.tolerate(d.name, err); err != nil {
+				return err
+			}
+			continue
 		}
-		if err != nil {
-			return fmt.Errorf("read directory %s: %w", d.name, err)
+		if err := t.tolerate(d.name+"/"+name, t.step(d, name)); err != nil {
+			return err
 		}
 	}
-	name := d.names[0]
-	d.names = d.names[1:]
+	return nil
+}
+
+// tolerate notes an error of a file that is left out, instead of returning it.
+// Nothing of that file is in the stream.
+func (t *writer) tolerate(name string, err error) error {
+	if err == nil || !t.lenient || t.out.err != nil || t.ctx.Err() != nil || errors.Is(err, ErrEnough) {
+		return err
+	}
+	t.o.note(name, "left out: "+err.Error())
+	return nil
+}
+
+// next returns the next name in d; ok is false at its end, and with an error.
+func (t *writer) next(d *dir) (name string, ok bool, err error) {
+	if len(d.names) == 0 {
+		d.names, err = d.file.Readdirnames(256)
+		if err == io.EOF || len(d.names) == 0 && errors.Is(err, unix.ENOENT) { // removed meanwhile
+			return "", false, nil
+		}
+		if err != nil {
+			return "", false, fmt.Errorf("read directory %s: %w", d.name, err)
+		}
+	}
+	name, d.names = d.names[0], d.names[1:]
+	return name, true, nil
+}
+
+// step copies the entry name of the directory d.
+func (t *writer) step(d *dir, name string) error {
 	full := d.name + "/" + name
 	f, err := openBeneath(d.file, name, unix.O_PATH|unix.O_NOFOLLOW)
 	if errors.Is(err, unix.ENOENT) {
@@ -131,6 +225,11 @@ func (t *writer) entry(f *os.File, name string, parent uint64) error {
 		Gid:     t.o.IDs.inside(st.Gid),
 		ModTime: time.Unix(st.Mtim.Unix()),
 	}
+	if !isType(&st, unix.S_IFREG) {
+		if err := t.admit(name, &st, 0); err != nil {
+			return err
+		}
+	}
 	if h.PAXRecords, err = readXattrs(f, t.o.IDs); err != nil {
 		return err
 	}
@@ -143,7 +242,11 @@ func (t *writer) entry(f *os.File, name string, parent uint64) error {
 	switch st.Mode & unix.S_IFMT {
 	case unix.S_IFREG:
 		h.Typeflag, h.Size = tar.TypeReg, st.Size
-		return t.regular(f, h, &st)
+		err := t.regular(f, h, &st)
+		if err != nil { // other names of it are not links to this one
+			delete(t.links, inode{st.Dev, st.Ino})
+		}
+		return err
 	case unix.S_IFDIR:
 		h.Typeflag = tar.TypeDir
 		h.Name += "/"
@@ -237,10 +340,22 @@ func (t *writer) regular(f *os.File, h *tar.Header, st *unix.Stat_t) error {
 		return err
 	}
 	defer r.Close()
+	var parts []part
 	if st.Blocks*512 < st.Size { // st_blocks counts 512 bytes, whatever the file system's block is
-		if parts := dataParts(r, st.Size); parts != nil {
-			return t.sparse(r, h, parts)
+		parts = dataParts(r, st.Size)
+	}
+	size := st.Size
+	if parts != nil {
+		size = 0
+		for _, p := range parts {
+			size += p.length
 		}
+	}
+	if err := t.admit(h.Name, st, size); err != nil {
+		return err
+	}
+	if parts != nil {
+		return t.sparse(r, h, parts)
 	}
 	if err := t.header(h); err != nil {
 		return err
@@ -254,6 +369,14 @@ func (t *writer) regular(f *os.File, h *tar.Header, st *unix.Stat_t) error {
 	return nil
 }
 
+// admit asks whether an entry is to be written.
+func (t *writer) admit(name string, st *unix.Stat_t, size int64) error {
+	if t.o.Admit == nil {
+		return nil
+	}
+	return t.o.Admit(Entry{name, st.Mode, size})
+}
+
 // copy writes exactly p of r.
 func (t *writer) copy(w io.Writer, r *os.File, name string, p part) error {
 	for p.length > 0 {
@@ -262,12 +385,16 @@ func (t *writer) copy(w io.Writer, r *os.File, name string, p part) error {
 		}
 		b := t.buf[:min(int64(len(t.buf)), p.length)]
 		n, err := r.ReadAt(b, p.offset)
-		if err != nil && err != io.EOF {
+		if err != nil && err != io.EOF && !t.lenient {
 			return fmt.Errorf("read %s: %w", name, err)
 		}
 		if n < len(b) {
 			clear(b[n:])
-			t.o.note(name, "shrank while it was copied, and is filled with zeros")
+			what := "shrank while it was copied"
+			if err != nil && err != io.EOF {
+				what = "cannot be read to its end: " + err.Error()
+			}
+			t.o.note(name, what+", and is filled with zeros")
 			// Noted once: the rest is zeros without asking again.
 			if _, err := w.Write(b); err != nil {
 				return err
