@@ -10,6 +10,8 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strconv"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -30,6 +32,7 @@ type serveOptions struct {
 	cgroupParent string
 	level        slog.Level
 	json         bool
+	web          webOptions
 }
 
 func (a *app) serveCommand() *cobra.Command {
@@ -49,6 +52,10 @@ go on, and so do their logs.`,
 	f := cmd.Flags()
 	f.StringVar(&o.root, "root", "/var/lib/sandboxd", "`directory` for what outlives a reboot")
 	f.StringVar(&o.cgroupParent, "cgroup-parent", "/sandboxd", "cgroup `path` above those of sandboxes, the same in every hierarchy")
+	f.StringVar(&o.web.address, "metrics-address", "", "`address` for metrics, health and a page, by HTTP: HOST:PORT such as 127.0.0.1:9477, or unix://PATH (default: none)")
+	f.IntVar(&o.web.perSandbox, "metrics-per-sandbox", 0, "metrics of each sandbox too, of the `N` oldest at most (100 without a number)")
+	f.Lookup("metrics-per-sandbox").NoOptDefVal = strconv.Itoa(perSandboxDefault)
+	f.BoolVar(&o.web.pprof, "debug-pprof", false, "Go's profiles under /debug/pprof at the metrics address")
 	f.Var(&value[slog.Level]{p: &o.level, typ: "level", parse: parseLevel}, "log-level", "one of debug, info, warn, error (default info)")
 	f.Var(&value[bool]{p: &o.json, typ: "text|json", parse: parseLogFormat}, "log-format", "form of the log on stderr (default text)")
 	cmd.RegisterFlagCompletionFunc("log-level", cobra.FixedCompletions([]string{"debug", "info", "warn", "error"}, cobra.ShellCompDirectiveNoFileComp))
@@ -78,6 +85,9 @@ func (a *app) serve(ctx context.Context, o serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
+	if o.web.perSandbox < 0 {
+		return fmt.Errorf("--metrics-per-sandbox %d: want 0 or more", o.web.perSandbox)
+	}
 	if err := cgroup.CheckPath(o.cgroupParent); err != nil {
 		return fmt.Errorf("--cgroup-parent: %w", err)
 	}
@@ -99,13 +109,23 @@ func (a *app) serve(ctx context.Context, o serveOptions) (err error) {
 	if root, err = filepath.EvalSymlinks(root); err != nil {
 		return err
 	}
+	mt := newMetrics(node, o.web)
+	// Before the recovery, so that one that hangs can be seen.
+	page, err := startWeb(ctx, o.web, mt, log)
+	if err != nil {
+		return err
+	}
+	stopPage := sync.OnceValue(func() error { return stopWeb(page) })
+	defer func() { err = errors.Join(err, stopPage()) }()
 	m, err := sandbox.Open(ctx, state, node, sandbox.Options{
-		Log: log, CgroupParent: o.cgroupParent, LogDir: filepath.Join(root, "sandboxes"),
+		Log: log, Observer: mt, CgroupParent: o.cgroupParent, LogDir: filepath.Join(root, "sandboxes"),
 	})
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, m.Close()) }()
+	defer func() { err = errors.Join(err, stopPage(), m.Close()) }()
+	mt.Attach(m)
+	page.Recovered(m)
 	return serveAPI(ctx, m, execer{&app{state: state}}, socket, log)
 }
 

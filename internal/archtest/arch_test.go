@@ -30,9 +30,10 @@ var allowed = map[string][]string{
 	"hook":       {},
 	"image":      {},
 	"metrics":    {"sandbox"},
+	"web":        {"sandbox"},
 	"cri":        {"sandbox", "image"},
 	"api/…":      {"sandbox", "api/…"},
-	"cmd/…":      {"sandbox", "pause", "member", "netsetup/…", "collect", "hook", "image", "metrics", "cri", "api/…"},
+	"cmd/…":      {"sandbox", "pause", "member", "netsetup/…", "collect", "hook", "image", "metrics", "web", "cri", "api/…"},
 	"e2e":        {}, // a black box has no way in
 	"e2e/bench":  {"api/…", "sandbox"},
 	"internal…":  {},

@@ -1,0 +1,149 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/sandboxd/sandboxd/api/server"
+	"github.com/sandboxd/sandboxd/internal/namespace"
+	"github.com/sandboxd/sandboxd/member"
+	"github.com/sandboxd/sandboxd/metrics"
+	"github.com/sandboxd/sandboxd/sandbox"
+	"github.com/sandboxd/sandboxd/web"
+)
+
+// webOptions are what `serve` serves over HTTP.
+type webOptions struct {
+	address    string // HOST:PORT or unix://PATH; empty: nothing
+	perSandbox int    // of how many sandboxes at most metrics are shown
+	pprof      bool
+}
+
+// perSandboxDefault is what --metrics-per-sandbox means without a number.
+const perSandboxDefault = 100
+
+// startWeb listens and serves until stopWeb. With an empty address it returns nil,
+// which both take for a server that nobody asks.
+func startWeb(ctx context.Context, o webOptions, mt *metrics.Metrics, log *slog.Logger) (*web.Server, error) {
+	if o.address == "" {
+		return nil, nil
+	}
+	l, err := listenWeb(ctx, o.address)
+	if err != nil {
+		return nil, fmt.Errorf("--metrics-address: %w", err)
+	}
+	log.Info("Metrics served", "address", l.Addr().String())
+	return web.Serve(l, web.Options{
+		Log: log, Metrics: mt.Handler(), Pprof: o.pprof, Version: readVersion().Version, Waiting: mt.Waiting,
+	}), nil
+}
+
+func stopWeb(s *web.Server) error {
+	if s == nil {
+		return nil
+	}
+	// Whoever reads a page then loads it again; the daemon's end waits for nobody.
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	if err := s.Shutdown(ctx); err != nil && !errors.Is(err, context.DeadlineExceeded) {
+		return err
+	}
+	return nil
+}
+
+func listenWeb(ctx context.Context, address string) (net.Listener, error) {
+	if path, ok := strings.CutPrefix(address, "unix://"); ok {
+		if !strings.HasPrefix(path, "/") {
+			return nil, fmt.Errorf("%q: the path of a socket begins with /", address)
+		}
+		return server.Listen(ctx, path)
+	}
+	if _, port, err := net.SplitHostPort(address); err != nil || port == "" {
+		return nil, fmt.Errorf("%q: want HOST:PORT or unix://PATH", address)
+	}
+	var lc net.ListenConfig
+	return lc.Listen(ctx, "tcp", address)
+}
+
+// newMetrics makes the metrics of n.
+func newMetrics(n *node, o webOptions) *metrics.Metrics {
+	v := readVersion()
+	return metrics.New(metrics.Options{
+		Version: v.Version, Commit: v.Commit, Go: v.Go,
+		Output: func(dir string) (metrics.Output, error) {
+			out, err := member.ReadOutput(dir)
+			return metrics.Output{Bytes: out.Bytes, LinesDropped: out.LogErrors, ClientsDropped: out.ClientsDropped}, err
+		},
+		PerSandbox: o.perSandbox, Usage: n.sandboxUsage,
+	})
+}
+
+// sandboxUsage reads what the processes of a sandbox use together. What this host
+// does not count is not there.
+func (n *node) sandboxUsage(r *sandbox.Record) (metrics.Usage, error) {
+	var out metrics.Usage
+	u, err := n.cg.Usage(r.Cgroup)
+	if err != nil && !errors.Is(err, os.ErrNotExist) { // in v1 there is none before the first member
+		return out, err
+	}
+	if u.CPU != nil {
+		d := time.Duration(u.CPU.UsageMicros) * time.Microsecond
+		out.CPU = &d
+	}
+	if u.Memory != nil {
+		b := uint64(u.Memory.Current)
+		out.Memory = &b
+	}
+	if u.Pids != nil {
+		p := uint64(u.Pids.Current)
+		out.PIDs = &p
+	}
+	if r.Holds(namespace.Net) && r.Pause.Alive() {
+		f, err := os.Open("/proc/" + strconv.Itoa(r.Pause.PID) + "/net/dev")
+		if err != nil {
+			return out, err
+		}
+		defer f.Close()
+		t, err := parseNetDev(f)
+		if err != nil {
+			return out, err
+		}
+		out.Network = &t
+	}
+	return out, nil
+}
+
+// parseNetDev adds up a /proc/PID/net/dev (proc_pid_net(5)): after two lines of
+// headings, "NAME: BYTES …" with the bytes received first and those sent ninth.
+func parseNetDev(r io.Reader) (metrics.Traffic, error) {
+	var t metrics.Traffic
+	for sc := bufio.NewScanner(r); ; {
+		if !sc.Scan() {
+			return t, sc.Err()
+		}
+		name, counts, ok := strings.Cut(sc.Text(), ":")
+		if !ok || strings.TrimSpace(name) == "lo" {
+			continue
+		}
+		f := strings.Fields(counts)
+		if len(f) < 9 {
+			return t, fmt.Errorf("net/dev: %q has not the fields that are expected", sc.Text())
+		}
+		received, err1 := strconv.ParseUint(f[0], 10, 64)
+		sent, err2 := strconv.ParseUint(f[8], 10, 64)
+		if err := errors.Join(err1, err2); err != nil {
+			return t, fmt.Errorf("net/dev: %w", err)
+		}
+		t.Received += received
+		t.Sent += sent
+	}
+}
