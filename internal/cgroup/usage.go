@@ -329,3 +329,25 @@ func (c *counters) blkio() []IOUsage {
 	slices.SortFunc(out, func(a, b IOUsage) int { return strings.Compare(a.Device, b.Device) })
 	return out
 }
+
+// Sample reads the two counters that tell most about what a cgroup is doing, in
+// microseconds and bytes: what is cheap enough to be asked for often. One whose
+// controller the host does not have is 0.
+func (h *Host) Sample(path string) (cpuMicros, memory int64, err error) {
+	if len(h.v1) == 0 {
+		c := &counters{dir: filepath.Join(h.v2, path)}
+		return c.keys("cpu.stat")["usage_usec"], c.perhaps("memory.current"), c.err
+	}
+	dirs := h.V1Controllers()
+	if m := dirs["cpuacct"]; m != "" {
+		c := &counters{dir: filepath.Join(m, path)}
+		if cpuMicros, err = c.value("cpuacct.usage")/1000, c.err; err != nil {
+			return 0, 0, err
+		}
+	}
+	if m := dirs["memory"]; m != "" {
+		c := &counters{dir: filepath.Join(m, path)}
+		memory, err = c.value("memory.usage_in_bytes"), c.err
+	}
+	return cpuMicros, memory, err
+}

@@ -1,0 +1,279 @@
+package collect
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/internal/cgroup"
+	"github.com/sandboxd/sandboxd/internal/crilog"
+	"github.com/sandboxd/sandboxd/internal/exit"
+	"github.com/sandboxd/sandboxd/internal/request"
+	"github.com/sandboxd/sandboxd/internal/tarstream"
+)
+
+// Subject is a member about which something is to be found out.
+type Subject struct {
+	Sandbox, SandboxID string // name and id
+	Member, MemberID   string
+	State              string // for a manifest that is no collection's
+	Command            []string
+	Labels             map[string]string
+	CreatedAt          time.Time
+	StartedAt          time.Time
+	Exit               *exit.Record
+	StartError         string
+	Cgroup             string // path, the same in every hierarchy
+	LogPath            string
+	// NetDev is a file in the form of /proc/net/dev that shows the sandbox's
+	// interfaces; empty if the sandbox has none of its own.
+	NetDev string
+	// Root opens the member's root; the caller closes it.
+	Root    func() (*os.File, error)
+	Targets []string // where something is mounted in the root
+	IDs     *tarstream.IDs
+	Collect []request.Collect
+	Samples *Samples
+}
+
+// Gather finds out what there is to know of s now, its files apart. What it
+// cannot find out the manifest names.
+func Gather(host *cgroup.Host, s *Subject, now time.Time) *Manifest {
+	m := &Manifest{
+		Version: manifestVersion, Sandbox: s.Sandbox, SandboxID: s.SandboxID, Member: s.Member, MemberID: s.MemberID,
+		State: s.State, Command: cutCommand(s.Command), Labels: s.Labels, CreatedAt: s.CreatedAt, StartedAt: s.StartedAt,
+		CollectedAt: now, Exit: s.Exit, StartError: s.StartError, Samples: s.Samples,
+		Network: []Interface{}, Mounts: []Mount{}, Collectors: []Collector{}, Files: []File{},
+	}
+	unknown := func(what string, err error) {
+		if err != nil {
+			m.Unknown = append(m.Unknown, what+": "+err.Error())
+		}
+	}
+	var err error
+	m.Counters, err = host.Usage(s.Cgroup)
+	unknown("counters", err)
+	if s.NetDev != "" {
+		b, err := os.ReadFile(s.NetDev)
+		unknown("network", err)
+		m.Network = parseNetDev(string(b))
+	}
+	m.Log, err = lastWords(s.LogPath)
+	unknown("log", err)
+	m.Mounts, err = mounts(s)
+	unknown("mounts", err)
+	return m
+}
+
+// cutCommand keeps a command to a size that can be shown.
+func cutCommand(args []string) []string {
+	out, size := []string{}, 0
+	for _, a := range args {
+		if size += len(a); size > maxCommand {
+			return append(out, "…")
+		}
+		out = append(out, a)
+	}
+	return out
+}
+
+// parseNetDev reads what /proc/net/dev shows (proc_pid_net(5)).
+func parseNetDev(text string) []Interface {
+	ifs := []Interface{}
+	for line := range strings.Lines(text) {
+		name, rest, ok := strings.Cut(line, ":")
+		f := strings.Fields(rest)
+		if !ok || len(f) < 12 {
+			continue
+		}
+		n := make([]int64, len(f))
+		for i := range f {
+			n[i], _ = strconv.ParseInt(f[i], 10, 64)
+		}
+		i := Interface{
+			Name: strings.TrimSpace(name), RxBytes: n[0], RxPackets: n[1], RxErrors: n[2], RxDropped: n[3],
+			TxBytes: n[8], TxPackets: n[9], TxErrors: n[10], TxDropped: n[11],
+		}
+		if i.Name != "lo" {
+			ifs = append(ifs, i)
+		}
+	}
+	return ifs
+}
+
+// maxLogRead is how much of the end of a log is looked at. A member may have
+// written without end and without a line feed.
+const maxLogRead = 512 << 10
+
+// lastWords reads the end of a log.
+func lastWords(file string) (Log, error) {
+	l := Log{Path: file, Lines: []LogLine{}}
+	if file == "" {
+		return l, nil
+	}
+	b, cut, err := tail(file, maxLogRead)
+	if errors.Is(err, os.ErrNotExist) {
+		return l, nil // it has never written anything
+	}
+	if cut {
+		_, b, _ = bytes.Cut(b, []byte("\n")) // what is before it is not whole
+	}
+	l.Cut = cut
+	j := crilog.Joiner{Max: maxLogLine}
+	size := 0
+	add := func(line crilog.Line) {
+		text := string(line.Content)
+		if len(text) > maxLogLine {
+			text, l.Cut = text[:maxLogLine], true
+		}
+		text = strings.ToValidUTF8(text, "\uFFFD")
+		l.Lines = append(l.Lines, LogLine{line.Time.UTC(), line.Stream, text})
+		size += len(text)
+		for size > maxLogBytes || len(l.Lines) > maxLogLines {
+			size -= len(l.Lines[0].Text)
+			l.Lines, l.Cut = l.Lines[1:], true
+		}
+	}
+	for raw := range bytes.Lines(b) {
+		line, perr := crilog.Parse(bytes.TrimSuffix(raw, []byte("\n")))
+		if perr != nil {
+			continue
+		}
+		if whole, ok := j.Add(line); ok {
+			add(whole)
+		}
+	}
+	for _, line := range j.Rest() {
+		add(line)
+	}
+	return l, err
+}
+
+// tail reads the last bytes of a file, most of them at most; cut says that there
+// are others. No link is followed: who is logged may be able to make one.
+func tail(file string, most int64) (_ []byte, cut bool, err error) {
+	fd, err := unix.Openat2(unix.AT_FDCWD, file, &unix.OpenHow{
+		Flags: unix.O_RDONLY | unix.O_NONBLOCK | unix.O_CLOEXEC, Resolve: unix.RESOLVE_NO_SYMLINKS,
+	})
+	if err != nil {
+		return nil, false, &os.PathError{Op: "open", Path: file, Err: err}
+	}
+	f := os.NewFile(uintptr(fd), file)
+	defer f.Close()
+	fi, err := f.Stat()
+	if err != nil {
+		return nil, false, err
+	}
+	if !fi.Mode().IsRegular() {
+		return nil, false, fmt.Errorf("%s is not a regular file", file)
+	}
+	from := max(0, fi.Size()-most)
+	b, err := io.ReadAll(io.NewSectionReader(f, from, most))
+	return b, from > 0, err
+}
+
+// mounts shows the file systems in the member's root.
+func mounts(s *Subject) ([]Mount, error) {
+	ms := []Mount{}
+	if s.Root == nil {
+		return ms, nil
+	}
+	root, err := s.Root()
+	if err != nil {
+		return ms, err
+	}
+	defer root.Close()
+	for _, target := range append([]string{"/"}, s.Targets...) {
+		if len(ms) == maxMountPoints {
+			return ms, fmt.Errorf("there are more than %d", maxMountPoints)
+		}
+		st, _, err := statfs(root, target)
+		if err != nil {
+			continue // hidden by another, or taken away by the member
+		}
+		m := Mount{Target: path.Clean(target), Type: typeName(st.Type), Memory: inMemory(st)}
+		if st.Blocks > 0 {
+			m.Size, m.Used = int64(st.Blocks)*st.Frsize, int64(st.Blocks-st.Bfree)*st.Frsize
+		}
+		ms = append(ms, m)
+	}
+	return ms, nil
+}
+
+// Tmpfs returns how many bytes the file systems in memory hold that are mounted
+// at the targets in root, each counted once.
+func Tmpfs(root *os.File, targets []string) int64 {
+	var sum int64
+	seen := map[uint64]bool{}
+	for _, target := range targets {
+		st, dev, err := statfs(root, target)
+		if err != nil || !inMemory(st) || seen[dev] {
+			continue
+		}
+		seen[dev] = true
+		sum += int64(st.Blocks-st.Bfree) * st.Frsize
+	}
+	return sum
+}
+
+// inMemory reports whether st is of a tmpfs with a limit; one without says
+// nothing of what it holds.
+func inMemory(st *unix.Statfs_t) bool { return st.Type == unix.TMPFS_MAGIC && st.Blocks > 0 }
+
+// statfs shows the file system at target in root, and its device.
+func statfs(root *os.File, target string) (*unix.Statfs_t, uint64, error) {
+	fd, err := unix.Openat2(int(root.Fd()), target, &unix.OpenHow{
+		Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,
+	})
+	if err != nil {
+		return nil, 0, err
+	}
+	defer unix.Close(fd)
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(fd, &st); err != nil {
+		return nil, 0, err
+	}
+	var is unix.Stat_t
+	if err := unix.Fstat(fd, &is); err != nil {
+		return nil, 0, err
+	}
+	return &st, uint64(is.Dev), nil
+}
+
+func typeName(magic int64) string {
+	switch magic {
+	case unix.TMPFS_MAGIC:
+		return "tmpfs"
+	case unix.OVERLAYFS_SUPER_MAGIC:
+		return "overlay"
+	case unix.EXT4_SUPER_MAGIC:
+		return "ext4"
+	case unix.XFS_SUPER_MAGIC:
+		return "xfs"
+	case unix.BTRFS_SUPER_MAGIC:
+		return "btrfs"
+	case unix.PROC_SUPER_MAGIC:
+		return "proc"
+	case unix.SYSFS_MAGIC:
+		return "sysfs"
+	case unix.CGROUP_SUPER_MAGIC:
+		return "cgroup"
+	case unix.CGROUP2_SUPER_MAGIC:
+		return "cgroup2"
+	case unix.DEVPTS_SUPER_MAGIC:
+		return "devpts"
+	case unix.NFS_SUPER_MAGIC:
+		return "nfs"
+	case unix.FUSE_SUPER_MAGIC:
+		return "fuse"
+	}
+	return fmt.Sprintf("%#x", uint32(magic))
+}
