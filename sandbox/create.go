@@ -16,6 +16,8 @@ import (
 
 	"github.com/sandboxd/sandboxd/internal/idrange"
 	"github.com/sandboxd/sandboxd/internal/namespace"
+	"github.com/sandboxd/sandboxd/internal/procid"
+	"github.com/sandboxd/sandboxd/internal/request"
 	"github.com/sandboxd/sandboxd/internal/statefile"
 )
 
@@ -36,11 +38,15 @@ func (m *Manager) Create(ctx context.Context, c Config) (_ Info, err error) {
 	if err := m.node.CheckSandbox(&c); err != nil {
 		return Info{}, &OpError{Op: "create", Ref: ref, Err: err}
 	}
+	hooks, err := m.node.SandboxHooks(&c)
+	if err != nil {
+		return Info{}, &OpError{Op: "create", Ref: ref, Err: err}
+	}
 	for {
 		if err := ctx.Err(); err != nil {
 			return Info{}, &OpError{Op: "create", Ref: ref, Err: err}
 		}
-		b, mine, err := m.claim(id, c)
+		b, mine, err := m.claim(id, c, hooks)
 		if err != nil {
 			return Info{}, &OpError{Op: "create", Err: err}
 		}
@@ -67,7 +73,7 @@ func (m *Manager) Create(ctx context.Context, c Config) (_ Info, err error) {
 
 // claim enters a new sandbox under its name, with its op lock held. If one with
 // an equal configuration is being created, claim returns that one instead.
-func (m *Manager) claim(id string, c Config) (b *box, mine bool, err error) {
+func (m *Manager) claim(id string, c Config, hooks []request.Hook) (b *box, mine bool, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for _, b := range m.boxes {
@@ -82,7 +88,7 @@ func (m *Manager) claim(id string, c Config) (b *box, mine bool, err error) {
 	}
 	r := &Record{
 		Version: recordVersion, ID: id, State: Creating, CreatedAt: m.now(), Config: c,
-		Cgroup: path.Join(m.o.CgroupParent, id),
+		Cgroup: path.Join(m.o.CgroupParent, id), Hooks: hooks,
 	}
 	if r.Holds(namespace.User) {
 		if r.IDs, err = m.freeIDs(); err != nil {
@@ -173,8 +179,11 @@ func (m *Manager) createSteps(ctx context.Context, b *box) error {
 	if err != nil {
 		return err
 	}
+	if err := m.runHooks(ctx, subject{b: b}, request.Postcreate, procid.ID{}); err != nil {
+		return &stepError{"postcreate", err}
+	}
 	return m.run("create", "ready", func() error {
-		return m.write(b, func(r *Record) { r.State = Ready })
+		return m.write(b, func(r *Record) { r.State, r.Complete = Ready, true })
 	})
 }
 
@@ -198,7 +207,11 @@ func (m *Manager) Add(ctx context.Context, sandboxRef string, c MemberConfig) (_
 	}
 	defer mb.op.release()
 	siblings := b.records(id)
+	var hooks []request.Hook
 	spec, sel, err := m.node.ResolveMember(ctx, b.rec.Load(), mb.rec.Load(), siblings)
+	if err == nil {
+		hooks, err = m.node.MemberHooks(b.rec.Load(), mb.rec.Load(), spec)
+	}
 	if err == nil {
 		err = ctx.Err()
 	}
@@ -206,7 +219,7 @@ func (m *Manager) Add(ctx context.Context, sandboxRef string, c MemberConfig) (_
 		m.forgetMember(b, mb) // nothing has been done yet
 		return MemberInfo{}, &OpError{Op: "add", Ref: ref, Err: err}
 	}
-	if err := m.add(ctx, b, mb, siblings, spec, sel); err != nil {
+	if err := m.add(ctx, b, mb, siblings, spec, sel, hooks); err != nil {
 		undo := m.takeDownMember(ctx, b, mb, "add-undo")
 		return MemberInfo{}, opError("add", ref, err, undo)
 	}
@@ -255,7 +268,7 @@ func (b *box) open() error {
 }
 
 // add makes what mb's record says. Preconditions: mb.op is held.
-func (m *Manager) add(ctx context.Context, b *box, mb *memb, siblings []*MemberRecord, spec *specs.Spec, sel namespace.Selection) error {
+func (m *Manager) add(ctx context.Context, b *box, mb *memb, siblings []*MemberRecord, spec *specs.Spec, sel namespace.Selection, hooks []request.Hook) error {
 	err := m.run("add", "record", func() error {
 		if err := m.root.Mkdir(mb.dir(), 0o700); err != nil {
 			return err
@@ -267,7 +280,7 @@ func (m *Manager) add(ctx context.Context, b *box, mb *memb, siblings []*MemberR
 			return err
 		}
 		return m.writeMember(mb, func(r *MemberRecord) {
-			r.Namespaces = sel
+			r.Namespaces, r.Hooks = sel, hooks
 			if spec.Process != nil {
 				r.Config.Args, r.Config.TTY = slices.Clone(spec.Process.Args), spec.Process.Terminal
 			}
@@ -286,7 +299,7 @@ func (m *Manager) add(ctx context.Context, b *box, mb *memb, siblings []*MemberR
 	}
 	var mon Monitor
 	err = m.run("add", "monitor", func() (err error) {
-		mon, err = m.node.StartMonitor(ctx, b.rec.Load(), mb.rec.Load(), siblings, spec, m.memberPath(mb))
+		mon, err = m.node.StartMonitor(ctx, b.rec.Load(), mb.rec.Load(), siblings, spec, m.memberPath(mb), m.madeHooks(ctx, b, mb))
 		return err
 	})
 	if err != nil {
@@ -294,9 +307,19 @@ func (m *Manager) add(ctx context.Context, b *box, mb *memb, siblings []*MemberR
 	}
 	mb.setMonitor(mon)
 	f := mon.Facts()
+	if s := (subject{b, mb}); s.pending(request.Postcreate) {
+		// They are told the pids, and may ask for more.
+		err := m.writeMember(mb, func(r *MemberRecord) { r.Monitor, r.Init, r.Inodes = f.Monitor, f.Init, f.Inodes })
+		if err == nil {
+			err = m.runHooks(ctx, s, request.Postcreate, procid.ID{})
+		}
+		if err != nil {
+			return &stepError{"postcreate", err}
+		}
+	}
 	return m.run("add", "created", func() error {
 		err := m.writeMember(mb, func(r *MemberRecord) {
-			r.State, r.Monitor, r.Init, r.Inodes = MemberCreated, f.Monitor, f.Init, f.Inodes
+			r.State, r.Monitor, r.Init, r.Inodes, r.Complete = MemberCreated, f.Monitor, f.Init, f.Inodes, true
 		})
 		if err != nil {
 			return err
@@ -304,6 +327,27 @@ func (m *Manager) add(ctx context.Context, b *box, mb *memb, siblings []*MemberR
 		m.watch(b, mb)
 		return nil
 	})
+}
+
+// ociCreate are the stages of runtime-spec's create, in its order.
+var ociCreate = []request.Stage{request.OCIPrestart, request.CreateRuntime, request.CreateContainer}
+
+// madeHooks returns what runs the hooks of a member's runtime environment, in
+// the order of runtime-spec, or nil if there are none. Preconditions: mb.op is
+// held until the function has returned.
+func (m *Manager) madeHooks(ctx context.Context, b *box, mb *memb) func(procid.ID) error {
+	s := subject{b, mb}
+	if !slices.ContainsFunc(ociCreate, s.pending) {
+		return nil
+	}
+	return func(init procid.ID) error {
+		for _, stage := range ociCreate {
+			if err := m.runHooks(ctx, s, stage, init); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
 }
 
 // removeDir removes what is at name and makes that durable.

@@ -125,12 +125,34 @@ func ids(root *os.Root, dir string) []string {
 	return names
 }
 
+func (d *Dir) memberInfo(b dirBox, m dirMember) MemberInfo {
+	i := d.view.member(b.rec, m.rec, m.dir)
+	i.Hooks = d.hooks(m.dir, len(m.rec.Hooks))
+	return i
+}
+
+// hooks reads what became of the n hooks of what is in dir.
+func (d *Dir) hooks(dir string, n int) []HookRun {
+	if n == 0 {
+		return nil
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return nil
+	}
+	defer root.Close()
+	runs, _ := readHooks(root, ".") // what cannot be read is not shown
+	return hookRuns(runs)
+}
+
 func (d *Dir) info(b dirBox) Info {
 	var ms []MemberInfo
 	for _, m := range b.members {
-		ms = append(ms, d.view.member(b.rec, m.rec, m.dir))
+		ms = append(ms, d.memberInfo(b, m))
 	}
-	return d.view.sandbox(b.rec, ms)
+	i := d.view.sandbox(b.rec, ms)
+	i.Hooks = d.hooks(filepath.Join(d.path, sandboxesDir, b.rec.ID), len(b.rec.Hooks))
+	return i
 }
 
 // List returns all sandboxes, ordered by the time of their creation.
@@ -143,7 +165,7 @@ func (d *Dir) List() ([]Info, error) {
 	infos := []Info{}
 	for _, b := range sandboxes(root) {
 		d.readMembers(root, &b)
-		infos = append(infos, d.info(b))
+		infos = append(infos, brief(d.info(b)))
 	}
 	sortInfos(infos)
 	return infos, nil
@@ -177,7 +199,7 @@ func (d *Dir) Member(ref string) (MemberInfo, error) {
 	if err != nil {
 		return MemberInfo{}, err
 	}
-	return d.view.member(b.rec, m.rec, m.dir), nil
+	return d.memberInfo(b, m), nil
 }
 
 // MemberDir returns the absolute path of a member's state directory.

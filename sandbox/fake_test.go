@@ -58,6 +58,10 @@ type fakeNode struct {
 	truth    map[string]Exit // exits that somebody was there to see
 	leftover map[string]bool // members with processes other than init
 
+	hooks     map[string]*fakeHook // by what they are called, see hooks_test.go
+	collects  map[string]int       // how often a member was collected, SID/MID
+	collected map[string]bool      // and that this succeeded
+
 	state      string // the state directory, for the copy
 	countdown  int    // calls until the crash; 0: none is planned
 	crashLate  bool   // the call in which it happens takes effect
@@ -91,6 +95,7 @@ func newFakeNode() *fakeNode {
 		watches: map[procid.ID][]chan struct{}{}, held: map[string]bool{}, inode: map[string]uint64{},
 		cgroups: map[string]bool{}, data: map[string]bool{}, monitors: map[string]*fakeMonitor{},
 		started: map[string]bool{}, truth: map[string]Exit{}, leftover: map[string]bool{}, unkillable: map[string]bool{},
+		hooks: map[string]*fakeHook{}, collects: map[string]int{}, collected: map[string]bool{},
 	}
 }
 
@@ -335,7 +340,7 @@ func (n *fakeNode) RemoveMemberData(ctx context.Context, m *MemberRecord) error 
 	return n.call(ctx, "RemoveMemberData", func() error { delete(n.data, key(m)); return nil })
 }
 
-func (n *fakeNode) StartMonitor(ctx context.Context, r *Record, m *MemberRecord, _ []*MemberRecord, _ *specs.Spec, dir string) (Monitor, error) {
+func (n *fakeNode) StartMonitor(ctx context.Context, r *Record, m *MemberRecord, _ []*MemberRecord, _ *specs.Spec, dir string, made func(procid.ID) error) (Monitor, error) {
 	var c *fakeConn
 	err := n.call(ctx, "StartMonitor", func() error {
 		if !n.cgroups[key(m)] || !n.data[key(m)] {
@@ -349,6 +354,11 @@ func (n *fakeNode) StartMonitor(ctx context.Context, r *Record, m *MemberRecord,
 		c = n.connect(mon)
 		return nil
 	})
+	if err == nil && made != nil {
+		if err = made(c.f.Init); err != nil {
+			n.KillMonitor(context.Background(), m)
+		}
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -526,7 +536,7 @@ func (n *fakeNode) with(f func()) {
 func testOptions(n *fakeNode) Options {
 	return Options{
 		alive: n.alive, killTimeout: 30 * time.Millisecond, orphanWait: 5 * time.Millisecond,
-		retryMin: 200 * time.Microsecond, retryMax: 2 * time.Millisecond,
+		retryMin: 200 * time.Microsecond, retryMax: 2 * time.Millisecond, hookRetryMin: 200 * time.Microsecond,
 	}
 }
 

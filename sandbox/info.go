@@ -22,7 +22,8 @@ type Info struct {
 	Annotations map[string]string                `json:"annotations"`
 	Cgroup      string                           `json:"cgroup"` // relative to each hierarchy's mount point
 	Reason      string                           `json:"reason,omitempty"`
-	Members     []MemberInfo                     `json:"members"` // by the time of their creation
+	Hooks       []HookRun                        `json:"hooks,omitempty"` // those that have been run
+	Members     []MemberInfo                     `json:"members"`         // by the time of their creation
 }
 
 // NetworkInfo is the network part of [Info].
@@ -56,6 +57,7 @@ type MemberInfo struct {
 	Custody    CustodyInfo                      `json:"custody"`
 	Labels     map[string]string                `json:"labels"`
 	Exit       *Exit                            `json:"exit,omitempty"`       // nil until init has exited
+	Hooks      []HookRun                        `json:"hooks,omitempty"`      // those that have been run
 	Collection string                           `json:"collection,omitempty"` // what was taken at exit, SANDBOX/MEMBER-N below the collection directory
 }
 
@@ -77,4 +79,18 @@ type CustodyInfo struct {
 type CustodyRelease struct {
 	At     time.Time `json:"at"`
 	Reason string    `json:"reason"`
+}
+
+// brief leaves out of i what hooks have printed: lists are long.
+func brief(i Info) Info {
+	short := func(runs []HookRun) {
+		for n := range runs {
+			runs[n].Output = ""
+		}
+	}
+	short(i.Hooks)
+	for _, m := range i.Members {
+		short(m.Hooks)
+	}
+	return i
 }

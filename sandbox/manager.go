@@ -47,11 +47,12 @@ type Options struct {
 	LogDir       string           // a member's log is LogDir/SANDBOX/MEMBER/log unless it says where; default: /var/lib/sandboxd/sandboxes
 
 	// For tests, whose processes do not exist and whose time is short.
-	alive       func(procid.ID) bool
-	killTimeout time.Duration // how long a killed init may take to be recorded as such
-	orphanWait  time.Duration // how long an exit status may take that the node learns itself
-	retryMin    time.Duration // between attempts to replace a monitor
-	retryMax    time.Duration
+	alive        func(procid.ID) bool
+	killTimeout  time.Duration // how long a killed init may take to be recorded as such
+	orphanWait   time.Duration // how long an exit status may take that the node learns itself
+	retryMin     time.Duration // between attempts to replace a monitor
+	retryMax     time.Duration
+	hookRetryMin time.Duration // before the first retry of a hook or collection
 }
 
 // Manager owns the sandboxes of one state directory: nobody else changes it
@@ -79,9 +80,10 @@ type Manager struct {
 // replaced, never changed, so that whoever shows them needs no lock at all.
 type box struct {
 	op     lock
-	rec    atomic.Pointer[Record] // stored under op
-	broken bool                   // its record could not be read; set before the box is shared
-	gone   bool                   // guarded by op
+	rec    atomic.Pointer[Record]    // stored under op
+	hooks  atomic.Pointer[[]HookRun] // stored under op; replaced, never changed
+	broken bool                      // its record could not be read; set before the box is shared
+	gone   bool                      // guarded by op
 
 	created chan struct{} // closed when the creation has ended
 	ctx     context.Context
@@ -96,6 +98,7 @@ type box struct {
 type memb struct {
 	op     lock
 	rec    atomic.Pointer[MemberRecord] // stored under op
+	hooks  atomic.Pointer[[]HookRun]    // stored under op; replaced, never changed
 	broken bool
 	gone   bool          // guarded by op
 	over   chan struct{} // closed when the exit is recorded, or the member is gone
@@ -192,6 +195,7 @@ func Open(ctx context.Context, state string, node Node, o Options) (*Manager, er
 	o.orphanWait = cmp.Or(o.orphanWait, 500*time.Millisecond)
 	o.retryMin = cmp.Or(o.retryMin, 10*time.Millisecond)
 	o.retryMax = cmp.Or(o.retryMax, 30*time.Second)
+	o.hookRetryMin = cmp.Or(o.hookRetryMin, time.Second)
 	path, err := filepath.Abs(state)
 	if err != nil {
 		return nil, err
@@ -412,9 +416,11 @@ func (m *Manager) info(b *box) Info {
 	var ms []MemberInfo
 	r := b.rec.Load()
 	for _, mb := range b.list() {
-		ms = append(ms, m.view().member(r, mb.rec.Load(), m.memberPath(mb)))
+		ms = append(ms, m.memberInfo(b, mb))
 	}
-	return m.view().sandbox(r, ms)
+	i := m.view().sandbox(r, ms)
+	i.Hooks = hookRuns(subject{b: b}.runs())
+	return i
 }
 
 // List returns all sandboxes, ordered by the time of their creation. It does
@@ -422,7 +428,7 @@ func (m *Manager) info(b *box) Info {
 func (m *Manager) List() []Info {
 	infos := []Info{}
 	for _, b := range m.all() {
-		infos = append(infos, m.info(b))
+		infos = append(infos, brief(m.info(b)))
 	}
 	sortInfos(infos)
 	return infos
@@ -447,7 +453,9 @@ func (m *Manager) InspectMember(ref string) (MemberInfo, error) {
 }
 
 func (m *Manager) memberInfo(b *box, mb *memb) MemberInfo {
-	return m.view().member(b.rec.Load(), mb.rec.Load(), m.memberPath(mb))
+	i := m.view().member(b.rec.Load(), mb.rec.Load(), m.memberPath(mb))
+	i.Hooks = hookRuns(subject{b, mb}.runs())
+	return i
 }
 
 // Wait returns a member's exit record, as soon as there is one. It fails with

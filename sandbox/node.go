@@ -8,6 +8,7 @@ import (
 
 	"github.com/sandboxd/sandboxd/internal/namespace"
 	"github.com/sandboxd/sandboxd/internal/procid"
+	"github.com/sandboxd/sandboxd/internal/request"
 )
 
 // Node does to the host what a [Manager] decides. Package cmd/sandboxd makes
@@ -21,6 +22,8 @@ import (
 type Node interface {
 	PauseNode
 	MemberNode
+	HookNode
+	CollectNode
 }
 
 // PauseNode is the part of a [Node] that concerns a whole sandbox.
@@ -83,7 +86,11 @@ type MemberNode interface {
 	RemoveMemberData(ctx context.Context, m *MemberRecord) error
 	// StartMonitor starts the monitor and returns when init is created: it has
 	// done everything but its execve. On error nothing runs any more.
-	StartMonitor(ctx context.Context, r *Record, m *MemberRecord, siblings []*MemberRecord, spec *specs.Spec, dir string) (Monitor, error)
+	//
+	// Unless made is nil, it is called when init's namespaces and mounts are
+	// there and its root is not entered yet; init waits for it. Its error is
+	// StartMonitor's.
+	StartMonitor(ctx context.Context, r *Record, m *MemberRecord, siblings []*MemberRecord, spec *specs.Spec, dir string, made func(init procid.ID) error) (Monitor, error)
 	// AdoptMonitor connects to a monitor that an earlier daemon started. It
 	// fails with [procid.ErrGone] if that monitor is gone.
 	AdoptMonitor(ctx context.Context, m *MemberRecord, dir string) (Monitor, error)
@@ -102,6 +109,34 @@ type MemberNode interface {
 	// of the same init again; a status that is learned is written to dir as the
 	// exit record if there is none.
 	Orphaned(m *MemberRecord, dir string)
+}
+
+// HookNode is the part of a [Node] that runs hooks.
+type HookNode interface {
+	// SandboxHooks returns the hooks of a sandbox in the order in which they are
+	// run: those that the host is configured for, then those of the request. It
+	// refuses what could not be run; errors wrap [ErrInvalid] if it is the
+	// request's, and [ErrState] if it is the host's configuration.
+	SandboxHooks(c *Config) ([]request.Hook, error)
+	// MemberHooks is SandboxHooks for a member that will be run with spec, the
+	// hooks of which come between the two.
+	MemberHooks(r *Record, m *MemberRecord, spec *specs.Spec) ([]request.Hook, error)
+	// RunHook runs a hook once and returns when it has ended. If ctx ends or
+	// the hook's time is over, it is killed. Attempts of the same hook that
+	// were cut off with their daemon are ended before.
+	RunHook(ctx context.Context, c *HookCall) HookOutcome
+}
+
+// CollectNode is the part of a [Node] that keeps what members leave.
+type CollectNode interface {
+	// Collects reports whether Collect has anything to do after the exit that
+	// is in m.
+	Collects(m *MemberRecord) bool
+	// Collect takes what m's collectors name, and a manifest, into the
+	// collection directory. m has exited and everything of it is there still.
+	// It may be called again after it failed, or was cut off by a crash or the
+	// end of ctx; then there is one collection in the end.
+	Collect(ctx context.Context, r *Record, m *MemberRecord, dir string) error
 }
 
 // Monitor is the daemon's connection to one member's monitor. It is safe for

@@ -6,6 +6,7 @@ import (
 	"github.com/sandboxd/sandboxd/internal/idrange"
 	"github.com/sandboxd/sandboxd/internal/namespace"
 	"github.com/sandboxd/sandboxd/internal/procid"
+	"github.com/sandboxd/sandboxd/internal/request"
 )
 
 // recordVersion is written into every record. A record with another version is
@@ -24,8 +25,10 @@ type Record struct {
 	Cgroup    string                    `json:"cgroup"` // PARENT/ID
 	IDs       *idrange.Range            `json:"ids,omitempty"`
 	Pause     procid.ID                 `json:"pause,omitzero"`
-	Inodes    map[namespace.Kind]uint64 `json:"inodes,omitempty"` // of the namespaces that pause holds
-	Reason    string                    `json:"reason,omitempty"` // why it is NotReady or Unclean
+	Inodes    map[namespace.Kind]uint64 `json:"inodes,omitempty"`   // of the namespaces that pause holds
+	Hooks     []request.Hook            `json:"hooks,omitempty"`    // all that apply, in the order in which they are run
+	Complete  bool                      `json:"complete,omitempty"` // it has been Ready once
+	Reason    string                    `json:"reason,omitempty"`   // why it is NotReady or Unclean
 }
 
 // Holds reports whether the sandbox's pause holds a namespace of kind k for
@@ -59,5 +62,11 @@ type MemberRecord struct {
 	Exit       *Exit                     `json:"exit,omitempty"`
 	StartError string                    `json:"startError,omitempty"`
 	HeldSince  time.Time                 `json:"heldSince,omitzero"`
-	Reason     string                    `json:"reason,omitempty"`
+	Hooks      []request.Hook            `json:"hooks,omitempty"`    // all that apply, in the order in which they are run
+	Complete   bool                      `json:"complete,omitempty"` // it has been Created once
+	// CollectDone says that what is collected after an exit has been, or that it
+	// was given up, for the reason CollectError.
+	CollectDone  bool   `json:"collectDone,omitempty"`
+	CollectError string `json:"collectError,omitempty"`
+	Reason       string `json:"reason,omitempty"`
 }

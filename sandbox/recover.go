@@ -12,6 +12,7 @@ import (
 
 	"github.com/sandboxd/sandboxd/internal/crash"
 	"github.com/sandboxd/sandboxd/internal/procid"
+	"github.com/sandboxd/sandboxd/internal/request"
 	"github.com/sandboxd/sandboxd/internal/statefile"
 )
 
@@ -77,6 +78,7 @@ func (m *Manager) load(e fs.DirEntry) *box {
 		b = newBox(m.ctx, r)
 	}
 	close(b.created)
+	m.loadHooks(subject{b: b})
 	m.removeTemp(dir + "/" + sandboxFile)
 	ents, err := fs.ReadDir(m.root.FS(), dir+"/"+membersDir)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -122,6 +124,7 @@ func (m *Manager) loadMember(b *box, e fs.DirEntry) *memb {
 		return mb
 	}
 	mb := newMemb(r)
+	m.loadHooks(subject{b, mb})
 	if r.Exit != nil {
 		mb.setOver()
 	}
@@ -166,6 +169,15 @@ func (m *Manager) recoverBox(ctx context.Context, b *box) {
 	if b.broken || !b.rec.Load().State.anchored() {
 		// Creating, Deleting, Unclean: all end in the same way. If that does
 		// not succeed the sandbox stays, unclean, for somebody to remove.
+		if b.lastWork() {
+			m.wg.Go(func() {
+				if err := b.op.acquire(m.ctx); err == nil {
+					m.takeDown(m.ctx, b, "recover")
+					b.op.release()
+				}
+			})
+			return
+		}
 		m.takeDown(ctx, b, "recover")
 		return
 	}
@@ -175,6 +187,17 @@ func (m *Manager) recoverBox(ctx context.Context, b *box) {
 		wg.Go(func() { m.recoverMember(ctx, b, mb) })
 	}
 	wg.Wait()
+	if b.rec.Load().State == Stopped && (subject{b: b}).pending(request.Poststop) {
+		m.wg.Go(func() {
+			if err := b.op.acquire(m.ctx); err != nil {
+				return
+			}
+			defer b.op.release()
+			if b.rec.Load().State == Stopped {
+				m.stopped(m.ctx, b) // the next daemon goes on where it was cut off
+			}
+		})
+	}
 }
 
 func (m *Manager) recoverPause(ctx context.Context, b *box) {
@@ -203,12 +226,21 @@ func (m *Manager) recoverMember(ctx context.Context, b *box, mb *memb) {
 	crash.Point("recover member before")
 	switch s := mb.rec.Load().State; {
 	case mb.broken, s == MemberCreating, s == MemberDeleting, s == MemberUnclean:
+		if len(mb.rec.Load().Hooks) > 0 {
+			m.later(b, mb)
+			break
+		}
 		m.takeDownMember(ctx, b, mb, "recover")
 	case s.alive():
 		if err := m.settle(ctx, b, mb); err != nil {
 			m.o.Log.Warn("Member is without a monitor", "sandbox", b.id(), "member", mb.id(), "err", err)
 		}
 		m.watch(b, mb)
+		if mb.rec.Load().State == MemberRunning && (subject{b, mb}).pending(request.Poststart) {
+			m.later(b, mb)
+		}
+	case m.unsettled(mb):
+		m.later(b, mb)
 	case mb.rec.Load().Config.AutoRemove:
 		m.removeMember(ctx, b, mb, b.name()+"/"+mb.name())
 	}

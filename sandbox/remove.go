@@ -11,6 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/internal/crash"
+	"github.com/sandboxd/sandboxd/internal/procid"
+	"github.com/sandboxd/sandboxd/internal/request"
 	"github.com/sandboxd/sandboxd/internal/undo"
 )
 
@@ -56,6 +58,14 @@ func (m *Manager) takeDownMember(ctx context.Context, b *box, mb *memb, op strin
 	// The monitor's connection goes first: its end is no news now.
 	mb.setMonitor(nil)
 	err := m.undoMember(r, op).Unwind(ctx)
+	if err == nil && (r.Complete || subject{b, mb}.begun(ociCreate...)) {
+		hookCtx, cancel := m.patient(ctx)
+		defer cancel()
+		m.runHooks(hookCtx, subject{b, mb}, request.OCIPoststop, procid.ID{}) // failures are logged
+		if err := hookCtx.Err(); err != nil {
+			return err // the next daemon goes on
+		}
+	}
 	if err == nil {
 		err = m.dropMember(b, mb, op)
 	}
@@ -131,29 +141,14 @@ func (m *Manager) dropMember(b *box, mb *memb, op string) error {
 // stays, so does the sandbox, as [Unclean]. Preconditions: b.op is held.
 func (m *Manager) takeDown(ctx context.Context, b *box, op string) error {
 	ctx = context.WithoutCancel(ctx)
-	r := b.rec.Load()
 	b.cancel() // the end of the pause is no news now
-
-	members := b.list()
-	errs := make([]error, len(members))
-	var wg sync.WaitGroup
-	for i, mb := range members {
-		wg.Go(func() {
-			if errs[i] = mb.op.acquire(ctx); errs[i] != nil {
-				return
-			}
-			defer mb.op.release()
-			if mb.gone {
-				return
-			}
-			m.endMember(ctx, b, mb)
-			if err := m.takeDownMember(ctx, b, mb, op); err != nil {
-				errs[i] = fmt.Errorf("member %s: %w", mb.name(), err)
-			}
-		})
+	b.each(ctx, func(mb *memb) error { m.endMember(ctx, b, mb); return nil })
+	if err := m.farewell(ctx, b); err != nil {
+		return err // the next daemon goes on
 	}
-	wg.Wait()
-	err := errors.Join(append(errs, m.undoSandbox(r, op).Unwind(ctx))...)
+	r := b.rec.Load()
+	err := b.each(ctx, func(mb *memb) error { return m.takeDownMember(ctx, b, mb, op) })
+	err = errors.Join(err, m.undoSandbox(r, op).Unwind(ctx))
 	if err == nil {
 		err = m.drop(b, op)
 	}
@@ -167,6 +162,30 @@ func (m *Manager) takeDown(ctx context.Context, b *box, op string) error {
 	defer m.mu.Unlock()
 	delete(m.boxes, r.ID)
 	return nil
+}
+
+// each calls fn for every member at the same time, with its op lock held, and
+// returns the errors of all.
+func (b *box) each(ctx context.Context, fn func(mb *memb) error) error {
+	members := b.list()
+	errs := make([]error, len(members))
+	var wg sync.WaitGroup
+	for i, mb := range members {
+		wg.Go(func() {
+			err := mb.op.acquire(ctx)
+			if err == nil {
+				if !mb.gone {
+					err = fn(mb)
+				}
+				mb.op.release()
+			}
+			if err != nil {
+				errs[i] = fmt.Errorf("member %s: %w", mb.name(), err)
+			}
+		})
+	}
+	wg.Wait()
+	return errors.Join(errs...)
 }
 
 // drop removes a sandbox's directory, or sets it aside if its record could not
@@ -318,9 +337,17 @@ func (m *Manager) RemoveMember(ctx context.Context, ref string, force bool) (err
 // removeMember removes a member in whatever state. Preconditions: mb.op is held.
 func (m *Manager) removeMember(ctx context.Context, b *box, mb *memb, ref string) error {
 	m.endMember(context.WithoutCancel(ctx), b, mb)
-	err := m.run("remove", "member deleting", func() error {
-		return orFull(m.writeMember(mb, func(r *MemberRecord) { r.State = MemberDeleting }))
-	})
+	hookCtx, cancel := m.patient(ctx)
+	defer cancel()
+	err := m.poststop(hookCtx, b, mb)
+	if err == nil {
+		err = m.run("remove", "member deleting", func() error {
+			return orFull(m.writeMember(mb, func(r *MemberRecord) { r.State = MemberDeleting }))
+		})
+	}
+	if err == nil {
+		err = m.predelete(hookCtx, b, mb)
+	}
 	if err != nil {
 		return opError("remove", ref, err, nil)
 	}

@@ -7,6 +7,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/sandboxd/sandboxd/internal/procid"
+	"github.com/sandboxd/sandboxd/internal/request"
 	"github.com/sandboxd/sandboxd/internal/signum"
 	"github.com/sandboxd/sandboxd/internal/undo"
 )
@@ -28,6 +30,10 @@ func (m *Manager) Start(ctx context.Context, ref string) (_ MemberInfo, err erro
 		b.mu.Lock()
 		err = b.open()
 		b.mu.Unlock()
+		if err == nil && s == MemberCreated {
+			// Those of a start that failed; those of one that was cut off go on.
+			err = m.anew(subject{b, mb}, request.Prestart, request.StartContainer)
+		}
 	default:
 		err = statef("the member is %s", s)
 	}
@@ -48,6 +54,12 @@ func (m *Manager) start(ctx context.Context, b *box, mb *memb) error {
 	})
 	if err != nil {
 		return err
+	}
+	for _, stage := range []request.Stage{request.Prestart, request.StartContainer} {
+		if err := m.runHooks(ctx, subject{b, mb}, stage, procid.ID{}); err != nil {
+			m.noteMember(mb, func(r *MemberRecord) { r.State = MemberCreated })
+			return &stepError{string(stage), err}
+		}
 	}
 	// From here on the client's patience does not matter: init may have been
 	// told already, and the outcome has to be learned.
@@ -76,10 +88,30 @@ func (m *Manager) start(ctx context.Context, b *box, mb *memb) error {
 			return err
 		}
 	}
-	return m.run("start", "running", func() error {
+	m.run("start", "running", func() error {
 		m.noteMember(mb, func(r *MemberRecord) { r.State = MemberRunning })
 		return nil
 	})
+	return m.poststart(ctx, b, mb)
+}
+
+// poststart runs the poststart hooks of a member that runs, and stops it if one
+// fails. Preconditions: mb.op is held.
+func (m *Manager) poststart(ctx context.Context, b *box, mb *memb) error {
+	s := subject{b, mb}
+	if !s.pending(request.Poststart) || mb.rec.Load().State != MemberRunning {
+		return nil
+	}
+	ctx, cancel := m.patient(ctx)
+	defer cancel()
+	err := m.runHooks(ctx, s, request.Poststart, procid.ID{})
+	if err == nil || ctx.Err() != nil {
+		return err
+	}
+	if serr := m.endGently(ctx, b, mb, DefaultStopTimeout); serr != nil {
+		err = errors.Join(err, fmt.Errorf("and the member could not be stopped: %w", serr))
+	}
+	return &stepError{string(request.Poststart), err}
 }
 
 // StopMember sends a member's stop signal to its init, and kills everything in
@@ -88,6 +120,9 @@ func (m *Manager) start(ctx context.Context, b *box, mb *memb) error {
 // If ctx ends first, StopMember returns, and what was signalled stays so.
 func (m *Manager) StopMember(ctx context.Context, ref string, timeout time.Duration) (err error) {
 	defer m.operation("stop_member", &err)()
+	if _, mb, err := m.member(ref); err == nil && mb.rec.Load().State.over() {
+		return nil // not to wait for what follows its exit
+	}
 	b, mb, err := m.lockMember(ctx, ref)
 	if err != nil {
 		return opError("stop", ref, err, nil)
@@ -96,15 +131,31 @@ func (m *Manager) StopMember(ctx context.Context, ref string, timeout time.Durat
 	return opError("stop", ref, m.stopMember(ctx, b, mb, timeout), nil)
 }
 
+// over reports whether a member in state s has exited and is not being removed.
+func (s MemberState) over() bool { return s == MemberExited || s == MemberCollected }
+
 // stopMember is StopMember. Preconditions: mb.op is held.
 func (m *Manager) stopMember(ctx context.Context, b *box, mb *memb, timeout time.Duration) error {
 	r := mb.rec.Load()
 	switch {
-	case r.State == MemberExited || r.State == MemberCollected:
+	case r.State.over():
 		return nil
 	case !r.State.alive():
 		return statef("the member is %s; remove it", r.State)
 	}
+	if r.State == MemberRunning {
+		m.runHooks(ctx, subject{b, mb}, request.Prestop, procid.ID{}) // failures are in the results
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+	}
+	return m.endGently(ctx, b, mb, timeout)
+}
+
+// endGently sends a member that is alive its stop signal, and kills it when
+// timeout is over. Preconditions: mb.op is held.
+func (m *Manager) endGently(ctx context.Context, b *box, mb *memb, timeout time.Duration) error {
+	r := mb.rec.Load()
 	if r.State == MemberRunning && timeout > 0 {
 		sig, err := signum.Parse(r.Config.StopSignal)
 		if err != nil {
@@ -160,6 +211,10 @@ func (m *Manager) Stop(ctx context.Context, ref string, timeout time.Duration) (
 		return &OpError{Op: "stop", Ref: ref, Err: err}
 	}
 	defer b.reopen()
+	m.runHooks(ctx, subject{b: b}, request.Prestop, procid.ID{}) // failures are in the results
+	if err := ctx.Err(); err != nil {
+		return opError("stop", ref, err, nil)
+	}
 	err = m.run("stop", "members", func() error { return m.stopMembers(ctx, b, timeout) })
 	if err == nil {
 		err = m.run("stop", "record", func() error {
@@ -170,7 +225,9 @@ func (m *Manager) Stop(ctx context.Context, ref string, timeout time.Duration) (
 		return opError("stop", ref, err, nil)
 	}
 	m.o.Log.Info("Sandbox stopped", "sandbox", b.id(), "name", b.name())
-	return nil
+	ctx, cancel := m.patient(ctx)
+	defer cancel()
+	return opError("stop", ref, m.stopped(ctx, b), nil)
 }
 
 func (m *Manager) stopMembers(ctx context.Context, b *box, timeout time.Duration) error {

@@ -58,13 +58,10 @@ func (m *Manager) attend(b *box, mb *memb) bool {
 			m.o.Log.Warn("Member is without a monitor", "sandbox", b.id(), "member", mb.id(), "err", err)
 		}
 	}
-	r := mb.rec.Load()
-	if r.State == MemberExited && r.Config.AutoRemove {
-		// What goes wrong is logged there, and the member is unclean.
-		done := m.o.Observer.Operation("auto_remove")
-		done(m.removeMember(m.ctx, b, mb, b.name()+"/"+mb.name()))
+	if mb.rec.Load().State.over() {
+		m.afterExit(b, mb)
 	}
-	return r.State.alive()
+	return mb.rec.Load().State.alive()
 }
 
 // awaitExit waits until the member's exit is recorded, and sees to it that it

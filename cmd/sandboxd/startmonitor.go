@@ -20,7 +20,7 @@ import (
 )
 
 // StartMonitor implements [sandbox.MemberNode].
-func (n *node) StartMonitor(ctx context.Context, r *sandbox.Record, m *sandbox.MemberRecord, siblings []*sandbox.MemberRecord, spec *specs.Spec, dir string) (sandbox.Monitor, error) {
+func (n *node) StartMonitor(ctx context.Context, r *sandbox.Record, m *sandbox.MemberRecord, siblings []*sandbox.MemberRecord, spec *specs.Spec, dir string, made func(init procid.ID) error) (sandbox.Monitor, error) {
 	in, closeInput, err := n.compilerInput(r, m, siblings, spec)
 	defer closeInput()
 	if err != nil {

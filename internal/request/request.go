@@ -32,6 +32,7 @@ type Sandbox struct {
 	Labels      map[string]string `json:"labels,omitempty"`
 	Annotations map[string]string `json:"annotations,omitempty"`
 	ShmSize     int64             `json:"shmSize,omitempty"` // bytes; default: 64 MiB
+	Hooks       []Hook            `json:"hooks,omitempty"`   // run in this order, after the host's own
 }
 
 // Custody says after which exits a member's root and namespaces stay held.
@@ -108,5 +109,6 @@ type Member struct {
 	Labels     map[string]string   `json:"labels,omitempty"`
 	LogPath    string              `json:"logPath,omitempty"` // absolute; default: under the root directory
 	Collect    []Collect           `json:"collect,omitempty"`
+	Hooks      []Hook              `json:"hooks,omitempty"`      // run in this order, after the host's own and the bundle's
 	CustodyTTL time.Duration       `json:"custodyTTL,omitempty"` // how long after its exit it is held at most, in nanoseconds; 0: until it is removed
 }

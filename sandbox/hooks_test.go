@@ -1,0 +1,229 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/sandboxd/sandboxd/internal/request"
+)
+
+// fakeHook is what became of one hook of one sandbox or member.
+type fakeHook struct {
+	attempts  []int // as it was told
+	succeeded int
+	at        string // what it saw of the world when it last succeeded
+}
+
+// RunHook runs a hook that fails if the test says so, by the stage's name.
+func (n *fakeNode) RunHook(ctx context.Context, c *HookCall) HookOutcome {
+	k := c.Sandbox.ID
+	if c.Member != nil {
+		k = key(c.Member)
+	}
+	err := n.call(ctx, "RunHook", func() error {
+		h := n.hooks[k+" "+c.Hook.Path]
+		if h == nil {
+			h = &fakeHook{}
+			n.hooks[k+" "+c.Hook.Path] = h
+		}
+		h.attempts = append(h.attempts, c.Attempt)
+		if n.faults["hook "+string(c.Hook.Stage)] != works {
+			return errInjected
+		}
+		h.succeeded++
+		mon := n.monitors[k]
+		h.at = fmt.Sprintf("pause %t cgroup %t", n.procs[n.pauses[c.Sandbox.ID]], n.cgroups[k])
+		if c.Member != nil {
+			h.at += fmt.Sprintf(" monitor %t init %t started %t data %t", mon != nil && n.procs[mon.proc], mon != nil && n.procs[mon.init], n.started[k], n.data[k])
+		}
+		return nil
+	})
+	out := HookOutcome{Output: []byte("said\n"), Took: time.Millisecond, Err: err}
+	if err != nil {
+		out.Code = 1
+	}
+	return out
+}
+
+func (n *fakeNode) SandboxHooks(c *Config) ([]request.Hook, error) { return c.Hooks, nil }
+
+func (n *fakeNode) MemberHooks(_ *Record, m *MemberRecord, _ *specs.Spec) ([]request.Hook, error) {
+	return m.Config.Hooks, nil
+}
+
+func (n *fakeNode) Collects(m *MemberRecord) bool { return len(m.Config.Collect) > 0 }
+
+func (n *fakeNode) Collect(ctx context.Context, r *Record, m *MemberRecord, _ string) error {
+	return n.call(ctx, "Collect", func() error {
+		n.collects[key(m)]++
+		n.collected[key(m)] = true
+		return nil
+	})
+}
+
+// allHooks has one hook for each stage; its path is the stage's name.
+func allHooks(stages []request.Stage) []request.Hook {
+	var hs []request.Hook
+	for _, s := range stages {
+		hs = append(hs, request.Hook{Stage: s, Path: "/" + string(s)})
+	}
+	return hs
+}
+
+// What each hook sees when it is run, and that each is run once.
+func TestHooksOfALife(t *testing.T) {
+	n := newFakeNode()
+	m := open(t, t.TempDir(), n)
+	ctx := t.Context()
+	i := must[Info](t)(m.Create(ctx, Config{Name: "web", Hooks: allHooks(request.SandboxStages())}))
+	c := member("app")
+	c.Hooks = allHooks(request.MemberStages())
+	mi := must[MemberInfo](t)(m.Add(ctx, "web", c))
+	must[MemberInfo](t)(m.Start(ctx, "web/app"))
+	check(t, m.StopMember(ctx, "web/app", time.Minute))
+	soon(t, func() error {
+		if mi := must[MemberInfo](t)(m.InspectMember("web/app")); mi.State != "Collected" || len(mi.Hooks) != len(c.Hooks)-2 {
+			return fmt.Errorf("after the exit: %s, %d hooks", mi.State, len(mi.Hooks))
+		}
+		return nil
+	})
+	check(t, m.RemoveMember(ctx, "web/app", false))
+	check(t, m.Stop(ctx, "web", time.Minute))
+	if i := must[Info](t)(m.Inspect("web")); len(i.Hooks) != 3 || i.Hooks[0].Output != "said\n" {
+		t.Errorf("hooks of a stopped sandbox: %+v", i.Hooks)
+	}
+	if l := m.List(); l[0].Hooks[0].Output != "" {
+		t.Errorf("a list shows what hooks have printed: %+v", l[0].Hooks)
+	}
+	check(t, m.Remove(ctx, "web", false))
+	check(t, n.empty())
+	const made = "pause true cgroup true monitor true init true started false data true"
+	k := i.ID + "/" + mi.ID
+	for hook, want := range map[string]string{
+		i.ID + " /postcreate": "pause true cgroup true",
+		i.ID + " /prestop":    "pause true cgroup true",
+		i.ID + " /poststop":   "pause true cgroup true",
+		i.ID + " /predelete":  "pause true cgroup true",
+		k + " /oci-prestart":  made, k + " /createRuntime": made, k + " /createContainer": made, k + " /postcreate": made,
+		k + " /prestart": made, k + " /startContainer": made,
+		k + " /poststart":    "pause true cgroup true monitor true init true started true data true",
+		k + " /prestop":      "pause true cgroup true monitor true init true started true data true",
+		k + " /poststop":     "pause true cgroup true monitor true init false started true data true",
+		k + " /predelete":    "pause true cgroup true monitor true init false started true data true",
+		k + " /oci-poststop": "pause true cgroup false monitor false init false started true data false",
+	} {
+		h := n.hooks[hook]
+		if h == nil || h.succeeded != 1 || h.at != want || !slices.Equal(h.attempts, []int{1}) {
+			t.Errorf("%s: %+v, want once with %q", hook, h, want)
+		}
+	}
+	if len(n.hooks) != 15 {
+		t.Errorf("%d hooks were run", len(n.hooks))
+	}
+}
+
+// What it means that a hook of a stage fails.
+func TestHookFails(t *testing.T) {
+	for _, tt := range []struct {
+		stage   request.Stage
+		sandbox bool
+		at      string // the operation that fails
+		state   string // the member's, or the sandbox's, after it; "" if it is gone
+	}{
+		{request.Postcreate, true, "create", ""},
+		{request.Prestop, true, "", "Stopped"},
+		{request.Poststop, true, "", "Stopped"},
+		{request.Predelete, true, "", "Stopped"},
+		{request.OCIPrestart, false, "add", ""},
+		{request.CreateRuntime, false, "add", ""},
+		{request.CreateContainer, false, "add", ""},
+		{request.Postcreate, false, "add", ""},
+		{request.Prestart, false, "start", "Created"},
+		{request.StartContainer, false, "start", "Created"},
+		{request.Poststart, false, "start", "Exited"},
+		{request.Prestop, false, "", "Exited"},
+		{request.Poststop, false, "", "Collected"},
+		{request.Predelete, false, "", "Exited"},
+		{request.OCIPoststop, false, "", "Exited"},
+	} {
+		t.Run(fmt.Sprintf("%s sandbox=%t", tt.stage, tt.sandbox), func(t *testing.T) {
+			n := newFakeNode()
+			m := open(t, t.TempDir(), n)
+			ctx := t.Context()
+			n.faults["hook "+string(tt.stage)] = fails
+			h := request.Hook{Stage: tt.stage, Path: "/hook", Retries: 2}
+			after := request.Hook{Stage: tt.stage, Path: "/after"}
+			var c Config
+			mc := member("app")
+			if c.Name = "web"; tt.sandbox {
+				c.Hooks = []request.Hook{h, after}
+			} else {
+				mc.Hooks = []request.Hook{h, after}
+			}
+			failed := ""
+			do := func(op string, err error) {
+				if err != nil && failed == "" {
+					failed = op
+					if op != tt.at || !errors.Is(err, ErrState) || !strings.Contains(err.Error(), string(tt.stage)+" hook /hook: injected: said") {
+						t.Errorf("%s: %v", op, err)
+					}
+				}
+			}
+			_, err := m.Create(ctx, c)
+			do("create", err)
+			if failed == "" {
+				_, err = m.Add(ctx, "web", mc)
+				do("add", err)
+			}
+			if failed == "" {
+				_, err = m.Start(ctx, "web/app")
+				do("start", err)
+			}
+			if failed == "" {
+				do("stop", m.StopMember(ctx, "web/app", time.Minute))
+			}
+			if failed == "" && tt.sandbox {
+				do("stop", m.Stop(ctx, "web", time.Minute))
+			}
+			if failed != tt.at {
+				t.Errorf("%q failed, want %q", failed, tt.at)
+			}
+			soon(t, func() error {
+				state := ""
+				if tt.sandbox {
+					i, _ := m.Inspect("web")
+					state = i.State
+				} else {
+					i, _ := m.InspectMember("web/app")
+					state = i.State
+				}
+				if state != tt.state {
+					return fmt.Errorf("state %q, want %q", state, tt.state)
+				}
+				return nil
+			})
+			if _, err := m.Inspect("web"); err == nil {
+				check(t, m.Remove(ctx, "web", true))
+			}
+			check(t, n.empty())
+			tried, next := 0, 0
+			for k, h := range n.hooks {
+				if strings.HasSuffix(k, "/hook") {
+					tried = len(h.attempts)
+				} else {
+					next = len(h.attempts)
+				}
+			}
+			if wantNext := 1; tried != 3 || next != map[bool]int{false: wantNext}[stops(tt.stage)] {
+				t.Errorf("the hook was tried %d times, the one after it %d times", tried, next)
+			}
+		})
+	}
+}
