@@ -101,6 +101,12 @@ clean: ## removes what was built, the kernel of test-vm too
 $(RESULTS):
 	mkdir -p $@
 
+# CNI plugins for tests and the benchmark. go build leaves alone what is up to date.
+.PHONY: build/cni/bin
+build/cni/bin:
+	mkdir -p $@
+	cd tools/cni && go build -trimpath -ldflags="-s -w" -o ../../$@/ tool
+
 # The linters are in modules of their own, which keeps what they need out of ours.
 build/bin/staticcheck: tools/go.mod tools/go.sum
 	cd tools && go build -o ../$@ honnef.co/go/tools/cmd/staticcheck

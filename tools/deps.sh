@@ -13,6 +13,7 @@ packages=(
 	qemu-user-static qemu-system-x86 cpio e2fsprogs  # arm64, and the virtual machine
 	busybox-static redis-server                      # what tests run as members
 	runc crun                                        # what the benchmark compares with
+	containernetworking-plugins iptables dnsmasq-base # CNI: plugins of an old version, their tools, a DHCP server
 	strace iproute2 attr libcap2-bin jq shellcheck make git ca-certificates
 )
 
@@ -51,6 +52,6 @@ if ! command -v go >/dev/null; then
 	echo "deps: there is no go in PATH; see go.mod for the version" >&2
 	exit 1
 fi
-for module in . tools; do
+for module in . tools tools/cni; do
 	(cd "$module" && attempt go mod download)
 done

@@ -4,7 +4,7 @@
 // where SANDBOXD_TEST_REQUIRE names it: a suite that skips everything is green,
 // and worth nothing. The variable is a comma-separated list of the names that
 // the functions below give to what they need: "root", "cgroup2", "busybox",
-// "cap_sys_resource", "kernel:pidfd_info", "program:runc". "all" stands for
+// "cap_sys_resource", "kernel:pidfd_info", "program:runc", "cni-plugins". "all" stands for
 // every one of them, and "-NAME" takes one out of it again.
 package testenv
 

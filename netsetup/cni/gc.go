@@ -1,0 +1,208 @@
+package cni
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/containernetworking/cni/libcni"
+	"github.com/containernetworking/cni/pkg/types"
+	"github.com/containernetworking/cni/pkg/version"
+
+	"github.com/sandboxd/sandboxd/internal/garbage"
+)
+
+// gcWait is how long GC waits for a moment in which no ADD and no DEL runs.
+const gcWait = 10 * time.Second
+
+// cached is an entry of libcni's cache, which is written by [libcni] in this form.
+type cached struct {
+	file  string
+	since time.Time
+	err   error // it cannot be read
+
+	Kind           string          `json:"kind"`
+	ContainerID    string          `json:"containerId"`
+	Config         []byte          `json:"config"`
+	IfName         string          `json:"ifName"`
+	NetworkName    string          `json:"networkName"`
+	CNIArgs        [][2]string     `json:"cniArgs"`
+	CapabilityArgs map[string]any  `json:"capabilityArgs"`
+	Result         json.RawMessage `json:"result"`
+}
+
+// GC detaches what is in the cache and belongs to nobody, and then has the
+// plugins of networks that sandboxes are attached to collect what is not theirs.
+// What those find, plugins do not tell.
+func (d *Driver) GC(ctx context.Context, live func() map[string]json.RawMessage, dryRun bool) ([]garbage.Finding, error) {
+	entries, err := d.cache()
+	if err != nil {
+		return nil, err
+	}
+	plans := live()
+	var found []garbage.Finding
+	for _, e := range entries {
+		if _, ok := plans[e.ContainerID]; ok {
+			continue
+		}
+		f := garbage.Finding{
+			Kind: garbage.CNI, Name: e.file, Since: e.since, Action: "would remove",
+			Reason: "no sandbox has this attachment",
+		}
+		if e.err != nil {
+			f.Reason = "not a CNI result: " + e.err.Error()
+		}
+		if !dryRun {
+			f.Action = "removed"
+			if err := d.dropCached(ctx, e); err != nil {
+				f.Action, f.Err = "kept", err.Error()
+			}
+		}
+		found = append(found, f)
+	}
+	if dryRun {
+		return found, nil
+	}
+	return found, d.collect(ctx, live)
+}
+
+// cache reads the entries of the cache. One that cannot be read, since a crash
+// cut it, has the id that its name tells, or none.
+func (d *Driver) cache() ([]cached, error) {
+	dir := filepath.Join(d.o.Root, "results")
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	var all []cached
+	for _, e := range entries {
+		c := cached{file: filepath.Join(dir, e.Name())}
+		fi, err := e.Info()
+		if err != nil {
+			continue // removed meanwhile
+		}
+		c.since = fi.ModTime()
+		data, err := readFile(c.file)
+		if err == nil {
+			err = json.Unmarshal(data, &c)
+		}
+		if err == nil && (c.Kind != libcni.CNICacheV1 || c.ContainerID == "") {
+			err = errors.New("of an unknown kind")
+		}
+		if errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		if c.err = err; err != nil {
+			c.ContainerID = idInName(e.Name())
+		}
+		all = append(all, c)
+	}
+	return all, err
+}
+
+// idInName returns the id in NETWORK-ID-INTERFACE. A network's name may have
+// dashes, an interface's too; an id has 16 hex digits.
+func idInName(name string) string {
+	for part := range strings.SplitSeq(name, "-") {
+		if len(part) == 16 && strings.Trim(part, "0123456789abcdef") == "" {
+			return part
+		}
+	}
+	return ""
+}
+
+// dropCached runs DEL for an entry and removes it.
+func (d *Driver) dropCached(ctx context.Context, e cached) error {
+	if e.err != nil {
+		return os.Remove(e.file)
+	}
+	d.gc.RLock()
+	defer d.gc.RUnlock()
+	return d.del(ctx, e.ContainerID, attachment{
+		Network: e.NetworkName, Interface: e.IfName, Config: e.Config, Args: e.CNIArgs, Capabilities: e.CapabilityArgs,
+	}, "")
+}
+
+// collect runs GC of the plugins of networks that have attachments.
+func (d *Driver) collect(ctx context.Context, live func() map[string]json.RawMessage) error {
+	// Somebody who waits for the lock would make all that come later wait too.
+	for end := time.Now().Add(gcWait); !d.gc.TryLock(); {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if time.Now().After(end) {
+			return errors.New("plugins were not asked to collect garbage, since some were at work all the time")
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	defer d.gc.Unlock()
+	// Nothing can be attached now, so that this is complete.
+	networks, err := d.collectable(live())
+	if err != nil {
+		return err
+	}
+	// libcni's GC also runs DEL for what is in the cache, with the path of a
+	// namespace that may long be another's. It is given a cache that is empty.
+	none := filepath.Join(d.o.Root, "none")
+	c := libcni.NewCNIConfigWithCacheDir(d.o.BinDirs, none, d.exec)
+	var errs []error
+	for _, n := range networks {
+		if err := c.GCNetworkList(ctx, n.list, &libcni.GCArgs{ValidAttachments: n.valid}); err != nil {
+			errs = append(errs, fmt.Errorf("network %s: %w", n.list.Name, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// collectable is a network whose plugins can be asked to collect.
+type collectable struct {
+	list  *libcni.NetworkConfigList
+	valid []types.GCAttachment // never empty: that would mean everything
+}
+
+// collectable lists the networks of the plans whose plugins know GC, with all
+// attachments of each, sorted by name. The configuration is the present one if there is
+// one, else that of some attachment. A plan that cannot be read is an error: what it has would be freed.
+func (d *Driver) collectable(plans map[string]json.RawMessage) ([]collectable, error) {
+	now := d.conf.current()
+	byName := map[string]*collectable{}
+	for id, raw := range plans {
+		p, err := readPlan(raw)
+		if err != nil {
+			return nil, fmt.Errorf("sandbox %s: %w", id, err)
+		}
+		for _, a := range p.Networks {
+			n := byName[a.Network]
+			if n == nil {
+				n = &collectable{}
+				byName[a.Network] = n
+				config := a.Config
+				if cur, err := now.find(a.Network); err == nil {
+					config = cur.raw
+				}
+				if n.list, err = parseList(config); err != nil {
+					return nil, fmt.Errorf("network %s: %w", a.Network, err)
+				}
+			}
+			n.valid = append(n.valid, types.GCAttachment{ContainerID: id, IfName: a.Interface})
+		}
+	}
+	var out []collectable
+	for _, n := range byName {
+		if ok, err := version.GreaterThanOrEqualTo(n.list.CNIVersion, "1.1.0"); err != nil || !ok || n.list.DisableGC {
+			continue
+		}
+		slices.SortFunc(n.valid, func(a, b types.GCAttachment) int {
+			return strings.Compare(a.ContainerID+a.IfName, b.ContainerID+b.IfName)
+		})
+		out = append(out, *n)
+	}
+	slices.SortFunc(out, func(a, b collectable) int { return strings.Compare(a.list.Name, b.list.Name) })
+	return out, nil
+}
