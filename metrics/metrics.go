@@ -80,7 +80,7 @@ func New(o Options) *Metrics {
 	}
 	m := &Metrics{o: o, reg: prometheus.NewRegistry()}
 	m.recorder = newRecorder(m.reg, o.Now)
-	m.output = &outputs{read: o.Output, seen: map[string]Output{}}
+	m.output = &outputs{read: o.Output, seen: map[string]seen{}}
 	m.exited = m.output.ended
 	info := prometheus.NewGauge(prometheus.GaugeOpts{
 		Name: "sandboxd_build_info", Help: "1; the labels say what is running. Two versions at once for long mean an upgrade that stopped half way.",

@@ -13,8 +13,16 @@ type outputs struct {
 	read func(dir string) (Output, error) // nil: nothing is counted
 
 	mu    sync.Mutex
-	seen  map[string]Output // by directory; of members that have not exited
+	seen  map[string]seen // by directory; of members that have not exited
+	round int             // of looking at all members
 	total Output
+}
+
+// seen is what has been added to the total of one member, and in which round it
+// was last looked at.
+type seen struct {
+	Output
+	round int
 }
 
 // prime takes note of what has been counted before this daemon began: it is not
@@ -32,7 +40,7 @@ func (o *outputs) prime(src Source) {
 			}
 			dir := src.MemberDir(m)
 			if now, err := o.read(dir); err == nil {
-				o.seen[dir] = now
+				o.seen[dir] = seen{now, o.round}
 			}
 		}
 	}
@@ -48,12 +56,23 @@ func (o *outputs) update(dir string) {
 	if err != nil {
 		return // it is being made or removed; there is a next time, or Exited was told
 	}
-	was := o.seen[dir]
+	was := o.seen[dir].Output
 	// A monitor that replaces a killed one goes on with its page.
 	o.total.Bytes += since(now.Bytes, was.Bytes)
 	o.total.LinesDropped += since(now.LinesDropped, was.LinesDropped)
 	o.total.ClientsDropped += since(now.ClientsDropped, was.ClientsDropped)
-	o.seen[dir] = now
+	o.seen[dir] = seen{now, o.round}
+}
+
+// forget drops members that were removed without an exit.
+// Preconditions: o.mu is held; update has been called for all others.
+func (o *outputs) forget() {
+	for dir, s := range o.seen {
+		if s.round != o.round {
+			delete(o.seen, dir)
+		}
+	}
+	o.round++
 }
 
 // since is now-was, or now if the count began anew.

@@ -81,6 +81,7 @@ func (s *state) Collect(ch chan<- prometheus.Metric) {
 			}
 		}
 	}
+	s.output.forget()
 	out := s.output.total
 	s.output.mu.Unlock()
 

@@ -107,15 +107,47 @@ type stat struct {
 	start  uint64
 }
 
+// maxStat is more than the fields up to the start time have: 21 numbers of at most
+// 20 digits, and a name of at most 64 bytes.
+const maxStat = 640
+
+// readStat makes little garbage: it is asked for every process of ours whenever
+// somebody looks at all of them.
 func readStat(pid int) (stat, error) {
-	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
-	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) {
+	path := "/proc/" + strconv.Itoa(pid) + "/stat"
+	fd, err := openRead(path)
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESRCH) {
 		return stat{}, ErrGone
 	}
 	if err != nil {
-		return stat{}, err
+		return stat{}, &os.PathError{Op: "open", Path: path, Err: err}
 	}
-	return parseStat(b)
+	defer unix.Close(fd)
+	var b [maxStat]byte
+	n, err := read(fd, b[:])
+	if errors.Is(err, unix.ESRCH) {
+		return stat{}, ErrGone
+	}
+	if err != nil {
+		return stat{}, &os.PathError{Op: "read", Path: path, Err: err}
+	}
+	return parseStat(b[:n])
+}
+
+func openRead(path string) (fd int, err error) {
+	for {
+		if fd, err = unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0); err != unix.EINTR {
+			return fd, err
+		}
+	}
+}
+
+func read(fd int, b []byte) (n int, err error) {
+	for {
+		if n, err = unix.Read(fd, b); err != unix.EINTR {
+			return n, err
+		}
+	}
 }
 
 // parseStat reads the three fields of proc_pid_stat(5) that matter here. The
@@ -126,18 +158,28 @@ func parseStat(b []byte) (stat, error) {
 	if i < 0 {
 		return stat{}, errors.New("process status without a command name")
 	}
-	f := bytes.Fields(b[i+1:])
-	const stateField, parentField, startField = 0, 4 - 3, 22 - 3 // fields 3, 4 and 22
-	if len(f) <= startField || len(f[stateField]) != 1 {
-		return stat{}, fmt.Errorf("process status with %d fields", len(f)+2)
+	const stateField, parentField, startField = 3, 4, 22
+	var st stat
+	n := 2 // the pid and the name come before
+	for f := range bytes.FieldsSeq(b[i+1:]) {
+		n++
+		var err error
+		switch n {
+		case stateField:
+			if len(f) != 1 {
+				return stat{}, fmt.Errorf("process state %q", string(f))
+			}
+			st.state = f[0]
+		case parentField:
+			if st.parent, err = strconv.Atoi(string(f)); err != nil {
+				return stat{}, fmt.Errorf("process parent: %w", err)
+			}
+		case startField:
+			if st.start, err = strconv.ParseUint(string(f), 10, 64); err != nil {
+				return stat{}, fmt.Errorf("process start time: %w", err)
+			}
+			return st, nil
+		}
 	}
-	start, err := strconv.ParseUint(string(f[startField]), 10, 64)
-	if err != nil {
-		return stat{}, fmt.Errorf("process start time: %w", err)
-	}
-	parent, err := strconv.Atoi(string(f[parentField]))
-	if err != nil {
-		return stat{}, fmt.Errorf("process parent: %w", err)
-	}
-	return stat{f[stateField][0], parent, start}, nil
+	return stat{}, fmt.Errorf("process status with %d fields", n)
 }
