@@ -1,0 +1,211 @@
+// Package builtin makes networks without executing anything: a bridge, a veth
+// pair and an address for each sandbox, and one nftables table, all by netlink.
+//
+// What it keeps on disk is which sandbox has which address, and what it changed
+// of the host ([Options].Root). Everything else follows from that and from the
+// plan of an attachment, and is made again when somebody removes it.
+//
+// On the host it makes, and it touches nothing else:
+//
+//   - the bridge, whose alias is "sandboxd MARK";
+//   - a link sbID for each sandbox (ID: the first 12 digits of its id), whose
+//     other end is eth0 in the sandbox, and for one with a limit on what it
+//     sends a link siID, all with the alias "sandboxd MARK SID";
+//   - the nftables tables "inet sandboxd_MARK" and "bridge sandboxd_MARK";
+//   - the sysctls that ARCHITECTURE.md lists.
+package builtin
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"regexp"
+	"sync"
+
+	"github.com/sandboxd/sandboxd/internal/crash"
+	"github.com/sandboxd/sandboxd/internal/network"
+	"github.com/sandboxd/sandboxd/netsetup"
+)
+
+// ifName is what a sandbox's interface is called.
+const ifName = "eth0"
+
+// Options say where and how.
+type Options struct {
+	Root    string       // directory of what is durable, made if it is not there
+	Bridge  string       // name of the bridge
+	Subnet  netip.Prefix // IPv4; its first address is the bridge's
+	Subnet6 netip.Prefix // IPv6; the zero value is none
+	Mark    string       // the installation's: 1 to 16 letters and digits
+	Log     *slog.Logger
+}
+
+// Driver is a [netsetup.Driver].
+type Driver struct {
+	opts   Options
+	log    *slog.Logger
+	root   *os.Root
+	leases *leases
+	socks  socketPool
+	nft    *table
+
+	// host is held, for reading, by everything that relies on the bridge and the
+	// table being there, and for writing by what makes or removes them.
+	host   sync.RWMutex
+	up     bool // the host is prepared
+	mtu    int  // of the bridge, while up is set
+	bridge int  // its index, likewise
+
+	mu       sync.Mutex
+	attached map[string]*attachment // what Attach and Restore have seen, by id
+}
+
+// attachment is what is known of one that is, or is being, attached.
+type attachment struct {
+	plan  plan
+	lease lease
+}
+
+var _ netsetup.Driver = (*Driver)(nil)
+
+var markRE = regexp.MustCompile(`^[0-9A-Za-z]{1,16}$`)
+
+// New reads what is on disk. It changes nothing on the host.
+func New(o Options) (*Driver, error) {
+	switch {
+	case !markRE.MatchString(o.Mark):
+		return nil, fmt.Errorf("installation mark %q is not 1 to 16 letters and digits", o.Mark)
+	case len(o.Bridge) == 0 || len(o.Bridge) >= 16:
+		return nil, fmt.Errorf("bridge name %q is not 1 to 15 bytes long", o.Bridge)
+	case !o.Subnet.IsValid() || !o.Subnet.Addr().Is4() || o.Subnet.Bits() > 30:
+		return nil, fmt.Errorf("subnet %v is not an IPv4 one of at most 30 bits", o.Subnet)
+	case o.Subnet6.IsValid() && (!o.Subnet6.Addr().Is6() || o.Subnet6.Addr().Is4In6() || o.Subnet6.Bits() > 126):
+		return nil, fmt.Errorf("subnet6 %v is not an IPv6 one of at most 126 bits", o.Subnet6)
+	}
+	o.Subnet = o.Subnet.Masked()
+	if o.Subnet6.IsValid() {
+		o.Subnet6 = o.Subnet6.Masked()
+	}
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	if err := os.MkdirAll(filepath.Join(o.Root, leaseDir), 0o700); err != nil {
+		return nil, err
+	}
+	root, err := os.OpenRoot(o.Root)
+	if err != nil {
+		return nil, err
+	}
+	d := &Driver{opts: o, log: o.Log, root: root, attached: make(map[string]*attachment)}
+	d.nft = newTable(o)
+	if d.leases, err = openLeases(root, o.Subnet, o.Subnet6, o.Log); err != nil {
+		root.Close()
+		return nil, err
+	}
+	return d, nil
+}
+
+// Close lets go of what the driver holds; networks stay.
+func (d *Driver) Close() error {
+	d.socks.close()
+	return d.root.Close()
+}
+
+// Status reports why the driver cannot make networks now; nil if it can.
+func (d *Driver) Status(context.Context) error {
+	d.host.Lock()
+	defer d.host.Unlock()
+	if d.up {
+		return nil
+	}
+	return d.checkHost()
+}
+
+// Attach gives the namespace its network.
+func (d *Driver) Attach(_ context.Context, id string, raw json.RawMessage, ns *os.File) (*network.Result, error) {
+	p, err := decodePlan(raw)
+	if err != nil {
+		return nil, err
+	}
+	unlock, err := d.prepared()
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	crash.Point("builtin attach lease before")
+	l, err := d.leases.take(id, p.Addresses)
+	if err != nil {
+		return nil, err
+	}
+	crash.Point("builtin attach lease after")
+	if err := d.register(id, p, l); err != nil {
+		return nil, err
+	}
+	mac, err := d.connect(id, p, l, ns)
+	if err != nil {
+		return nil, err
+	}
+	crash.Point("builtin attach link after")
+	if err := d.nft.add(id, p, l); err != nil {
+		return nil, err
+	}
+	crash.Point("builtin attach nft after")
+	return d.result(p, l, mac), nil
+}
+
+// register notes an attachment, unless a port of it is another's already.
+func (d *Driver) register(id string, p *plan, l lease) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.attached[id] = &attachment{*p, l}
+	return nil
+}
+
+func (d *Driver) result(p *plan, l lease, mac net.HardwareAddr) *network.Result {
+	a := network.Attachment{
+		Name: d.opts.Bridge, Interface: ifName, MAC: mac.String(), MTU: d.mtu, Ports: p.Ports,
+		Addresses: []netip.Prefix{netip.PrefixFrom(l.v4, d.opts.Subnet.Bits())},
+		Gateway:   []netip.Addr{gateway(d.opts.Subnet)},
+		Routes:    []network.Route{{Dst: netip.PrefixFrom(netip.IPv4Unspecified(), 0), GW: gateway(d.opts.Subnet)}},
+	}
+	if l.v6.IsValid() {
+		a.Addresses = append(a.Addresses, netip.PrefixFrom(l.v6, d.opts.Subnet6.Bits()))
+		a.Gateway = append(a.Gateway, gateway(d.opts.Subnet6))
+		a.Routes = append(a.Routes, network.Route{Dst: netip.PrefixFrom(netip.IPv6Unspecified(), 0), GW: gateway(d.opts.Subnet6)})
+	}
+	return &network.Result{Networks: []network.Attachment{a}}
+}
+
+// Detach takes back what Attach did, all or a part of it.
+func (d *Driver) Detach(_ context.Context, id string, raw json.RawMessage, _ *os.File) error {
+	p, err := decodePlan(raw)
+	if err != nil {
+		return err
+	}
+	d.host.RLock()
+	defer d.host.RUnlock()
+	l, ok := d.leases.get(id)
+	if !ok {
+		return nil
+	}
+	if err := d.nft.remove(id, p, l); err != nil {
+		return err
+	}
+	crash.Point("builtin detach nft after")
+	if err := d.deleteLink(hostName(id)); err != nil {
+		return err
+	}
+	crash.Point("builtin detach link after")
+	d.mu.Lock()
+	delete(d.attached, id)
+	d.mu.Unlock()
+	return d.leases.free(id)
+}
+
+var errNotFound = errors.New("not found")

@@ -1,0 +1,208 @@
+package builtin
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"syscall"
+
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/internal/namespace"
+	"github.com/sandboxd/sandboxd/internal/nsthread"
+)
+
+const (
+	vethInfoPeer    = 1 // VETH_INFO_PEER, linux/veth.h
+	brportMode      = 4 // IFLA_BRPORT_MODE, linux/if_link.h: hairpin
+	infoSlaveKind   = 4 // IFLA_INFO_SLAVE_KIND
+	infoSlaveData   = 5 // IFLA_INFO_SLAVE_DATA
+	addrGenModeNone = 1 // IN6_ADDR_GEN_MODE_NONE
+)
+
+// connect makes a veth pair with one end in ns as eth0 and the other one in the
+// bridge, and gives eth0 its addresses and routes. It returns eth0's hardware address.
+func (d *Driver) connect(id string, p *plan, l lease, ns *os.File) (net.HardwareAddr, error) {
+	mac := macOf(l.v4)
+	if p.MAC != "" {
+		var err error
+		if mac, err = net.ParseMAC(p.MAC); err != nil {
+			return nil, err
+		}
+	}
+	inside, err := openInside(ns, l.v6.IsValid())
+	if err != nil {
+		return nil, err
+	}
+	defer inside.close()
+	reqs := []request{d.newVeth(id, mac, ns), d.newPort(id)}
+	if len(p.Ports) > 0 {
+		reqs = append(reqs, hairpin(id))
+	}
+	if err := d.socks.do(reqs...); err != nil {
+		return nil, fmt.Errorf("make link %s: %w", hostName(id), err)
+	}
+	index, err := inside.index(ifName)
+	if err != nil {
+		return nil, err
+	}
+	reqs = append(reqs[:0], setLinkUp(index), newAddress(index, l.v4, d.opts.Subnet), newDefaultRoute(index, gateway(d.opts.Subnet)))
+	if l.v6.IsValid() {
+		reqs = append(reqs, newAddress(index, l.v6, d.opts.Subnet6), newDefaultRoute(index, gateway(d.opts.Subnet6)))
+	}
+	return mac, inside.do(reqs...)
+}
+
+// openInside opens a socket in ns, and sets there how the IPv6 side of
+// interfaces that are made from now on behaves: no waiting until an address is
+// known to be nobody else's, no listening to router advertisements; and no
+// IPv6 at all, for eth0, if the network has none.
+func openInside(ns *os.File, six bool) (*socket, error) {
+	var s *socket
+	err := nsthread.Do(map[namespace.Kind]*os.File{namespace.Net: ns}, func() (err error) {
+		settings := []string{"accept_dad", "0", "accept_ra", "0"}
+		if !six {
+			settings = []string{"disable_ipv6", "1"}
+		}
+		for i := 0; i < len(settings); i += 2 {
+			err := writeSysctl("net/ipv6/conf/default/"+settings[i], settings[i+1])
+			if err != nil && !errors.Is(err, os.ErrNotExist) { // a host without IPv6
+				return err
+			}
+		}
+		s, err = newSocket()
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("in the sandbox's network namespace: %w", err)
+	}
+	return s, nil
+}
+
+// newVeth asks for a veth pair with one end in ns. A pair cannot be set up by
+// the request that makes it: an end without the other one is ENOTCONN.
+func (d *Driver) newVeth(id string, mac net.HardwareAddr, ns *os.File) request {
+	r := newRequest("new veth pair", unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL)
+	r.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
+	r.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(hostName(id))))
+	r.AddData(nl.NewRtAttr(unix.IFLA_MTU, nl.Uint32Attr(uint32(d.mtu))))
+	info := nl.NewRtAttr(unix.IFLA_LINKINFO, nil)
+	info.AddRtAttr(nl.IFLA_INFO_KIND, nl.NonZeroTerminated("veth"))
+	peer := info.AddRtAttr(nl.IFLA_INFO_DATA, nil).AddRtAttr(vethInfoPeer, nil)
+	nl.NewIfInfomsgChild(peer, unix.AF_UNSPEC)
+	peer.AddRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(ifName))
+	peer.AddRtAttr(unix.IFLA_MTU, nl.Uint32Attr(uint32(d.mtu)))
+	peer.AddRtAttr(unix.IFLA_ADDRESS, mac)
+	peer.AddRtAttr(unix.IFLA_NET_NS_FD, nl.Uint32Attr(uint32(ns.Fd())))
+	r.AddData(info)
+	return r
+}
+
+// newPort asks for the host's end to be marked, put into the bridge and set up.
+func (d *Driver) newPort(id string) request {
+	r := newRequest("add link to "+d.opts.Bridge, unix.RTM_NEWLINK, 0)
+	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
+	msg.Flags, msg.Change = unix.IFF_UP, unix.IFF_UP
+	r.AddData(msg)
+	r.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(hostName(id))))
+	r.AddData(nl.NewRtAttr(unix.IFLA_IFALIAS, []byte(alias(d.opts.Mark, id))))
+	r.AddData(nl.NewRtAttr(unix.IFLA_MASTER, nl.Uint32Attr(uint32(d.bridge))))
+	return r
+}
+
+// hairpin asks for the port to send frames back to where they came from.
+// A sandbox that connects to its own published port needs that where br_netfilter
+// is used: the frame's address is changed before it is routed, so that it never is.
+func hairpin(id string) request {
+	r := newRequest("set hairpin mode", unix.RTM_NEWLINK, 0)
+	r.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
+	r.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(hostName(id))))
+	info := nl.NewRtAttr(unix.IFLA_LINKINFO, nil)
+	info.AddRtAttr(infoSlaveKind, nl.NonZeroTerminated("bridge"))
+	info.AddRtAttr(infoSlaveData, nil).AddRtAttr(brportMode, nl.Uint8Attr(1))
+	r.AddData(info)
+	return r
+}
+
+func setLinkUp(index int) request {
+	r := newRequest("set link up", unix.RTM_NEWLINK, 0)
+	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
+	msg.Index, msg.Flags, msg.Change = int32(index), unix.IFF_UP, unix.IFF_UP
+	r.AddData(msg)
+	return r
+}
+
+func newAddress(index int, a netip.Addr, subnet netip.Prefix) request {
+	r := newRequest("add address "+a.String(), unix.RTM_NEWADDR, unix.NLM_F_CREATE|unix.NLM_F_REPLACE)
+	family := unix.AF_INET
+	if a.Is6() {
+		family = unix.AF_INET6
+	}
+	msg := nl.NewIfAddrmsg(family)
+	msg.Index, msg.Prefixlen = uint32(index), uint8(subnet.Bits())
+	if a.Is6() {
+		msg.IfAddrmsg.Flags = unix.IFA_F_NODAD
+	}
+	r.AddData(msg)
+	r.AddData(nl.NewRtAttr(unix.IFA_LOCAL, a.AsSlice()))
+	r.AddData(nl.NewRtAttr(unix.IFA_ADDRESS, a.AsSlice()))
+	if a.Is4() {
+		r.AddData(nl.NewRtAttr(unix.IFA_BROADCAST, broadcast(subnet).AsSlice()))
+	}
+	return r
+}
+
+func broadcast(subnet netip.Prefix) netip.Addr {
+	b := subnet.Addr().As4()
+	for i := subnet.Bits(); i < 32; i++ {
+		b[i/8] |= 1 << (7 - i%8)
+	}
+	return netip.AddrFrom4(b)
+}
+
+func newDefaultRoute(index int, gw netip.Addr) request {
+	r := newRequest("add route through "+gw.String(), unix.RTM_NEWROUTE, unix.NLM_F_CREATE|unix.NLM_F_REPLACE)
+	msg := nl.NewRtMsg()
+	msg.Family = unix.AF_INET
+	if gw.Is6() {
+		msg.Family = unix.AF_INET6
+	}
+	r.AddData(msg)
+	r.AddData(nl.NewRtAttr(unix.RTA_GATEWAY, gw.AsSlice()))
+	r.AddData(nl.NewRtAttr(unix.RTA_OIF, nl.Uint32Attr(uint32(index))))
+	return r
+}
+
+// index returns the number of an interface of the socket's namespace.
+func (s *socket) index(name string) (int, error) {
+	req, err := unix.NewIfreq(name)
+	if err != nil {
+		return 0, err
+	}
+	// Any socket will do; unlike a netlink request it needs no lock.
+	if err := unix.IoctlIfreq(s.fd, unix.SIOCGIFINDEX, req); err != nil {
+		return 0, fmt.Errorf("interface %s: %w", name, err)
+	}
+	return int(req.Uint32()), nil
+}
+
+// deleteLink succeeds if there is no such link.
+func (d *Driver) deleteLink(name string) error {
+	r := newRequest("delete link "+name, unix.RTM_DELLINK, 0, syscall.ENODEV)
+	r.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
+	r.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(name)))
+	return d.socks.do(r)
+}
+
+// writeSysctl sets one of the calling thread's network namespace.
+func writeSysctl(name, value string) error {
+	f, err := os.OpenFile("/proc/sys/"+name, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(value)
+	return errors.Join(err, f.Close())
+}

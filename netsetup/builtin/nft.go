@@ -1,0 +1,217 @@
+package builtin
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"github.com/google/nftables"
+	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/internal/network"
+)
+
+// table is this installation's part of nftables: the table "inet sandboxd_MARK"
+// with rules that are the same for every sandbox, and sets and maps that have
+// elements for each; and "bridge sandboxd_MARK" once somebody asks for
+// isolation. ruleset.go has the rules.
+type table struct {
+	bridge          string
+	subnet, subnet6 netip.Prefix
+
+	inet *nftables.Table
+	// Maps from what a packet is sent to, to a sandbox's address and port: of
+	// every local address, and of a certain one.
+	any4, any6, addr4, addr6 *nftables.Set
+	// Addresses of isolated sandboxes, and pairs of an address with itself.
+	isolated4, isolated6, self4, self6 *nftables.Set
+	// Devices that forward only because of us.
+	forward4, forward6 *nftables.Set
+
+	br            *nftables.Table
+	isolated, own *nftables.Set // ports of isolated sandboxes, and pairs of a port with itself
+}
+
+func tableName(mark string) string { return "sandboxd_" + mark }
+
+func newTable(o Options) *table {
+	inet := &nftables.Table{Name: tableName(o.Mark), Family: nftables.TableFamilyINet}
+	br := &nftables.Table{Name: tableName(o.Mark), Family: nftables.TableFamilyBridge}
+	t := &table{bridge: o.Bridge, subnet: o.Subnet, subnet6: o.Subnet6, inet: inet, br: br}
+	ip4, ip6, name := nftables.TypeIPAddr, nftables.TypeIP6Addr, nftables.TypeIFName
+	proto, port := nftables.TypeInetProto, nftables.TypeInetService
+	concat := nftables.MustConcatSetType
+	to4, to6 := concat(ip4, port), concat(ip6, port)
+	t.any4 = &nftables.Set{Name: "any4", KeyType: concat(proto, port), DataType: to4}
+	t.any6 = &nftables.Set{Name: "any6", KeyType: concat(proto, port), DataType: to6}
+	t.addr4 = &nftables.Set{Name: "addr4", KeyType: concat(ip4, proto, port), DataType: to4}
+	t.addr6 = &nftables.Set{Name: "addr6", KeyType: concat(ip6, proto, port), DataType: to6}
+	t.isolated4 = &nftables.Set{Name: "isolated4", KeyType: ip4}
+	t.isolated6 = &nftables.Set{Name: "isolated6", KeyType: ip6}
+	t.self4 = &nftables.Set{Name: "self4", KeyType: concat(ip4, ip4)}
+	t.self6 = &nftables.Set{Name: "self6", KeyType: concat(ip6, ip6)}
+	t.forward4 = &nftables.Set{Name: "forward4", KeyType: name}
+	t.forward6 = &nftables.Set{Name: "forward6", KeyType: name}
+	// Numbers by which the rules of one transaction refer to its sets.
+	for i, s := range t.inetSets() {
+		s.Table, s.ID, s.IsMap = inet, uint32(i+1), s.DataType.Bytes > 0
+	}
+	t.isolated = &nftables.Set{Table: br, ID: 1, Name: "isolated", KeyType: name}
+	t.own = &nftables.Set{Table: br, ID: 2, Name: "self", KeyType: concat(name, name)}
+	return t
+}
+
+func (t *table) inetSets() []*nftables.Set {
+	return []*nftables.Set{t.any4, t.any6, t.addr4, t.addr6, t.isolated4, t.isolated6, t.self4, t.self6, t.forward4, t.forward6}
+}
+
+// elements are those of one sandbox, or of several, by their set.
+type elements map[*nftables.Set][]nftables.SetElement
+
+func (e elements) add(s *nftables.Set, id string, key, val []byte) {
+	e[s] = append(e[s], nftables.SetElement{Key: key, Val: val, Comment: id})
+}
+
+// elementsOf adds to e what id needs in the tables. A sandbox that publishes
+// nothing and is not isolated needs nothing: it is masqueraded by the subnet.
+func (t *table) elementsOf(e elements, id string, p *plan, l lease) {
+	for _, port := range p.Ports {
+		to := l.v4
+		only := port.HostIP.IsValid() && !port.HostIP.IsUnspecified()
+		switch every := !port.HostIP.IsValid(); {
+		case only && port.HostIP.Is4():
+			e.add(t.addr4, id, field(port.HostIP.AsSlice(), portKey(port)), target(l.v4, port.Port))
+		case only:
+			e.add(t.addr6, id, field(port.HostIP.AsSlice(), portKey(port)), target(l.v6, port.Port))
+		default:
+			if every || port.HostIP.Is4() {
+				e.add(t.any4, id, portKey(port), target(to, port.Port))
+			}
+			if l.v6.IsValid() && (every || port.HostIP.Is6()) {
+				e.add(t.any6, id, portKey(port), target(l.v6, port.Port))
+			}
+		}
+	}
+	if !p.Isolated {
+		return
+	}
+	e.add(t.isolated4, id, l.v4.AsSlice(), nil)
+	e.add(t.self4, id, field(l.v4.AsSlice(), l.v4.AsSlice()), nil)
+	if l.v6.IsValid() {
+		e.add(t.isolated6, id, l.v6.AsSlice(), nil)
+		e.add(t.self6, id, field(l.v6.AsSlice(), l.v6.AsSlice()), nil)
+	}
+	name := ifname(hostName(id))
+	e.add(t.isolated, id, name, nil)
+	e.add(t.own, id, field(name, name), nil)
+}
+
+// field concatenates parts of a key, each of which begins at a register of
+// four bytes.
+func field(parts ...[]byte) []byte {
+	var b []byte
+	for _, p := range parts {
+		b = append(b, p...)
+		for len(b)%4 != 0 {
+			b = append(b, 0)
+		}
+	}
+	return b
+}
+
+func portKey(p network.Port) []byte {
+	return field([]byte{protocol(p.Protocol)}, binary.BigEndian.AppendUint16(nil, p.HostPort))
+}
+
+func target(a netip.Addr, port uint16) []byte {
+	return field(a.AsSlice(), binary.BigEndian.AppendUint16(nil, port))
+}
+
+func protocol(p network.Protocol) byte {
+	switch p {
+	case network.UDP:
+		return unix.IPPROTO_UDP
+	case network.SCTP:
+		return unix.IPPROTO_SCTP
+	default:
+		return unix.IPPROTO_TCP
+	}
+}
+
+func ifname(s string) []byte {
+	b := make([]byte, unix.IFNAMSIZ)
+	copy(b, s)
+	return b
+}
+
+// add adds what id needs, in one transaction, unless it needs nothing.
+func (t *table) add(id string, p *plan, l lease) error {
+	e := make(elements)
+	t.elementsOf(e, id, p, l)
+	if len(e) == 0 {
+		return nil
+	}
+	c, err := nftables.New()
+	if err != nil {
+		return err
+	}
+	for s, vals := range e {
+		if err := c.SetAddElements(reference(s), vals); err != nil {
+			return err
+		}
+	}
+	if err := c.Flush(); err != nil {
+		return fmt.Errorf("add nftables elements: %w", err)
+	}
+	return nil
+}
+
+// remove removes what add added, in one transaction. It succeeds if nothing is there.
+func (t *table) remove(id string, p *plan, l lease) error {
+	e := make(elements)
+	t.elementsOf(e, id, p, l)
+	if len(e) == 0 {
+		return nil
+	}
+	err := t.removeElements(e)
+	if !errors.Is(err, unix.ENOENT) {
+		return err
+	}
+	// A transaction is all or nothing, so what is missing goes element by element.
+	var errs []error
+	for s, vals := range e {
+		for _, v := range vals {
+			if err := t.removeElements(elements{s: {v}}); err != nil && !errors.Is(err, unix.ENOENT) {
+				errs = append(errs, err)
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (t *table) removeElements(e elements) error {
+	c, err := nftables.New()
+	if err != nil {
+		return err
+	}
+	for s, vals := range e {
+		keys := make([]nftables.SetElement, len(vals))
+		for i, v := range vals {
+			keys[i].Key = v.Key
+		}
+		if err := c.SetDeleteElements(reference(s), keys); err != nil {
+			return err
+		}
+	}
+	if err := c.Flush(); err != nil {
+		return fmt.Errorf("remove nftables elements: %w", err)
+	}
+	return nil
+}
+
+// reference names a set that is in the kernel already, unlike one that the
+// same transaction makes.
+func reference(s *nftables.Set) *nftables.Set {
+	return &nftables.Set{Table: s.Table, Name: s.Name, IsMap: s.IsMap, KeyType: s.KeyType, DataType: s.DataType}
+}

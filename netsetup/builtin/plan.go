@@ -1,0 +1,126 @@
+package builtin
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"net/netip"
+
+	"github.com/sandboxd/sandboxd/internal/network"
+	"github.com/sandboxd/sandboxd/netsetup"
+)
+
+// plan is what Attach and Detach need to know.
+type plan struct {
+	Ports     []network.Port    `json:"ports,omitempty"`     // every one with a host port
+	Addresses []netip.Addr      `json:"addresses,omitempty"` // asked for; others come from the leases
+	MAC       string            `json:"mac,omitempty"`
+	Bandwidth network.Bandwidth `json:"bandwidth,omitzero"`
+	Isolated  bool              `json:"isolated,omitempty"`
+}
+
+func decodePlan(raw json.RawMessage) (*plan, error) {
+	dec := json.NewDecoder(bytes.NewReader(raw))
+	dec.DisallowUnknownFields()
+	var p plan
+	if err := dec.Decode(&p); err != nil {
+		return nil, fmt.Errorf("decode network plan: %w", err)
+	}
+	return &p, nil
+}
+
+// Plan checks a request. What depends on other sandboxes, as a free address,
+// is decided by Attach.
+func (d *Driver) Plan(_ context.Context, id string, req *network.Request) (json.RawMessage, error) {
+	if err := checkID(id); err != nil {
+		return nil, err
+	}
+	p := plan{Ports: req.Ports, Addresses: req.Addresses, MAC: req.MAC, Bandwidth: req.Bandwidth, Isolated: req.Isolated}
+	if err := d.check(req); err != nil {
+		return nil, fmt.Errorf("%w: %w", netsetup.ErrInvalid, err)
+	}
+	return json.Marshal(p)
+}
+
+// check reports what can never work.
+func (d *Driver) check(req *network.Request) error {
+	if len(req.Attach) > 0 {
+		return fmt.Errorf("network %s: the builtin network has no networks to choose from", req.Attach[0].Network)
+	}
+	if len(req.CNIArgs) > 0 {
+		return fmt.Errorf("CNI argument %s: the builtin network takes none", req.CNIArgs[0][0])
+	}
+	var seen [2]bool
+	for _, a := range req.Addresses {
+		subnet, family := d.opts.Subnet, 0
+		if a.Is6() {
+			subnet, family = d.opts.Subnet6, 1
+		}
+		if !subnet.IsValid() {
+			return fmt.Errorf("address %s: the network has no IPv6 subnet", a)
+		}
+		if seen[family] {
+			return fmt.Errorf("address %s: a second one of its family", a)
+		}
+		seen[family] = true
+		if err := usable(subnet, a); err != nil {
+			return err
+		}
+	}
+	if req.MAC != "" {
+		mac, err := net.ParseMAC(req.MAC)
+		if err != nil {
+			return fmt.Errorf("MAC address %q is not of the form aa:bb:cc:dd:ee:ff", req.MAC)
+		}
+		if len(mac) != 6 || mac[0]&1 != 0 || bytes.Equal(mac, make([]byte, 6)) {
+			return fmt.Errorf("MAC address %s is not a unicast one of 6 bytes", req.MAC)
+		}
+	}
+	return d.checkPorts(req.Ports)
+}
+
+// checkPorts looks at each port by itself, and for two that are the same.
+func (d *Driver) checkPorts(ports []network.Port) error {
+	for i, p := range ports {
+		switch {
+		case p.Protocol != network.TCP && p.Protocol != network.UDP && p.Protocol != network.SCTP:
+			return fmt.Errorf("protocol %q of port %d is none of tcp, udp, sctp", p.Protocol, p.Port)
+		case p.Port == 0:
+			return fmt.Errorf("port 0 of the sandbox cannot be published")
+		case p.HostIP.IsValid() && p.HostIP.Is6() && !d.opts.Subnet6.IsValid():
+			return fmt.Errorf("port %s: the network has no IPv6 subnet", portName(p))
+		case p.HostIP.IsValid() && (p.HostIP.Zone() != "" || p.HostIP.Is4In6() || p.HostIP.IsMulticast()):
+			return fmt.Errorf("port %s: not an address that a port can be published on", portName(p))
+		}
+		for _, q := range ports[:i] {
+			if overlap(p, q) {
+				return fmt.Errorf("port %s is published twice", portName(p))
+			}
+		}
+	}
+	return nil
+}
+
+// overlap reports whether one packet could be for both host ports.
+func overlap(p, q network.Port) bool {
+	if p.HostPort != q.HostPort || p.Protocol != q.Protocol {
+		return false
+	}
+	every := func(a netip.Addr) bool { return !a.IsValid() }
+	switch {
+	case every(p.HostIP) || every(q.HostIP):
+		return true
+	case p.HostIP.Is4() != q.HostIP.Is4():
+		return false
+	}
+	return p.HostIP.IsUnspecified() || q.HostIP.IsUnspecified() || p.HostIP == q.HostIP
+}
+
+func portName(p network.Port) string {
+	if p.HostIP.IsValid() {
+		return fmt.Sprintf("%s/%s", netip.AddrPortFrom(p.HostIP, p.HostPort), p.Protocol)
+	}
+	return fmt.Sprintf("%d/%s", p.HostPort, p.Protocol)
+}

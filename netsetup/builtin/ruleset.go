@@ -1,0 +1,201 @@
+package builtin
+
+import (
+	"net/netip"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// Registers. The first one of 16 bytes is the same as the first four of 4 bytes.
+const (
+	reg   = unix.NFT_REG_1
+	slot0 = unix.NFT_REG32_00
+	state = expr.CtStateBitESTABLISHED | expr.CtStateBitRELATED
+	dnat  = 1 << 5 // IPS_DST_NAT
+	local = unix.RTN_LOCAL
+	nat4  = unix.NFPROTO_IPV4
+	nat6  = unix.NFPROTO_IPV6
+)
+
+// build adds the table with its rules, empty sets and the elements e to a
+// transaction; a table of that name that is there already is replaced.
+func (t *table) build(c *nftables.Conn, e elements) error {
+	c.AddTable(t.inet) // so that there is one to delete
+	c.DelTable(t.inet)
+	c.AddTable(t.inet)
+	for _, s := range t.inetSets() {
+		if err := c.AddSet(s, e[s]); err != nil {
+			return err
+		}
+	}
+	accept := nftables.ChainPolicyAccept
+	chain := func(name string, kind nftables.ChainType, hook *nftables.ChainHook, prio *nftables.ChainPriority) func(...[]expr.Any) {
+		ch := c.AddChain(&nftables.Chain{Name: name, Table: t.inet, Type: kind, Hooknum: hook, Priority: prio, Policy: &accept})
+		return func(parts ...[]expr.Any) {
+			var exprs []expr.Any
+			for _, p := range parts {
+				exprs = append(exprs, p...)
+			}
+			c.AddRule(&nftables.Rule{Table: t.inet, Chain: ch, Exprs: exprs})
+		}
+	}
+	br := t.bridge
+
+	// Loopback addresses may be routed from and to the bridge (route_localnet),
+	// for ports published on 127.0.0.1. Nobody in a sandbox may make use of that:
+	// an answer has the bridge's address here, since it is not translated back yet.
+	raw := chain("raw", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, nftables.ChainPriorityRaw)
+	raw(iif(br), daddr4(netip.MustParsePrefix("127.0.0.0/8")), drop())
+
+	for name, hook := range map[string]*nftables.ChainHook{"prerouting": nftables.ChainHookPrerouting, "output": nftables.ChainHookOutput} {
+		rule := chain(name, nftables.ChainTypeNAT, hook, nftables.ChainPriorityNATDest)
+		rule(family(nat4), t.publish(t.addr4, true))
+		rule(family(nat4), localDestination(), t.publish(t.any4, false))
+		if t.subnet6.IsValid() {
+			rule(family(nat6), t.publish(t.addr6, true))
+			rule(family(nat6), localDestination(), t.publish(t.any6, false))
+		}
+	}
+
+	// What comes to a published port from the host itself, or from a sandbox, gets
+	// the bridge's address: otherwise the answer would take another way back.
+	post := chain("postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource)
+	post(oif(br), translated(), saddr4(netip.MustParsePrefix("127.0.0.0/8")), masquerade())
+	post(oif(br), translated(), saddr4(t.subnet), masquerade())
+	post(notOif(br), saddr4(t.subnet), masquerade())
+	if t.subnet6.IsValid() {
+		post(oif(br), translated(), saddr6(netip.MustParsePrefix("::1/128")), masquerade())
+		post(oif(br), translated(), saddr6(t.subnet6), masquerade())
+		post(notOif(br), saddr6(t.subnet6), masquerade())
+	}
+
+	fwd := chain("forward", nftables.ChainTypeFilter, nftables.ChainHookForward, nftables.ChainPriorityFilter)
+	between := [][]expr.Any{iif(br), oif(br)}
+	among := func(parts ...[]expr.Any) { fwd(append(between[:2:2], parts...)...) }
+	among(family(nat4), pair4(), in(t.self4), verdict(expr.VerdictAccept))
+	among(family(nat4), load4(12), in(t.isolated4), drop())
+	among(family(nat4), load4(16), in(t.isolated4), drop())
+	if t.subnet6.IsValid() {
+		among(family(nat6), pair6(), in(t.self6), verdict(expr.VerdictAccept))
+		among(family(nat6), load6(8), in(t.isolated6), drop())
+		among(family(nat6), load6(24), in(t.isolated6), drop())
+	}
+	// From outside: answers, and what is published.
+	fwd(connected(), verdict(expr.VerdictAccept))
+	fwd(translated(), verdict(expr.VerdictAccept))
+	fwd(notIif(br), oif(br), drop())
+	// A device that forwards because of us does so for sandboxes only.
+	fwd(family(nat4), loadIif(), in(t.forward4), drop())
+	fwd(family(nat6), loadIif(), in(t.forward6), drop())
+	return nil
+}
+
+// publish translates what m says. Packets it does not have go on.
+func (t *table) publish(m *nftables.Set, addr bool) []expr.Any {
+	six := m == t.any6 || m == t.addr6
+	var exprs []expr.Any
+	next, fam, portReg := uint32(slot0), uint32(nat4), uint32(slot0+1)
+	if six {
+		fam, portReg = nat6, slot0+4
+	}
+	switch {
+	case addr && six:
+		exprs = append(exprs, payload(slot0, expr.PayloadBaseNetworkHeader, 24, 16))
+		next += 4
+	case addr:
+		exprs = append(exprs, payload(slot0, expr.PayloadBaseNetworkHeader, 16, 4))
+		next++
+	}
+	return append(exprs,
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: next},
+		payload(next+1, expr.PayloadBaseTransportHeader, 2, 2),
+		&expr.Lookup{SourceRegister: slot0, DestRegister: slot0, IsDestRegSet: true, SetName: m.Name, SetID: m.ID},
+		&expr.NAT{Type: expr.NATTypeDestNAT, Family: fam, RegAddrMin: slot0, RegProtoMin: portReg, Specified: true},
+	)
+}
+
+func payload(dst uint32, base expr.PayloadBase, offset, n uint32) expr.Any {
+	return &expr.Payload{DestRegister: dst, Base: base, Offset: offset, Len: n}
+}
+
+func family(f byte) []expr.Any {
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: reg}, equal([]byte{f})}
+}
+
+func equal(b []byte) expr.Any { return &expr.Cmp{Op: expr.CmpOpEq, Register: reg, Data: b} }
+
+func iif(name string) []expr.Any { return append(loadIif(), equal(ifname(name))) }
+func oif(name string) []expr.Any {
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: reg}, equal(ifname(name))}
+}
+
+func notIif(name string) []expr.Any {
+	return append(loadIif(), &expr.Cmp{Op: expr.CmpOpNeq, Register: reg, Data: ifname(name)})
+}
+
+func notOif(name string) []expr.Any {
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: reg},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: reg, Data: ifname(name)}}
+}
+
+func loadIif() []expr.Any { return []expr.Any{&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg}} }
+
+func load4(offset uint32) []expr.Any {
+	return []expr.Any{payload(reg, expr.PayloadBaseNetworkHeader, offset, 4)}
+}
+
+func load6(offset uint32) []expr.Any {
+	return []expr.Any{payload(reg, expr.PayloadBaseNetworkHeader, offset, 16)}
+}
+
+func pair4() []expr.Any {
+	return []expr.Any{payload(slot0, expr.PayloadBaseNetworkHeader, 12, 4), payload(slot0+1, expr.PayloadBaseNetworkHeader, 16, 4)}
+}
+
+func pair6() []expr.Any {
+	return []expr.Any{payload(slot0, expr.PayloadBaseNetworkHeader, 8, 16), payload(slot0+4, expr.PayloadBaseNetworkHeader, 24, 16)}
+}
+
+func in(s *nftables.Set) []expr.Any {
+	return []expr.Any{&expr.Lookup{SourceRegister: reg, SetName: s.Name, SetID: s.ID}}
+}
+
+func saddr4(p netip.Prefix) []expr.Any { return address(nat4, 12, p) }
+func daddr4(p netip.Prefix) []expr.Any { return address(nat4, 16, p) }
+func saddr6(p netip.Prefix) []expr.Any { return address(nat6, 8, p) }
+
+func address(fam byte, offset uint32, p netip.Prefix) []expr.Any {
+	n := uint32(p.Addr().BitLen() / 8)
+	mask := make([]byte, n)
+	for i := range p.Bits() {
+		mask[i/8] |= 1 << (7 - i%8)
+	}
+	return append(family(fam), payload(reg, expr.PayloadBaseNetworkHeader, offset, n),
+		&expr.Bitwise{SourceRegister: reg, DestRegister: reg, Len: n, Mask: mask, Xor: make([]byte, n)},
+		equal(p.Masked().Addr().AsSlice()))
+}
+
+// localDestination matches what is sent to an address of the host's.
+func localDestination() []expr.Any {
+	return []expr.Any{&expr.Fib{Register: reg, ResultADDRTYPE: true, FlagDADDR: true}, equal(binaryutil.NativeEndian.PutUint32(local))}
+}
+
+// translated matches packets of connections to published ports.
+func translated() []expr.Any { return ctBits(expr.CtKeySTATUS, dnat) }
+
+// connected matches packets that are not the first of a connection.
+func connected() []expr.Any { return ctBits(expr.CtKeySTATE, uint32(state)) }
+
+func ctBits(key expr.CtKey, bits uint32) []expr.Any {
+	zero := make([]byte, 4)
+	return []expr.Any{&expr.Ct{Key: key, Register: reg},
+		&expr.Bitwise{SourceRegister: reg, DestRegister: reg, Len: 4, Mask: binaryutil.NativeEndian.PutUint32(bits), Xor: zero},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: reg, Data: zero}}
+}
+
+func masquerade() []expr.Any                { return []expr.Any{&expr.Masq{}} }
+func drop() []expr.Any                      { return verdict(expr.VerdictDrop) }
+func verdict(k expr.VerdictKind) []expr.Any { return []expr.Any{&expr.Verdict{Kind: k}} }
