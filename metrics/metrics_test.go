@@ -370,8 +370,8 @@ func full(t testing.TB, sandboxes int) *Metrics {
 			m.Step(op, step)(errors.New("x"))
 		}
 	}
-	for _, s := range hookStages {
-		m.Hook(s, time.Second, nil)
+	for _, s := range hookStages() {
+		m.Hook(string(s), time.Second, nil)
 	}
 	m.Collection(time.Second, nil)
 	m.Garbage(nil)

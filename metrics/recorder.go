@@ -12,6 +12,7 @@ import (
 
 	"github.com/sandboxd/sandboxd/internal/exit"
 	"github.com/sandboxd/sandboxd/internal/garbage"
+	"github.com/sandboxd/sandboxd/internal/request"
 	"github.com/sandboxd/sandboxd/sandbox"
 )
 
@@ -65,10 +66,11 @@ func exitClass(e exit.Record) string {
 	return "error"
 }
 
-// Stages of hooks, as they are declared. Those of OCI bundles are with them.
-var hookStages = []string{
-	"postcreate", "prestart", "poststart", "prestop", "poststop", "predelete",
-	"createRuntime", "createContainer", "startContainer",
+// hookStages are the stages of hooks, of sandboxes and of members.
+func hookStages() []request.Stage {
+	stages := append(request.SandboxStages(), request.MemberStages()...)
+	slices.Sort(stages)
+	return slices.Compact(stages)
 }
 
 // Why custody is released without a removal.
@@ -192,8 +194,8 @@ func newRecorder(reg prometheus.Registerer, now func() time.Time) *recorder {
 	}
 	for _, o := range []string{outcomeOK, outcomeTimeout, outcomeError} {
 		r.collections.WithLabelValues(o)
-		for _, s := range hookStages {
-			r.hooks.WithLabelValues(s, o)
+		for _, s := range hookStages() {
+			r.hooks.WithLabelValues(string(s), o)
 		}
 	}
 	for _, why := range releaseReasons {

@@ -8,10 +8,8 @@ import (
 	"encoding/base64"
 	"fmt"
 	"html/template"
-	"maps"
 	"net/http"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/sandboxd/sandboxd/internal/garbage"
@@ -27,7 +25,6 @@ var pageText string
 
 var pageTemplate = template.Must(template.New("page").Funcs(template.FuncMap{
 	"style": func() template.CSS { return template.CSS(style) },
-	"join":  strings.Join,
 }).Parse(pageText))
 
 // contentPolicy lets a browser use the page's own style, and nothing else.
@@ -266,5 +263,3 @@ func age(now, then time.Time) string {
 		return fmt.Sprintf("%d d", int(d.Hours()/24))
 	}
 }
-
-func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }

@@ -13,10 +13,12 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/pprof"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -202,10 +204,10 @@ func (s *Server) ready(w http.ResponseWriter, r *http.Request) {
 	if s.source() == nil {
 		say("recovery", errors.New("what an earlier daemon left is being taken up"))
 	} else {
-		say("recovery", nil)
-		for _, name := range sortedKeys(s.o.Checks) {
+		for _, name := range slices.Sorted(maps.Keys(s.o.Checks)) {
 			say(name, s.o.Checks[name](ctx))
 		}
+		say("recovery", nil)
 	}
 	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
 	w.WriteHeader(code)
