@@ -101,3 +101,26 @@ func Do(files map[namespace.Kind]*os.File, fn func() error) error {
 func setns(ns *os.File, k namespace.Kind) error {
 	return os.NewSyscallError("setns", unix.Setns(int(ns.Fd()), int(k.Flag())))
 }
+
+// NewNet makes a network namespace that lives as long as the file, or what is
+// made in it by others, holds it.
+func NewNet() (*os.File, error) {
+	home, err := os.Open("/proc/thread-self/ns/net")
+	if err != nil {
+		return nil, err
+	}
+	defer home.Close()
+	var f *os.File
+	err = Do(map[namespace.Kind]*os.File{namespace.Net: home}, func() (err error) {
+		if err = unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			return os.NewSyscallError("unshare", err)
+		}
+		f, err = os.Open("/proc/thread-self/ns/net")
+		return err
+	})
+	if err != nil && f != nil {
+		f.Close()
+		f = nil
+	}
+	return f, err
+}

@@ -149,7 +149,7 @@ func (d *Driver) Detach(ctx context.Context, id string, plan json.RawMessage, ns
 	var errs []error
 	for i, a := range slices.Backward(p.Networks) {
 		ctx, cancel := share(ctx, i+1)
-		err := d.del(ctx, id, a, nsPath(ns))
+		err := d.del(ctx, id, a, ns)
 		cancel()
 		if err != nil {
 			errs = append(errs, fmt.Errorf("network %s: %w", a.Network, err))
@@ -160,24 +160,24 @@ func (d *Driver) Detach(ctx context.Context, id string, plan json.RawMessage, ns
 
 // del runs DEL of each plugin of a network, the last one first, also after one
 // that fails, and forgets the cached result when all have succeeded.
-func (d *Driver) del(ctx context.Context, id string, a attachment, ns string) error {
+func (d *Driver) del(ctx context.Context, id string, a attachment, ns *os.File) error {
 	list, err := a.list()
 	if err != nil {
 		return err
 	}
-	rt := a.runtimeConf(id, ns)
+	prev := d.previous(list, id, a)
+	var errs []error
+	ns, done, err := standIn(list, a.Interface, prev, ns)
+	defer done()
+	if err != nil {
+		errs = append(errs, err)
+	}
+	rt := a.runtimeConf(id, nsPath(ns))
 	inject := map[string]any{"name": list.Name, "cniVersion": list.CNIVersion}
 	// The previous result came to DEL with version 0.4.0.
-	if ok, err := version.GreaterThanOrEqualTo(list.CNIVersion, "0.4.0"); err == nil && ok {
-		prev, err := d.cni.GetNetworkListCachedResult(list, rt)
-		if err != nil {
-			// Left by a crash in the middle of writing it.
-			d.log.Warn("CNI result cannot be read", "sandbox", id, "network", list.Name, "err", err)
-		} else if prev != nil {
-			inject["prevResult"] = prev
-		}
+	if ok, err := version.GreaterThanOrEqualTo(list.CNIVersion, "0.4.0"); err == nil && ok && prev != nil {
+		inject["prevResult"] = prev
 	}
-	var errs []error
 	for i, pl := range slices.Backward(list.Plugins) {
 		ctx, cancel := share(ctx, i+1)
 		err := d.delPlugin(ctx, pl, inject, rt)
@@ -194,6 +194,17 @@ func (d *Driver) del(ctx context.Context, id string, a attachment, ns string) er
 		return nil
 	}
 	return err
+}
+
+// previous returns the result of ADD, nil if there is none.
+func (d *Driver) previous(list *libcni.NetworkConfigList, id string, a attachment) types.Result {
+	prev, err := d.cni.GetNetworkListCachedResult(list, a.runtimeConf(id, ""))
+	if err != nil {
+		// Left by a crash in the middle of writing it.
+		d.log.Warn("CNI result cannot be read", "sandbox", id, "network", list.Name, "err", err)
+		return nil
+	}
+	return prev
 }
 
 func (d *Driver) delPlugin(ctx context.Context, pl *libcni.PluginConfig, inject map[string]any, rt *libcni.RuntimeConf) error {

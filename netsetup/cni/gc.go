@@ -126,7 +126,7 @@ func (d *Driver) dropCached(ctx context.Context, e cached) error {
 	defer d.gc.RUnlock()
 	return d.del(ctx, e.ContainerID, attachment{
 		Network: e.NetworkName, Interface: e.IfName, Config: e.Config, Args: e.CNIArgs, Capabilities: e.CapabilityArgs,
-	}, "")
+	}, nil)
 }
 
 // collect runs GC of the plugins of networks that have attachments.

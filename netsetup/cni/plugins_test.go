@@ -52,3 +52,46 @@ func TestBridgePortmap(t *testing.T) {
 		}
 	})
 }
+
+// A member with CAP_NET_ADMIN removes the interface, a plugin is killed in the
+// middle of DEL, or the namespace is gone with the pause: what the plugins would
+// have read from the interface is not to be left on the host.
+func TestInterfaceIsGone(t *testing.T) {
+	for _, kind := range []string{"bridge", "ptp"} {
+		eachSet(t, func(t *testing.T, dir, version string) {
+			r := newRig(t, dir)
+			r.config("10-a.conflist", `{"cniVersion":"`+version+`","name":"a","plugins":[
+				{"type":"`+kind+`","bridge":"cbr0","isGateway":true,"ipMasq":true,
+				"ipam":{"type":"host-local","dataDir":"LEASES","ranges":[[{"subnet":"10.99.0.0/24"}],[{"subnet":"fd99::/64"}]]}}]}`)
+			const id = "0123456789abcdef"
+			plan := r.plan(id, network.Request{})
+			rules := func() string {
+				return in(t, nil, "nft", "list", "ruleset") + in(t, nil, "iptables-save") + in(t, nil, "ip6tables-save")
+			}
+			for _, gone := range []string{"interface", "namespace"} {
+				ns := newNS(t)
+				r.attach(id, plan, ns)
+				if !strings.Contains(rules(), "10.99.0.") || !strings.Contains(rules(), "fd99::") {
+					t.Fatalf("no rules: %s", rules())
+				}
+				in(t, ns, "ip", "link", "del", "eth0")
+				if err := r.Verify(t.Context(), id, plan, ns); err == nil || !strings.Contains(err.Error(), "no interface eth0 any more") {
+					t.Errorf("Verify: %v", err)
+				}
+				if gone == "namespace" {
+					ns = nil
+				}
+				r.detach(id, plan, ns)
+				if rs := rules(); strings.Contains(rs, "10.99.0.") || strings.Contains(rs, "fd99::") {
+					t.Errorf("%s %s gone: rules left: %s", kind, gone, rs)
+				}
+				if l := append(r.leases(), r.cached()...); len(l) > 0 {
+					t.Errorf("%s %s gone: left: %v", kind, gone, l)
+				}
+				if ns != nil && len(links(t, ns)) > 0 {
+					t.Errorf("%s: links left: %v", kind, links(t, ns))
+				}
+			}
+		})
+	}
+}

@@ -1,0 +1,95 @@
+package cni
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/containernetworking/cni/libcni"
+	"github.com/containernetworking/cni/pkg/types"
+	types100 "github.com/containernetworking/cni/pkg/types/100"
+	"github.com/vishvananda/netlink"
+
+	"github.com/sandboxd/sandboxd/internal/namespace"
+	"github.com/sandboxd/sandboxd/internal/nsthread"
+)
+
+// standIn makes up for a gap in the plugins bridge and ptp. Their DEL takes the
+// addresses whose masquerading rules it removes from the interface, and nothing
+// from the previous result: with the interface or the namespace gone, or killed after the interface
+// but before the rules, it succeeds and leaves the rules
+// for ever (containernetworking/plugins issue 810). So they get an interface of
+// that name with those addresses to delete, in ns or, without one, in a namespace
+// made for this.
+//
+// It returns the namespace to use, also with an error, and what takes the rest
+// away when DEL has run.
+func standIn(l *libcni.NetworkConfigList, ifname string, prev types.Result, ns *os.File) (_ *os.File, done func(), err error) {
+	done = func() {}
+	if !masquerades(l) || prev == nil {
+		return ns, done, nil
+	}
+	r, err := types100.NewResultFromResult(prev)
+	if err != nil || len(r.IPs) == 0 {
+		return ns, done, nil
+	}
+	if ns == nil {
+		if ns, err = nsthread.NewNet(); err != nil {
+			return nil, done, fmt.Errorf("a namespace to delete from: %w", err)
+		}
+		done = func() { ns.Close() }
+	}
+	err = nsthread.Do(map[namespace.Kind]*os.File{namespace.Net: ns}, func() error { return addStandIn(ifname, r) })
+	if err != nil {
+		err = fmt.Errorf("an interface to delete: %w", err)
+	}
+	return ns, done, err
+}
+
+// masquerades reports whether a plugin of the list makes rules that it can only
+// remove with its interface.
+func masquerades(l *libcni.NetworkConfigList) bool {
+	for _, p := range l.Plugins {
+		var conf struct {
+			IPMasq bool `json:"ipMasq"`
+		}
+		if (p.Network.Type == "bridge" || p.Network.Type == "ptp") && json.Unmarshal(p.Bytes, &conf) == nil && conf.IPMasq {
+			return true
+		}
+	}
+	return false
+}
+
+// addStandIn makes an interface with the addresses of a result, if there is none
+// of that name, in the namespace of the thread.
+func addStandIn(name string, r *types100.Result) error {
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = name
+	// Those plugins need veth as well; the kernel may lack dummy.
+	link := &netlink.Veth{LinkAttrs: attrs, PeerName: "peer"}
+	if err := netlink.LinkAdd(link); errors.Is(err, os.ErrExist) {
+		return nil
+	} else if err != nil {
+		return fmt.Errorf("add %s: %w", name, err)
+	}
+	for _, ip := range r.IPs {
+		if ip.Interface != nil && !ours(r.Interfaces, *ip.Interface, name) {
+			continue
+		}
+		// Without duplicate address detection, which would hide it for a while.
+		err := netlink.AddrAdd(link, &netlink.Addr{IPNet: &ip.Address, Flags: nodad(ip)})
+		if err != nil && !errors.Is(err, os.ErrExist) {
+			return errors.Join(fmt.Errorf("address %s: %w", &ip.Address, err), netlink.LinkDel(link))
+		}
+	}
+	return nil
+}
+
+func nodad(ip *types100.IPConfig) int {
+	const flag = 0x02 // IFA_F_NODAD
+	if ip.Address.IP.To4() != nil {
+		return 0
+	}
+	return flag
+}
