@@ -143,6 +143,12 @@ func (c *Client) Add(ctx context.Context, sandboxRef string, cfg sandbox.MemberC
 	return wire.ToMemberInfo(r.GetMember()), c.err(err)
 }
 
+// Run is [sandbox.Manager.Run].
+func (c *Client) Run(ctx context.Context, sandboxRef string, cfg sandbox.MemberConfig) (sandbox.MemberInfo, error) {
+	r, err := c.rpc.AddMember(ctx, &pb.AddMemberRequest{Sandbox: sandboxRef, Config: wire.FromMemberConfig(cfg), Start: true})
+	return wire.ToMemberInfo(r.GetMember()), c.err(err)
+}
+
 // Start is [sandbox.Manager.Start].
 func (c *Client) Start(ctx context.Context, ref string) (sandbox.MemberInfo, error) {
 	r, err := c.rpc.StartMember(ctx, &pb.StartMemberRequest{Member: ref})

@@ -79,6 +79,10 @@ type MonitorSpec struct {
 	CgroupDir   *os.File
 	CgroupProcs []string
 
+	// Ready is called when all else is prepared, and nothing is started if it
+	// fails. OOMFile need not be there before. It may be nil.
+	Ready func() error
+
 	// Program makes init's program. The files are init's ends of its standard
 	// streams; they are nil for a terminal. They are lent until Start returns.
 	Program func(stdin, stdout, stderr *os.File) (*launch.Program, error)
@@ -230,13 +234,6 @@ func (m *Monitors) start(ctx context.Context, spec *MonitorSpec, fs *files, fres
 	}
 	defer null.Close()
 	fs.child[0], fs.child[1], fs.child[2] = null, null, null
-	if spec.OOMFile != "" {
-		f, err := os.Open(spec.OOMFile)
-		fs.own(monitorMemory, f)
-		if err != nil {
-			return nil, err
-		}
-	}
 	// The socket takes the connection and what is sent before anybody accepts it.
 	conn, err := connect(dir)
 	if err != nil {
@@ -245,6 +242,18 @@ func (m *Monitors) start(ctx context.Context, spec *MonitorSpec, fs *files, fres
 	if _, err := conn.Write([]byte{'w'}); err != nil {
 		conn.Close()
 		return nil, fmt.Errorf("watch monitor: %w", err)
+	}
+	if spec.Ready != nil {
+		err = spec.Ready()
+	}
+	if err == nil && spec.OOMFile != "" {
+		var f *os.File
+		f, err = os.Open(spec.OOMFile)
+		fs.own(monitorMemory, f)
+	}
+	if err != nil {
+		conn.Close()
+		return nil, err
 	}
 	sys := &syscall.SysProcAttr{Setsid: true}
 	if spec.CgroupDir != nil {

@@ -189,23 +189,59 @@ func (m *Manager) createSteps(ctx context.Context, b *box) error {
 
 // Add makes a member and returns when it is [MemberCreated]: its init has done
 // everything but its execve. Failures are undone as those of Create.
-func (m *Manager) Add(ctx context.Context, sandboxRef string, c MemberConfig) (_ MemberInfo, err error) {
+func (m *Manager) Add(ctx context.Context, sandboxRef string, c MemberConfig) (MemberInfo, error) {
+	b, mb, err := m.addMember(ctx, sandboxRef, c)
+	if err != nil {
+		return MemberInfo{}, err
+	}
+	defer mb.op.release()
+	return m.memberInfo(b, mb), nil
+}
+
+// Run is Add and Start in one. If the start fails, the member is removed again:
+// its command has not run, and whoever asked for it wants its name back.
+func (m *Manager) Run(ctx context.Context, sandboxRef string, c MemberConfig) (MemberInfo, error) {
+	b, mb, err := m.addMember(ctx, sandboxRef, c)
+	if err != nil {
+		return MemberInfo{}, err
+	}
+	defer mb.op.release()
+	ref := sandboxRef + "/" + mb.name()
+	err = func() (err error) {
+		defer m.operation("start", &err)()
+		return m.startMember(ctx, b, mb, ref)
+	}()
+	if err != nil {
+		if rerr := m.removeMember(context.WithoutCancel(ctx), b, mb, ref); rerr != nil {
+			err = errors.Join(err, rerr)
+		}
+		return MemberInfo{}, err
+	}
+	return m.memberInfo(b, mb), nil
+}
+
+// addMember is Add. The member that it returns has its op lock held.
+func (m *Manager) addMember(ctx context.Context, sandboxRef string, c MemberConfig) (_ *box, _ *memb, err error) {
 	defer m.operation("add", &err)()
 	id := m.o.NewID()
 	c, err = completeMember(c, id)
 	if err != nil {
-		return MemberInfo{}, &OpError{Op: "add", Err: err}
+		return nil, nil, &OpError{Op: "add", Err: err}
 	}
 	ref := sandboxRef + "/" + c.Name
 	b, err := m.box(sandboxRef)
 	if err != nil {
-		return MemberInfo{}, &OpError{Op: "add", Err: err}
+		return nil, nil, &OpError{Op: "add", Err: err}
 	}
 	mb, err := m.claimMember(b, id, c)
 	if err != nil {
-		return MemberInfo{}, &OpError{Op: "add", Ref: ref, Err: err}
+		return nil, nil, &OpError{Op: "add", Ref: ref, Err: err}
 	}
-	defer mb.op.release()
+	defer func() {
+		if err != nil {
+			mb.op.release()
+		}
+	}()
 	siblings := b.records(id)
 	var hooks []request.Hook
 	spec, sel, err := m.node.ResolveMember(ctx, b.rec.Load(), mb.rec.Load(), siblings)
@@ -217,14 +253,14 @@ func (m *Manager) Add(ctx context.Context, sandboxRef string, c MemberConfig) (_
 	}
 	if err != nil {
 		m.forgetMember(b, mb) // nothing has been done yet
-		return MemberInfo{}, &OpError{Op: "add", Ref: ref, Err: err}
+		return nil, nil, &OpError{Op: "add", Ref: ref, Err: err}
 	}
 	if err := m.add(ctx, b, mb, siblings, spec, sel, hooks); err != nil {
 		undo := m.takeDownMember(ctx, b, mb, "add-undo")
-		return MemberInfo{}, opError("add", ref, err, undo)
+		return nil, nil, opError("add", ref, err, undo)
 	}
 	m.o.Log.Info("Member created", "sandbox", b.id(), "member", id, "name", c.Name, "pid", mb.rec.Load().Init.PID)
-	return m.memberInfo(b, mb), nil
+	return b, mb, nil
 }
 
 // claimMember enters a new member under its name, with its op lock held.
@@ -289,20 +325,28 @@ func (m *Manager) add(ctx context.Context, b *box, mb *memb, siblings []*MemberR
 	if err != nil {
 		return err
 	}
-	err = m.run("add", "cgroup", func() error { return m.node.MakeMemberCgroup(ctx, mb.rec.Load(), spec) })
+	err = m.run("add", "cgroup", func() error { return m.node.MakeMemberCgroup(ctx, mb.rec.Load()) })
 	if err != nil {
 		return err
 	}
+	// These take as long as the preparation of the monitor, which needs neither.
+	limited := begin(func() error {
+		return m.run("add", "limits", func() error { return m.node.LimitMember(ctx, mb.rec.Load(), spec) })
+	})
+	defer limited() // what is taken down must not be in the making
 	err = m.run("add", "data", func() error { return m.node.MakeMemberData(ctx, mb.rec.Load()) })
 	if err != nil {
 		return err
 	}
 	var mon Monitor
 	err = m.run("add", "monitor", func() (err error) {
-		mon, err = m.node.StartMonitor(ctx, b.rec.Load(), mb.rec.Load(), siblings, spec, m.memberPath(mb), m.madeHooks(ctx, b, mb))
+		mon, err = m.node.StartMonitor(ctx, b.rec.Load(), mb.rec.Load(), siblings, spec, m.memberPath(mb), limited, m.madeHooks(ctx, b, mb))
 		return err
 	})
 	if err != nil {
+		if lerr := limited(); lerr != nil {
+			return lerr
+		}
 		return err
 	}
 	mb.setMonitor(mon)
@@ -327,6 +371,21 @@ func (m *Manager) add(ctx context.Context, b *box, mb *memb, siblings []*MemberR
 		m.watch(b, mb)
 		return nil
 	})
+}
+
+// begin runs fn in a goroutine. The function that it returns waits for fn and
+// returns its error, as often as it is called.
+func begin(fn func() error) func() error {
+	done := make(chan struct{})
+	var err error
+	go func() {
+		defer close(done)
+		err = fn()
+	}()
+	return func() error {
+		<-done
+		return err
+	}
 }
 
 // ociCreate are the stages of runtime-spec's create, in its order.

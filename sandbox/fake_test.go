@@ -311,8 +311,17 @@ func (n *fakeNode) ResolveMember(ctx context.Context, r *Record, m *MemberRecord
 	return &specs.Spec{Process: &specs.Process{Args: m.Config.Args}}, sel, err
 }
 
-func (n *fakeNode) MakeMemberCgroup(ctx context.Context, m *MemberRecord, _ *specs.Spec) error {
+func (n *fakeNode) MakeMemberCgroup(ctx context.Context, m *MemberRecord) error {
 	return n.call(ctx, "MakeMemberCgroup", func() error { n.cgroups[key(m)] = true; return nil })
+}
+
+func (n *fakeNode) LimitMember(ctx context.Context, m *MemberRecord, _ *specs.Spec) error {
+	return n.call(ctx, "LimitMember", func() error {
+		if !n.cgroups[key(m)] {
+			return fmt.Errorf("member %s has no cgroup", m.ID)
+		}
+		return nil
+	})
 }
 
 func (n *fakeNode) KillMemberCgroup(ctx context.Context, m *MemberRecord) error {
@@ -340,7 +349,10 @@ func (n *fakeNode) RemoveMemberData(ctx context.Context, m *MemberRecord) error 
 	return n.call(ctx, "RemoveMemberData", func() error { delete(n.data, key(m)); return nil })
 }
 
-func (n *fakeNode) StartMonitor(ctx context.Context, r *Record, m *MemberRecord, _ []*MemberRecord, _ *specs.Spec, dir string, made func(procid.ID) error) (Monitor, error) {
+func (n *fakeNode) StartMonitor(ctx context.Context, r *Record, m *MemberRecord, _ []*MemberRecord, _ *specs.Spec, dir string, limited func() error, made func(procid.ID) error) (Monitor, error) {
+	if err := limited(); err != nil {
+		return nil, err
+	}
 	var c *fakeConn
 	err := n.call(ctx, "StartMonitor", func() error {
 		if !n.cgroups[key(m)] || !n.data[key(m)] {

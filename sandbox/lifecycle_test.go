@@ -18,7 +18,7 @@ import (
 // methods are those of fakeNode that fail on demand.
 var methods = []string{
 	"MakeCgroup", "RemoveCgroup", "StartPause", "ReanchorPause", "AdoptPause", "WatchPause", "KillPause",
-	"RemoveSandboxData", "MakeMemberCgroup", "KillMemberCgroup", "RemoveMemberCgroup", "MakeMemberData",
+	"RemoveSandboxData", "MakeMemberCgroup", "LimitMember", "KillMemberCgroup", "RemoveMemberCgroup", "MakeMemberData",
 	"RemoveMemberData", "StartMonitor", "AdoptMonitor", "ReplaceMonitor", "KillMonitor", "MonitorStatus",
 	"SignalInit", "Start", "execve",
 }
@@ -91,7 +91,7 @@ func (w *world) operation(t *rapid.T) {
 	timeout := time.Duration(rapid.IntRange(0, 1).Draw(t, "timeout")) * time.Millisecond
 	_, had := w.m.Inspect(name)
 	_, hadMember := w.m.InspectMember(ref)
-	what := rapid.SampledFrom([]string{"create", "create", "add", "add", "add", "start", "start", "start", "stop", "stop member", "remove", "remove member", "unfit"}).Draw(t, "operation")
+	what := rapid.SampledFrom([]string{"create", "create", "add", "add", "add", "run", "start", "start", "start", "stop", "stop member", "remove", "remove member", "unfit"}).Draw(t, "operation")
 	switch what {
 	case "create":
 		c := Config{Name: name}
@@ -115,6 +115,11 @@ func (w *world) operation(t *rapid.T) {
 			if mi, err := w.m.InspectMember(ref); err == nil && mi.State != "Created" {
 				t.Fatalf("a second member %s: %+v", ref, mi)
 			}
+		}
+	case "run":
+		mi, err := w.m.Run(ctx, name, member(strings.TrimPrefix(ref, name+"/")))
+		if err == nil && mi.State == "Created" {
+			t.Fatalf("%s has been run: %+v", ref, mi)
 		}
 	case "unfit":
 		before := fmt.Sprint(w.m.List())

@@ -251,6 +251,27 @@ func TestStartError(t *testing.T) {
 	}
 }
 
+func TestRun(t *testing.T) {
+	n := newFakeNode()
+	m := open(t, t.TempDir(), n)
+	ctx := t.Context()
+	must[Info](t)(m.Create(ctx, Config{Name: "web"}))
+	if mi := must[MemberInfo](t)(m.Run(ctx, "web", member("app"))); mi.State != "Running" {
+		t.Errorf("the member is %s, want Running", mi.State)
+	}
+	if _, err := m.Run(ctx, "web", member("app")); !errors.Is(err, ErrExists) {
+		t.Errorf("Run of one that is there = %v, want ErrExists", err)
+	}
+	n.with(func() { n.faults["execve"] = fails })
+	var se *StartError
+	if _, err := m.Run(ctx, "web", member("bad")); !errors.As(err, &se) {
+		t.Errorf("Run = %v, want a StartError", err)
+	}
+	if _, err := m.InspectMember("web/bad"); !errors.Is(err, ErrNotFound) {
+		t.Errorf("what could not be started is there: %v", err)
+	}
+}
+
 func TestKillWithoutASignal(t *testing.T) {
 	m := open(t, t.TempDir(), newFakeNode())
 	ctx := t.Context()

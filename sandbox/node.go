@@ -73,8 +73,11 @@ type MemberNode interface {
 	// wrong with the request is reported here: errors wrap [ErrInvalid].
 	// siblings are the sandbox's other members, for member:NAME.
 	ResolveMember(ctx context.Context, r *Record, m *MemberRecord, siblings []*MemberRecord) (*specs.Spec, namespace.Selection, error)
-	// MakeMemberCgroup makes the member's cgroup and sets its limits.
-	MakeMemberCgroup(ctx context.Context, m *MemberRecord, spec *specs.Spec) error
+	// MakeMemberCgroup makes the member's cgroup, so that it can be named.
+	MakeMemberCgroup(ctx context.Context, m *MemberRecord) error
+	// LimitMember makes that cgroup what the member will run in: in every
+	// hierarchy, with its limits. It may be called while StartMonitor prepares.
+	LimitMember(ctx context.Context, m *MemberRecord, spec *specs.Spec) error
 	// KillMemberCgroup kills every process in the member's cgroup and returns
 	// when none is left.
 	KillMemberCgroup(ctx context.Context, m *MemberRecord) error
@@ -87,10 +90,11 @@ type MemberNode interface {
 	// StartMonitor starts the monitor and returns when init is created: it has
 	// done everything but its execve. On error nothing runs any more.
 	//
+	// It starts nothing before limited has returned nil, and returns its error.
 	// Unless made is nil, it is called when init's namespaces and mounts are
 	// there and its root is not entered yet; init waits for it. Its error is
 	// StartMonitor's.
-	StartMonitor(ctx context.Context, r *Record, m *MemberRecord, siblings []*MemberRecord, spec *specs.Spec, dir string, made func(init procid.ID) error) (Monitor, error)
+	StartMonitor(ctx context.Context, r *Record, m *MemberRecord, siblings []*MemberRecord, spec *specs.Spec, dir string, limited func() error, made func(init procid.ID) error) (Monitor, error)
 	// AdoptMonitor connects to a monitor that an earlier daemon started. It
 	// fails with [procid.ErrGone] if that monitor is gone.
 	AdoptMonitor(ctx context.Context, m *MemberRecord, dir string) (Monitor, error)

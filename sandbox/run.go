@@ -23,9 +23,18 @@ func (m *Manager) Start(ctx context.Context, ref string) (_ MemberInfo, err erro
 		return MemberInfo{}, opError("start", ref, err, nil)
 	}
 	defer mb.op.release()
+	if err := m.startMember(ctx, b, mb, ref); err != nil {
+		return MemberInfo{}, err
+	}
+	return m.memberInfo(b, mb), nil
+}
+
+// startMember is Start. Preconditions: mb.op is held.
+func (m *Manager) startMember(ctx context.Context, b *box, mb *memb, ref string) error {
+	var err error
 	switch s := mb.rec.Load().State; s {
 	case MemberRunning:
-		return m.memberInfo(b, mb), nil
+		return nil
 	case MemberCreated, MemberStarting:
 		b.mu.Lock()
 		err = b.open()
@@ -41,10 +50,10 @@ func (m *Manager) Start(ctx context.Context, ref string) (_ MemberInfo, err erro
 		err = m.start(ctx, b, mb)
 	}
 	if err != nil {
-		return MemberInfo{}, opError("start", ref, err, nil)
+		return opError("start", ref, err, nil)
 	}
 	m.o.Log.Info("Member started", "sandbox", b.id(), "member", mb.id(), "name", mb.name())
-	return m.memberInfo(b, mb), nil
+	return nil
 }
 
 // start tells init to go on. Preconditions: mb.op is held.

@@ -31,6 +31,7 @@ type Manager interface {
 	Inspect(ref string) (sandbox.Info, error)
 
 	Add(ctx context.Context, sandboxRef string, c sandbox.MemberConfig) (sandbox.MemberInfo, error)
+	Run(ctx context.Context, sandboxRef string, c sandbox.MemberConfig) (sandbox.MemberInfo, error)
 	Start(ctx context.Context, ref string) (sandbox.MemberInfo, error)
 	StopMember(ctx context.Context, ref string, timeout time.Duration) error
 	Kill(ctx context.Context, ref string, sig unix.Signal) error
@@ -146,7 +147,11 @@ func (s *service) AddMember(ctx context.Context, r *pb.AddMemberRequest) (*pb.Ad
 	if err != nil {
 		return nil, wire.ToStatus(err)
 	}
-	i, err := s.m.Add(ctx, r.GetSandbox(), c)
+	add := s.m.Add
+	if r.GetStart() {
+		add = s.m.Run
+	}
+	i, err := add(ctx, r.GetSandbox(), c)
 	if err != nil {
 		return nil, wire.ToStatus(err)
 	}

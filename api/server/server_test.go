@@ -57,6 +57,11 @@ func (f *fake) Add(_ context.Context, ref string, c sandbox.MemberConfig) (sandb
 	f.ask("add", ref, c)
 	return f.member, f.err
 }
+
+func (f *fake) Run(_ context.Context, ref string, c sandbox.MemberConfig) (sandbox.MemberInfo, error) {
+	f.ask("run", ref, c)
+	return f.member, f.err
+}
 func (f *fake) Start(_ context.Context, ref string) (sandbox.MemberInfo, error) {
 	f.ask("start", ref)
 	return f.member, f.err
@@ -158,6 +163,7 @@ func TestRoundTrip(t *testing.T) {
 		{func() (any, error) { return none(c.Remove(ctx, "web", true)) }, nil, []any{"remove", "web", true}},
 		{func() (any, error) { return id(c.Inspect(ctx, "web")) }, "1", []any{"inspect", "web"}},
 		{func() (any, error) { return mid(c.Add(ctx, "web", mcfg)) }, "2", []any{"add", "web", mcfg}},
+		{func() (any, error) { return mid(c.Run(ctx, "web", mcfg)) }, "2", []any{"run", "web", mcfg}},
 		{func() (any, error) { return mid(c.Start(ctx, "web/m")) }, "2", []any{"start", "web/m"}},
 		{func() (any, error) { return none(c.StopMember(ctx, "web/m", time.Minute)) }, nil, []any{"stopmember", "web/m", time.Minute}},
 		{func() (any, error) { return none(c.Kill(ctx, "web/m", unix.SIGHUP)) }, nil, []any{"kill", "web/m", unix.SIGHUP}},

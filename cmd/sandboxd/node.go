@@ -428,12 +428,17 @@ func siblingFacts(r *sandbox.Record, s *sandbox.MemberRecord) member.SiblingFact
 }
 
 // MakeMemberCgroup implements [sandbox.MemberNode].
-func (n *node) MakeMemberCgroup(_ context.Context, m *sandbox.MemberRecord, spec *specs.Spec) error {
+func (n *node) MakeMemberCgroup(_ context.Context, m *sandbox.MemberRecord) error {
+	return n.cg.MakeLeaf(m.Cgroup)
+}
+
+// LimitMember implements [sandbox.MemberNode].
+func (n *node) LimitMember(_ context.Context, m *sandbox.MemberRecord, spec *specs.Spec) error {
 	var res *specs.LinuxResources
 	if spec.Linux != nil {
 		res = spec.Linux.Resources
 	}
-	return n.cg.MakeMember(m.Cgroup, res)
+	return n.cg.Limit(m.Cgroup, res)
 }
 
 // KillMemberCgroup implements [sandbox.MemberNode].

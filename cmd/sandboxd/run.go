@@ -39,18 +39,18 @@ running.`,
 		if err != nil {
 			return err
 		}
+		if *detach {
+			m, err := d.Run(cmd.Context(), args[0], c)
+			if err == nil {
+				writeLine(a.out, m.ID)
+			}
+			return err
+		}
 		m, err := d.Add(cmd.Context(), args[0], c)
 		if err != nil {
 			return err
 		}
 		ref := m.Sandbox + "/" + m.ID
-		if *detach {
-			if _, err := d.Start(cmd.Context(), ref); err != nil {
-				return a.discard(cmd.Context(), ref, err)
-			}
-			writeLine(a.out, m.ID)
-			return nil
-		}
 		e, err := a.runAttached(cmd.Context(), ref, c)
 		if errors.Is(err, errDetached) {
 			return nil

@@ -35,15 +35,24 @@ func (h *Host) MakeSandbox(path string) error {
 	return enableControllers(h.v2, path)
 }
 
-// MakeMember makes the cgroup at path in every hierarchy and sets its limits.
-// [Host.MakeSandbox] must have made the one above. An empty res.Devices leaves the access to
-// devices as it is; else what no rule allows is denied. res may be nil. A limit that
-// the host cannot set is an error that names it; the cgroup is to be removed then.
+// MakeMember makes the cgroup at path in every hierarchy and sets its limits: it is
+// [Host.MakeLeaf] and [Host.Limit].
 func (h *Host) MakeMember(path string, res *specs.LinuxResources) error {
+	if err := h.MakeLeaf(path); err != nil {
+		return err
+	}
+	return h.Limit(path, res)
+}
+
+// Limit makes a cgroup that was made by [Host.MakeLeaf] in the other hierarchies
+// too and sets its limits. An empty res.Devices leaves the access to devices as it
+// is; else what no rule allows is denied. res may be nil. A limit that the host
+// cannot set is an error that names it; the cgroup is to be removed then.
+func (h *Host) Limit(path string, res *specs.LinuxResources) error {
 	if err := CheckPath(path); err != nil {
 		return err
 	}
-	for _, m := range h.mounts() {
+	for _, m := range h.mounts()[1:] {
 		if err := h.makeAll(m, path); err != nil {
 			return err
 		}

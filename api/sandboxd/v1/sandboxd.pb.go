@@ -1767,6 +1767,7 @@ type AddMemberRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Sandbox       string                 `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
 	Config        *MemberConfig          `protobuf:"bytes,2,opt,name=config,proto3" json:"config,omitempty"`
+	Start         bool                   `protobuf:"varint,3,opt,name=start,proto3" json:"start,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1813,6 +1814,13 @@ func (x *AddMemberRequest) GetConfig() *MemberConfig {
 		return x.Config
 	}
 	return nil
+}
+
+func (x *AddMemberRequest) GetStart() bool {
+	if x != nil {
+		return x.Start
+	}
+	return false
 }
 
 type AddMemberResponse struct {
@@ -2810,10 +2818,11 @@ const file_sandboxd_proto_rawDesc = "" +
 	"\x11GetSandboxRequest\x12\x18\n" +
 	"\asandbox\x18\x01 \x01(\tR\asandbox\"H\n" +
 	"\x12GetSandboxResponse\x122\n" +
-	"\asandbox\x18\x01 \x01(\v2\x18.sandboxd.v1.SandboxInfoR\asandbox\"_\n" +
+	"\asandbox\x18\x01 \x01(\v2\x18.sandboxd.v1.SandboxInfoR\asandbox\"u\n" +
 	"\x10AddMemberRequest\x12\x18\n" +
 	"\asandbox\x18\x01 \x01(\tR\asandbox\x121\n" +
-	"\x06config\x18\x02 \x01(\v2\x19.sandboxd.v1.MemberConfigR\x06config\"D\n" +
+	"\x06config\x18\x02 \x01(\v2\x19.sandboxd.v1.MemberConfigR\x06config\x12\x14\n" +
+	"\x05start\x18\x03 \x01(\bR\x05start\"D\n" +
 	"\x11AddMemberResponse\x12/\n" +
 	"\x06member\x18\x01 \x01(\v2\x17.sandboxd.v1.MemberInfoR\x06member\",\n" +
 	"\x12StartMemberRequest\x12\x16\n" +

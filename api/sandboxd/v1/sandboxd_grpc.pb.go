@@ -61,7 +61,8 @@ type SandboxdClient interface {
 	RemoveSandbox(ctx context.Context, in *RemoveSandboxRequest, opts ...grpc.CallOption) (*RemoveSandboxResponse, error)
 	ListSandboxes(ctx context.Context, in *ListSandboxesRequest, opts ...grpc.CallOption) (*ListSandboxesResponse, error)
 	GetSandbox(ctx context.Context, in *GetSandboxRequest, opts ...grpc.CallOption) (*GetSandboxResponse, error)
-	// AddMember creates a member and leaves it blocked before its execve.
+	// AddMember creates a member and leaves it blocked before its execve, or starts
+	// it too, as one: if the start fails the member is removed again.
 	AddMember(ctx context.Context, in *AddMemberRequest, opts ...grpc.CallOption) (*AddMemberResponse, error)
 	// StartMember lets a created member run, and returns when its execve has
 	// succeeded.
@@ -246,7 +247,8 @@ type SandboxdServer interface {
 	RemoveSandbox(context.Context, *RemoveSandboxRequest) (*RemoveSandboxResponse, error)
 	ListSandboxes(context.Context, *ListSandboxesRequest) (*ListSandboxesResponse, error)
 	GetSandbox(context.Context, *GetSandboxRequest) (*GetSandboxResponse, error)
-	// AddMember creates a member and leaves it blocked before its execve.
+	// AddMember creates a member and leaves it blocked before its execve, or starts
+	// it too, as one: if the start fails the member is removed again.
 	AddMember(context.Context, *AddMemberRequest) (*AddMemberResponse, error)
 	// StartMember lets a created member run, and returns when its execve has
 	// succeeded.
