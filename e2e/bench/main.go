@@ -10,6 +10,7 @@ package main
 
 import (
 	"context"
+	_ "embed"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -29,6 +30,12 @@ import (
 	"github.com/sandboxd/sandboxd/api"
 	"github.com/sandboxd/sandboxd/sandbox"
 )
+
+// firstC is what the measured members run: nothing of a start is then a
+// program's own.
+//
+//go:embed first.c
+var firstC []byte
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
@@ -161,10 +168,7 @@ func (b *bench) ours(i int) error {
 	}
 	ref := name + "/m"
 	err = b.measure("sandboxd start", func() error {
-		if _, err := c.Add(ctx, name, sandbox.MemberConfig{Name: "m", Bundle: b.bundle}); err != nil {
-			return err
-		}
-		if _, err := c.Start(ctx, ref); err != nil {
+		if _, err := c.Run(ctx, name, sandbox.MemberConfig{Name: "m", Bundle: b.bundle}); err != nil {
 			return err
 		}
 		return b.awaitFirstInstruction()
@@ -329,10 +333,15 @@ func (b *bench) makeBundle() error {
 	if err := os.WriteFile(filepath.Join(bin, "busybox"), busybox, 0o755); err != nil {
 		return err
 	}
-	for _, applet := range []string{"sh", "true", "sleep"} {
-		if err := os.Symlink("busybox", filepath.Join(bin, applet)); err != nil {
-			return err
-		}
+	if err := os.Symlink("busybox", filepath.Join(bin, "true")); err != nil {
+		return err
+	}
+	src := filepath.Join(b.dir, "first.c")
+	if err := os.WriteFile(src, firstC, 0o644); err != nil {
+		return err
+	}
+	if err := b.command("gcc", "-O2", "-static", "-nostdlib", "-ffreestanding", "-fno-stack-protector", "-o", filepath.Join(bin, "first"), src); err != nil {
+		return err
 	}
 	b.fifo = filepath.Join(out, "fifo")
 	if err := unix.Mkfifo(b.fifo, 0o666); err != nil {
@@ -414,11 +423,7 @@ func (b *bench) standing(levels []int, rounds int) error {
 			if _, err := b.client.Create(b.ctx, sandbox.Config{Name: name}); err != nil {
 				return err
 			}
-			ref := name + "/m"
-			if _, err := b.client.Add(b.ctx, name, sandbox.MemberConfig{Name: "m", Bundle: b.bundle}); err != nil {
-				return err
-			}
-			if _, err := b.client.Start(b.ctx, ref); err != nil {
+			if _, err := b.client.Run(b.ctx, name, sandbox.MemberConfig{Name: "m", Bundle: b.bundle}); err != nil {
 				return err
 			}
 			if err := b.awaitFirstInstruction(); err != nil {

@@ -11,7 +11,7 @@ func bundleSpec(out string) *specs.Spec {
 		Version: "1.0.2",
 		Root:    &specs.Root{Path: "rootfs"},
 		Process: &specs.Process{
-			Args:            []string{"/bin/sh", "-c", "echo >/out/fifo; exec sleep 1000000"},
+			Args:            []string{"/bin/first", "/out/fifo"},
 			Env:             []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
 			Cwd:             "/",
 			NoNewPrivileges: true,
