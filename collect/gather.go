@@ -68,7 +68,7 @@ func Gather(host *cgroup.Host, s *Subject, now time.Time) *Manifest {
 	}
 	m.Log, err = lastWords(s.LogPath)
 	unknown("log", err)
-	m.Mounts, err = mounts(s)
+	m.Mounts, err = Mounts(s)
 	unknown("mounts", err)
 	return m
 }
@@ -180,8 +180,8 @@ func tail(file string, most int64) (_ []byte, cut bool, err error) {
 	return b, from > 0, err
 }
 
-// mounts shows the file systems in the member's root.
-func mounts(s *Subject) ([]Mount, error) {
+// Mounts shows the file systems in the root of s, as far as it is held.
+func Mounts(s *Subject) ([]Mount, error) {
 	ms := []Mount{}
 	if s.Root == nil {
 		return ms, nil

@@ -270,3 +270,19 @@ func collected(m *Manifest) string {
 		return fmt.Sprintf("%s: %s, %s packed", m.Name, plural(int64(a.Entries), "entry", "entries"), size(a.Bytes))
 	}
 }
+
+// Outcome says in a few words how the member ended.
+func (m *Manifest) Outcome() string {
+	e := m.Exit
+	switch {
+	case e == nil:
+		return "running"
+	case !e.Known:
+		return "unknown"
+	case e.OOMKilled:
+		return fmt.Sprintf("%d, out of memory", e.Code)
+	case e.Signal != 0:
+		return fmt.Sprintf("%d, %s", e.Code, cmp.Or(unix.SignalName(unix.Signal(e.Signal)), "signal"))
+	}
+	return fmt.Sprint(e.Code)
+}

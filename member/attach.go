@@ -144,6 +144,15 @@ func OpenRoot(monitor procid.ID) (*os.File, error) {
 	return openHeld(monitor, RootPath(monitor.PID), unix.O_PATH|unix.O_DIRECTORY)
 }
 
+// RootHeld reports whether [OpenRoot] would open something.
+func RootHeld(monitor procid.ID) bool {
+	f, err := OpenRoot(monitor)
+	if err == nil {
+		f.Close()
+	}
+	return err == nil
+}
+
 // OpenNamespace opens one of the namespaces of a member in custody, for
 // setns(2). It fails with [procid.ErrGone] if the monitor has ended, and with
 // [os.ErrNotExist] if the kernel has no namespaces of that kind. The caller

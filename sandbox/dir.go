@@ -15,6 +15,7 @@ import (
 // StatusReader is the part of a [MemberNode] that shows what a monitor has left.
 type StatusReader interface {
 	MonitorStatus(m *MemberRecord, dir string) (MonitorStatus, error)
+	HeldTmpfs(m *MemberRecord, dir string) int64
 }
 
 // Dir reads a state directory, whether or not a daemon runs. It changes

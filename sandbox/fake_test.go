@@ -61,6 +61,7 @@ type fakeNode struct {
 	hooks     map[string]*fakeHook // by what they are called, see hooks_test.go
 	collects  map[string]int       // how often a member was collected, SID/MID
 	collected map[string]bool      // and that this succeeded
+	tmpfs     map[string]int64     // bytes in memory, by member
 
 	state      string // the state directory, for the copy
 	countdown  int    // calls until the crash; 0: none is planned
@@ -361,7 +362,7 @@ func (n *fakeNode) StartMonitor(ctx context.Context, r *Record, m *MemberRecord,
 		if _, err := os.Stat(dir); err != nil {
 			return err
 		}
-		mon := &fakeMonitor{key: key(m), policy: m.Config.Custody, proc: n.spawn(), init: n.spawn(), phase: PhaseCreated}
+		mon := &fakeMonitor{key: key(m), policy: m.MonitorPolicy(), proc: n.spawn(), init: n.spawn(), phase: PhaseCreated}
 		n.monitors[key(m)] = mon
 		c = n.connect(mon)
 		return nil
@@ -472,6 +473,12 @@ func (n *fakeNode) MonitorStatus(m *MemberRecord, _ string) (st MonitorStatus, e
 		return nil
 	})
 	return st, err
+}
+
+func (n *fakeNode) HeldTmpfs(m *MemberRecord, _ string) int64 {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.tmpfs[key(m)]
 }
 
 func (n *fakeNode) SignalInit(m *MemberRecord, sig unix.Signal) error {

@@ -60,8 +60,8 @@ func (n *fakeNode) MemberHooks(_ *Record, m *MemberRecord, _ *specs.Spec) ([]req
 
 func (n *fakeNode) Collects(m *MemberRecord) bool { return len(m.Config.Collect) > 0 }
 
-func (n *fakeNode) Collect(ctx context.Context, r *Record, m *MemberRecord, _ string) error {
-	return n.call(ctx, "Collect", func() error {
+func (n *fakeNode) Collect(ctx context.Context, r *Record, m *MemberRecord, _ string) (string, error) {
+	return m.Config.Name + "-1", n.call(ctx, "Collect", func() error {
 		n.collects[key(m)]++
 		n.collected[key(m)] = true
 		return nil

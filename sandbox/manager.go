@@ -39,12 +39,14 @@ var errClosed = errors.New("the daemon is shutting down")
 
 // Options are the parts of a [Manager] that have a sensible default.
 type Options struct {
-	Log          *slog.Logger     // default: discard
-	Now          func() time.Time // default: time.Now
-	NewID        func() string    // 16 hex digits; default: random
-	Observer     Observer         // default: Unobserved
-	CgroupParent string           // default: /sandboxd
-	LogDir       string           // a member's log is LogDir/SANDBOX/MEMBER/log unless it says where; default: /var/lib/sandboxd/sandboxes
+	Log             *slog.Logger     // default: discard
+	Now             func() time.Time // default: time.Now
+	NewID           func() string    // 16 hex digits; default: random
+	Observer        Observer         // default: Unobserved
+	CgroupParent    string           // default: /sandboxd
+	LogDir          string           // a member's log is LogDir/SANDBOX/MEMBER/log unless it says where; default: /var/lib/sandboxd/sandboxes
+	CustodyMax      int              // how many members are held after their exit at most; 0: no limit
+	CustodyMaxTmpfs int64            // how many bytes they may hold in memory; 0: no limit
 
 	// For tests, whose processes do not exist and whose time is short.
 	alive        func(procid.ID) bool
@@ -67,6 +69,8 @@ type Manager struct {
 	ctx    context.Context // ends with Close
 	cancel context.CancelFunc
 	wg     sync.WaitGroup // the goroutines that watch pauses and monitors
+
+	custody chan struct{} // wakes who sees to it that custody ends
 
 	mu    sync.Mutex
 	boxes map[string]*box // by id; guarded by mu
@@ -207,7 +211,7 @@ func Open(ctx context.Context, state string, node Node, o Options) (*Manager, er
 	if err != nil {
 		return nil, fmt.Errorf("state directory: %w", err)
 	}
-	m := &Manager{node: node, o: o, path: path, root: root, boxes: map[string]*box{}}
+	m := &Manager{node: node, o: o, path: path, root: root, boxes: map[string]*box{}, custody: make(chan struct{}, 1)}
 	m.ctx, m.cancel = context.WithCancel(context.Background())
 	err = m.takeLock()
 	if err == nil {
@@ -216,6 +220,7 @@ func Open(ctx context.Context, state string, node Node, o Options) (*Manager, er
 	if err != nil {
 		return nil, errors.Join(err, m.Close())
 	}
+	m.keepCustody()
 	return m, nil
 }
 

@@ -106,6 +106,9 @@ type MemberNode interface {
 	KillMonitor(ctx context.Context, m *MemberRecord) error
 	// MonitorStatus reads what the monitor, alive or not, has left in dir.
 	MonitorStatus(m *MemberRecord, dir string) (MonitorStatus, error)
+	// HeldTmpfs returns how many bytes the file systems in memory of a member in
+	// custody hold; 0 if that cannot be found out.
+	HeldTmpfs(m *MemberRecord, dir string) int64
 	// SignalInit sends sig to init. It fails with [procid.ErrGone].
 	SignalInit(m *MemberRecord, sig unix.Signal) error
 	// Orphaned is told of an init whose monitor died, to learn its wait status
@@ -139,8 +142,9 @@ type CollectNode interface {
 	// Collect takes what m's collectors name, and a manifest, into the
 	// collection directory. m has exited and everything of it is there still.
 	// It may be called again after it failed, or was cut off by a crash or the
-	// end of ctx; then there is one collection in the end.
-	Collect(ctx context.Context, r *Record, m *MemberRecord, dir string) error
+	// end of ctx; then there is one collection in the end. It returns its name,
+	// or "" if there is nothing to keep of such an exit.
+	Collect(ctx context.Context, r *Record, m *MemberRecord, dir string) (name string, err error)
 }
 
 // Monitor is the daemon's connection to one member's monitor. It is safe for

@@ -23,6 +23,7 @@ func (m *Manager) poststop(ctx context.Context, b *box, mb *memb) error {
 	if !m.unsettled(mb) {
 		return nil
 	}
+	defer m.custodyChanged()
 	if m.uncollected(mb) {
 		if err := m.collect(ctx, b, mb); err != nil {
 			return err
@@ -34,6 +35,7 @@ func (m *Manager) poststop(ctx context.Context, b *box, mb *memb) error {
 		return err
 	}
 	if !declares(mb.rec.Load()) {
+		m.releaseUnwanted(ctx, mb)
 		return nil // what is done unasked leaves it Exited
 	}
 	m.run("poststop", "record", func() error {
@@ -41,6 +43,7 @@ func (m *Manager) poststop(ctx context.Context, b *box, mb *memb) error {
 		return nil
 	})
 	r := mb.rec.Load()
+	m.releaseUnwanted(ctx, mb)
 	m.o.Log.Info("Member collected", "sandbox", r.Sandbox, "member", r.ID, "name", r.Config.Name)
 	return nil
 }
@@ -77,8 +80,10 @@ func (m *Manager) collect(ctx context.Context, b *box, mb *memb) error {
 	delay := m.o.hookRetryMin
 	for try := 1; ; try++ {
 		begin := time.Now()
-		err := m.run("poststop", "collect", func() error {
-			return m.node.Collect(ctx, b.rec.Load(), mb.rec.Load(), m.memberPath(mb))
+		var name string
+		err := m.run("poststop", "collect", func() (err error) {
+			name, err = m.node.Collect(ctx, b.rec.Load(), mb.rec.Load(), m.memberPath(mb))
+			return err
 		})
 		if ctx.Err() != nil {
 			return ctx.Err()
@@ -94,7 +99,7 @@ func (m *Manager) collect(ctx context.Context, b *box, mb *memb) error {
 		}
 		crash.Point("poststop collect record before")
 		m.noteMember(mb, func(r *MemberRecord) {
-			r.CollectDone = true
+			r.CollectDone, r.Collection = true, name
 			if err != nil {
 				r.CollectError = err.Error()
 			}

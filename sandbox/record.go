@@ -62,8 +62,10 @@ type MemberRecord struct {
 	Exit       *Exit                     `json:"exit,omitempty"`
 	StartError string                    `json:"startError,omitempty"`
 	HeldSince  time.Time                 `json:"heldSince,omitzero"`
-	Hooks      []request.Hook            `json:"hooks,omitempty"`    // all that apply, in the order in which they are run
-	Complete   bool                      `json:"complete,omitempty"` // it has been Created once
+	Released   *CustodyRelease           `json:"released,omitempty"`   // custody has been ended, or is about to be
+	Collection string                    `json:"collection,omitempty"` // what was taken at the exit
+	Hooks      []request.Hook            `json:"hooks,omitempty"`      // all that apply, in the order in which they are run
+	Complete   bool                      `json:"complete,omitempty"`   // it has been Created once
 	// CollectDone says that what is collected after an exit has been, or that it
 	// was given up, for the reason CollectError.
 	CollectDone  bool   `json:"collectDone,omitempty"`

@@ -243,6 +243,8 @@ func (m *Manager) recoverMember(ctx context.Context, b *box, mb *memb) {
 		m.later(b, mb)
 	case mb.rec.Load().Config.AutoRemove:
 		m.removeMember(ctx, b, mb, b.name()+"/"+mb.name())
+	default:
+		m.finishRelease(ctx, mb)
 	}
 	crash.Point("recover member after")
 }

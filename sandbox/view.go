@@ -68,6 +68,7 @@ func (v view) member(r *Record, mr *MemberRecord, dir string) MemberInfo {
 		CreatedAt: mr.CreatedAt, Command: mr.Config.Args, TTY: mr.Config.TTY,
 		Namespaces: map[namespace.Kind]NamespaceInfo{}, LogPath: mr.LogPath, Cgroup: mr.Cgroup,
 		Custody: CustodyInfo{Policy: mr.Config.Custody}, Labels: notNil(mr.Config.Labels), Exit: mr.Exit,
+		Collection: mr.Collection,
 	}
 	if i.Command == nil {
 		i.Command = []string{}
@@ -82,7 +83,7 @@ func (v view) member(r *Record, mr *MemberRecord, dir string) MemberInfo {
 		}
 		if !v.managed && mr.State.alive() {
 			i.State, i.Exit = v.now(mr, st, initAlive || monAlive)
-			if i.Exit != nil && holds(mr.Config.Custody, *i.Exit) {
+			if i.Exit != nil && mr.holds(*i.Exit) {
 				held, since = true, i.Exit.FinishedAt
 			}
 		}
@@ -97,8 +98,13 @@ func (v view) member(r *Record, mr *MemberRecord, dir string) MemberInfo {
 		i.MonitorPID = mr.Monitor.PID
 		i.Root = fmt.Sprintf("/proc/%d/fd/%d", mr.Monitor.PID, custodyRootFD)
 	}
-	if i.Exit != nil && monAlive && held {
+	i.Custody.Released = mr.Released
+	if i.Exit != nil && monAlive && held && mr.Released == nil {
 		i.Custody.Held, i.Custody.Since = true, since
+		if ttl := mr.Config.CustodyTTL; ttl > 0 {
+			i.Custody.Until = since.Add(ttl)
+		}
+		i.Custody.TmpfsBytes = v.status.HeldTmpfs(mr, dir)
 	}
 	for k, src := range mr.Namespaces {
 		n := NamespaceInfo{}

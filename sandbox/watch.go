@@ -11,7 +11,6 @@ import (
 	"github.com/sandboxd/sandboxd/internal/crash"
 	"github.com/sandboxd/sandboxd/internal/namespace"
 	"github.com/sandboxd/sandboxd/internal/procid"
-	"github.com/sandboxd/sandboxd/internal/request"
 	"github.com/sandboxd/sandboxd/internal/statefile"
 )
 
@@ -208,7 +207,7 @@ func (m *Manager) finish(ctx context.Context, mb *memb, e Exit, startErr string)
 		m.o.Log.Warn("Processes of an exited member not killed", "sandbox", r.Sandbox, "member", r.ID, "err", err)
 	}
 	crash.Point("exit record before")
-	held := holds(r.Config.Custody, e) && m.o.alive(r.Monitor)
+	held := r.holds(e) && m.o.alive(r.Monitor)
 	m.noteMember(mb, func(r *MemberRecord) {
 		r.State, r.Exit, r.StartError = MemberExited, &e, startErr
 		if held {
@@ -218,14 +217,9 @@ func (m *Manager) finish(ctx context.Context, mb *memb, e Exit, startErr string)
 	crash.Point("exit record after")
 	mb.setMonitor(nil)
 	mb.setOver()
+	m.custodyChanged()
 	m.o.Observer.Exited(mb.rec.Load(), m.memberPath(mb))
 	m.o.Log.Info("Member exited", "sandbox", r.Sandbox, "member", r.ID, "name", r.Config.Name, "code", e.Code, "reason", e.Reason)
-}
-
-// holds reports whether policy p keeps the root and namespaces of a member that
-// has exited with e.
-func holds(p Custody, e Exit) bool {
-	return p == request.CustodyAlways || p == request.CustodyFailure && (!e.Known || e.Code != 0)
 }
 
 // watchPause starts the goroutine that replaces b's pause should it die.

@@ -2,14 +2,72 @@ package main
 
 import (
 	"context"
+	"fmt"
+	"os"
+	"path"
+	"time"
 
+	"github.com/sandboxd/sandboxd/collect"
+	"github.com/sandboxd/sandboxd/internal/namespace"
+	"github.com/sandboxd/sandboxd/internal/tarstream"
+	"github.com/sandboxd/sandboxd/member"
 	"github.com/sandboxd/sandboxd/sandbox"
 )
 
-// Collects implements [sandbox.CollectNode].
-func (n *node) Collects(*sandbox.MemberRecord) bool { return false }
+// Collects implements [sandbox.CollectNode]. Of a failure, there is always
+// something to say.
+func (n *node) Collects(m *sandbox.MemberRecord) bool {
+	return len(m.Config.Collect) > 0 || m.Exit != nil && (!m.Exit.Known || m.Exit.Code != 0)
+}
 
 // Collect implements [sandbox.CollectNode].
-func (n *node) Collect(context.Context, *sandbox.Record, *sandbox.MemberRecord, string) error {
-	return nil
+func (n *node) Collect(ctx context.Context, r *sandbox.Record, m *sandbox.MemberRecord, dir string) (string, error) {
+	s := newSubject(r, m, dir)
+	s.Samples = n.sampler.Samples(m.ID)
+	name, err := n.store.Collect(ctx, s)
+	if err == nil {
+		n.sampler.Remove(m.ID)
+	}
+	return name, err
+}
+
+// newSubject is what a member is for package collect. dir is its directory under
+// the state directory.
+func newSubject(r *sandbox.Record, m *sandbox.MemberRecord, dir string) *collect.Subject {
+	s := &collect.Subject{
+		Sandbox: r.Config.Name, SandboxID: r.ID, Member: m.Config.Name, MemberID: m.ID, State: m.State.String(),
+		Command: m.Config.Args, Labels: m.Config.Labels, CreatedAt: m.CreatedAt, Exit: m.Exit, StartError: m.StartError,
+		Cgroup: m.Cgroup, LogPath: m.LogPath, Collect: m.Config.Collect,
+		Root: func() (*os.File, error) { return openRoot(m) },
+	}
+	// If it cannot be read, what it would add is not known.
+	if st, err := (statusReader{}).MonitorStatus(m, dir); err == nil && st.StartedAt != 0 {
+		s.StartedAt = time.Unix(0, st.StartedAt).UTC()
+	}
+	if r.Holds(namespace.Net) && r.Pause.Alive() {
+		s.NetDev = fmt.Sprintf("/proc/%d/net/dev", r.Pause.PID)
+	}
+	if r.IDs != nil && m.Namespaces[namespace.User].From != namespace.Host {
+		s.IDs = &tarstream.IDs{Start: r.IDs.Start, Size: r.IDs.Size}
+	}
+	for _, mt := range specMounts(dir) {
+		s.Targets = append(s.Targets, path.Clean(mt.Destination))
+	}
+	return s
+}
+
+// custodyOf says what of a member can still be copied out.
+func custodyOf(m *sandbox.MemberRecord, i sandbox.MemberInfo, mounts []collect.Mount) collect.Custody {
+	c := collect.Custody{Held: i.Custody.Held || i.Exit == nil && member.RootHeld(m.Monitor), Until: i.Custody.Until}
+	switch {
+	case c.Held:
+		c.Mounts = mounts
+	case i.Custody.Released != nil:
+		c.Released, c.Why = i.Custody.Released.At, "custody has ended ("+i.Custody.Released.Reason+")"
+	case i.Exit == nil:
+		c.Why = "its monitor is gone"
+	default:
+		c.Why = "the member's custody is " + string(i.Custody.Policy) + ", or its monitor was killed"
+	}
+	return c
 }

@@ -19,6 +19,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/sandboxd/sandboxd/collect"
 	"github.com/sandboxd/sandboxd/internal/cgroup"
 	"github.com/sandboxd/sandboxd/internal/namespace"
 	"github.com/sandboxd/sandboxd/internal/procid"
@@ -44,6 +45,10 @@ type node struct {
 	monitors *member.Monitors
 	hostMnt  *os.File
 	reaper   *reaper
+	store    *collect.Store
+	sampler  *collect.Sampler
+
+	targets sync.Map // []string by member: where those in custody have file systems in memory
 
 	mu     sync.Mutex
 	pauses map[string]*pause.Pause // by sandbox; guarded by mu
@@ -57,6 +62,7 @@ type nodeOptions struct {
 	Root         string
 	CgroupParent string
 	Log          *slog.Logger
+	collectOptions
 }
 
 // newNode makes the process a child subreaper, so that an init whose monitor is
@@ -87,6 +93,11 @@ func newNode(o nodeOptions) (_ *node, err error) {
 		return nil, os.NewSyscallError("prctl PR_SET_CHILD_SUBREAPER", err)
 	}
 	n.reaper = newReaper()
+	n.store, err = collect.Open(o.collectDir, collect.Options{MaxTotal: o.collectMax, Keep: o.collectKeep, Log: o.Log, Host: n.cg})
+	if err != nil {
+		return nil, err
+	}
+	n.sampler = collect.NewSampler(n.cg, o.sampleInterval)
 	return n, nil
 }
 
@@ -98,6 +109,9 @@ func (n *node) Close() error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	var errs []error
+	if n.store != nil {
+		errs = append(errs, n.store.Close())
+	}
 	for _, p := range n.pauses {
 		errs = append(errs, p.Close())
 	}
@@ -559,7 +573,7 @@ func (n *node) monitorSpec(r *sandbox.Record, m *sandbox.MemberRecord, dir strin
 	}
 	s := &member.MonitorSpec{
 		Mark: n.memberMark(m), Dir: dir, LogPath: m.LogPath, TTY: m.Config.TTY, Stdin: m.Config.Stdin,
-		Custody: m.Config.Custody, OOMFile: n.cg.OOMFile(m.Cgroup), CgroupDir: tracking,
+		Custody: m.MonitorPolicy(), OOMFile: n.cg.OOMFile(m.Cgroup), CgroupDir: tracking,
 	}
 	if tracking == nil {
 		s.CgroupProcs = []string{n.cg.LeafProcs(leaf)}
@@ -571,6 +585,7 @@ func (n *node) monitorSpec(r *sandbox.Record, m *sandbox.MemberRecord, dir strin
 // outlive the monitor.
 func (n *node) watched(m *sandbox.MemberRecord, mon *member.Monitor) (sandbox.Monitor, error) {
 	n.reaper.expect(mon.Init())
+	n.sampler.Add(m.ID, m.Cgroup)
 	if m.Config.TTY {
 		// Absent if the monitor has ended already; then there is nothing to keep.
 		if f, err := member.Master(mon.Process()); err == nil {
@@ -647,6 +662,8 @@ func (n *node) letGo(kept map[string]*os.File, id string, f *os.File) {
 func (n *node) KillMonitor(ctx context.Context, m *sandbox.MemberRecord) error {
 	n.keep(n.masters, m.ID, nil)
 	n.keep(n.stdins, m.ID, nil)
+	n.targets.Delete(m.ID)
+	n.sampler.Remove(m.ID)
 	unknown := m.Monitor.IsZero() || foreign(m.Monitor, n.memberMark(m))
 	isInit := n.isInit(m) // asked while its parent lives
 	var err error

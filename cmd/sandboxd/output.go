@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -70,6 +71,22 @@ func age(now, t time.Time) string {
 		return fmt.Sprintf("%dh", d/time.Hour)
 	}
 	return fmt.Sprintf("%dd", d/(24*time.Hour))
+}
+
+// byteSize shows a number of bytes as other flags take it.
+func byteSize(n int64) string {
+	const units = "kMGTPE"
+	if n < 1<<10 {
+		return strconv.FormatInt(n, 10)
+	}
+	v, i := float64(n)/1024, 0
+	for ; v >= 999.5 && i < len(units)-1; i++ {
+		v /= 1024
+	}
+	if v < 9.95 {
+		return fmt.Sprintf("%.1f%c", v, units[i])
+	}
+	return fmt.Sprintf("%.0f%c", v, units[i])
 }
 
 // memberStatus shows a member's state and how it ended.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -33,6 +34,9 @@ type serveOptions struct {
 	level        slog.Level
 	json         bool
 	web          webOptions
+	collect      collectOptions
+	custodyMax   int
+	custodyTmpfs int64
 }
 
 func (a *app) serveCommand() *cobra.Command {
@@ -52,6 +56,13 @@ go on, and so do their logs.`,
 	f := cmd.Flags()
 	f.StringVar(&o.root, "root", "/var/lib/sandboxd", "`directory` for what outlives a reboot")
 	f.StringVar(&o.cgroupParent, "cgroup-parent", "/sandboxd", "cgroup `path` above those of sandboxes, the same in every hierarchy")
+	f.StringVar(&o.collect.collectDir, "collect-dir", "", "`directory` for what is taken of members at their exit (default ROOT/collected)")
+	o.collect.collectMax, o.collect.collectKeep = collectMaxDefault, collectKeepDefault
+	f.Var(&value[int64]{p: &o.collect.collectMax, text: "1g", typ: "size", parse: parseSize}, "collect-max-total", "how much collections take on disk at most; the oldest make room, successes before failures; 0 is no limit")
+	f.Var(&value[time.Duration]{p: &o.collect.collectKeep, text: "168h", typ: "duration", parse: parseTTL}, "collect-keep", "how long a collection is kept; 0 is as long as there is room")
+	f.Var(&value[time.Duration]{p: &o.collect.sampleInterval, typ: "duration", parse: parseTTL}, "sample-interval", "measure cpu and memory of members so often, such as 1s, and keep the last 300 samples for their manifests (default 0: never)")
+	f.IntVar(&o.custodyMax, "custody-max", 0, "how many exited members are held at most; custody of the oldest ends (`number`; default 0: no limit)")
+	f.Var(&value[int64]{p: &o.custodyTmpfs, typ: "size", parse: parseSize}, "custody-max-tmpfs", "how much exited members hold in memory at most; custody of the oldest ends (default 0: no limit)")
 	f.StringVar(&o.web.address, "metrics-address", "", "`address` for metrics, health and a page, by HTTP: HOST:PORT such as 127.0.0.1:9477, or unix://PATH (default: none)")
 	f.IntVar(&o.web.perSandbox, "metrics-per-sandbox", 0, "metrics of each sandbox too, of the `N` oldest at most (100 without a number)")
 	f.Lookup("metrics-per-sandbox").NoOptDefVal = strconv.Itoa(perSandboxDefault)
@@ -88,6 +99,15 @@ func (a *app) serve(ctx context.Context, o serveOptions) (err error) {
 	if o.web.perSandbox < 0 {
 		return fmt.Errorf("--metrics-per-sandbox %d: want 0 or more", o.web.perSandbox)
 	}
+	if o.custodyMax < 0 {
+		return fmt.Errorf("--custody-max %d: want 0 or more", o.custodyMax)
+	}
+	if o.collect.sampleInterval > 0 && o.collect.sampleInterval < minSampleInterval {
+		return fmt.Errorf("--sample-interval %s is less than %s", o.collect.sampleInterval, minSampleInterval)
+	}
+	if o.collect.collectDir, err = filepath.Abs(cmp.Or(o.collect.collectDir, filepath.Join(root, "collected"))); err != nil {
+		return err
+	}
 	if err := cgroup.CheckPath(o.cgroupParent); err != nil {
 		return fmt.Errorf("--cgroup-parent: %w", err)
 	}
@@ -100,7 +120,7 @@ func (a *app) serve(ctx context.Context, o serveOptions) (err error) {
 		return err
 	}
 	log := newLogger(a.err, o.level, o.json)
-	node, err := newNode(nodeOptions{State: state, Root: root, CgroupParent: o.cgroupParent, Log: log})
+	node, err := newNode(nodeOptions{State: state, Root: root, CgroupParent: o.cgroupParent, Log: log, collectOptions: o.collect})
 	if err != nil {
 		return err
 	}
@@ -119,11 +139,16 @@ func (a *app) serve(ctx context.Context, o serveOptions) (err error) {
 	defer func() { err = errors.Join(err, stopPage()) }()
 	m, err := sandbox.Open(ctx, state, node, sandbox.Options{
 		Log: log, Observer: mt, CgroupParent: o.cgroupParent, LogDir: filepath.Join(root, "sandboxes"),
+		CustodyMax: o.custodyMax, CustodyMaxTmpfs: o.custodyTmpfs,
 	})
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, stopPage(), m.Close()) }()
+	if err := linkCollected(state, o.collect.collectDir); err != nil {
+		return err
+	}
+	go node.sampler.Run(ctx)
 	mt.Attach(m)
 	page.Recovered(m)
 	return serveAPI(ctx, m, execer{&app{state: state}}, socket, log)

@@ -53,6 +53,9 @@ func (a *app) psCommand() *cobra.Command {
 		Long: `List members, running or exited. Works without the daemon, from the state
 directory.
 
+CUSTODY says that the root of one that has exited is held, and for how long
+still if that has an end; TMPFS is what its file systems in memory hold.
+
 With -o json it writes an array of the objects that inspect shows of members.`,
 		Example:           "  sandboxd ps\n  sandboxd ps web",
 		Args:              argsBetween(0, 1),
@@ -76,21 +79,24 @@ With -o json it writes an array of the objects that inspect shows of members.`,
 		}
 		now := time.Now()
 		members := []sandbox.MemberInfo{}
-		rows := [][]string{{"ID", "SANDBOX", "NAME", "STATE", "PID", "AGE", "CUSTODY", "COMMAND"}}
+		rows := [][]string{{"ID", "SANDBOX", "NAME", "STATE", "PID", "AGE", "CUSTODY", "TMPFS", "COMMAND"}}
 		for _, i := range infos {
 			for _, m := range i.Members {
 				if *quiet {
 					writeLine(a.out, i.ID+"/"+m.ID)
 				}
 				members = append(members, m)
-				held, pid := "", ""
+				held, pid, tmpfs := "", "", ""
 				if m.Custody.Held {
-					held = "held"
+					held, tmpfs = "held", byteSize(m.Custody.TmpfsBytes)
+					if until := m.Custody.Until; !until.IsZero() {
+						held += " " + age(until, now)
+					}
 				}
 				if m.PID != 0 {
 					pid = strconv.Itoa(m.PID)
 				}
-				rows = append(rows, []string{m.ID, i.Name, m.Name, memberStatus(m), pid, age(now, m.CreatedAt), held, command(m.Command, 40)})
+				rows = append(rows, []string{m.ID, i.Name, m.Name, memberStatus(m), pid, age(now, m.CreatedAt), held, tmpfs, command(m.Command, 40)})
 			}
 		}
 		switch {
