@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"net"
 	"os"
 	"os/signal"
@@ -75,6 +76,9 @@ go on, and so do their logs.`,
 		if os.Geteuid() != 0 {
 			return errors.New("serve must be run as root")
 		}
+		// What a shell has left open in us is nothing to hooks and CNI plugins. Linux
+		// before 5.11 cannot say so for all at once.
+		_ = unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC)
 		ctx, stop := signal.NotifyContext(cmd.Context(), unix.SIGTERM, unix.SIGINT)
 		defer stop()
 		return a.serve(ctx, o)

@@ -3,10 +3,10 @@ package cni
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
@@ -24,7 +24,7 @@ import (
 )
 
 // markEnv is the variable by which plugins are found that a killed daemon has
-// left: MARK.PID.NUMBER, of the installation, the daemon and the call.
+// left: MARK.DRIVER.NUMBER, of the installation, the driver and the call.
 const markEnv = "SANDBOXD_CNI_CALL"
 
 // What is kept of a plugin's output.
@@ -89,13 +89,14 @@ type runner struct {
 	version.PluginDecoder
 	mark    string
 	timeout time.Duration
-	calls   *atomic.Uint64
+	driver  string // unlike that of any other driver
+	calls   atomic.Uint64
 }
 
 var _ invoke.Exec = (*runner)(nil)
 
 func newRunner(mark string, timeout time.Duration) *runner {
-	return &runner{mark: mark, timeout: timeout, calls: new(atomic.Uint64)}
+	return &runner{mark: mark, timeout: timeout, driver: rand.Text()}
 }
 
 // FindInPath looks for a plugin's program.
@@ -117,7 +118,7 @@ func (r *runner) ExecPlugin(ctx context.Context, file string, stdin []byte, env 
 	crash.Point("cni " + pe.Command + " before")
 	limited, cancel := context.WithTimeout(ctx, r.timeout)
 	defer cancel()
-	call := fmt.Sprintf("%s.%d.%d", r.mark, os.Getpid(), r.calls.Add(1))
+	call := fmt.Sprintf("%s.%s.%d", r.mark, r.driver, r.calls.Add(1))
 	var stdout, stderr output
 	stdout.max, stderr.max = maxStdout, maxStderr
 	stderr.tail = true

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -26,6 +27,8 @@ import (
 )
 
 func TestMain(m *testing.M) { os.Exit(testenv.OwnNetwork(m.Run)) }
+
+var rigs atomic.Int64
 
 // rig is a driver with directories of its own.
 type rig struct {
@@ -47,7 +50,7 @@ func newRig(t testing.TB, bins ...string) *rig {
 	}
 	r.opts = Options{
 		Root: filepath.Join(dir, "root"), ConfDir: filepath.Join(dir, "conf"), BinDirs: append([]string{filepath.Join(dir, "bin")}, bins...),
-		Mark: fmt.Sprintf("%016x", os.Getpid()), Log: slog.New(slog.NewTextHandler(r.log, nil)),
+		Mark: fmt.Sprintf("%08x%08x", os.Getpid(), rigs.Add(1)), Log: slog.New(slog.NewTextHandler(r.log, nil)),
 	}
 	r.open()
 	t.Cleanup(func() { r.Close() })
@@ -296,4 +299,15 @@ func links(t testing.TB, ns *os.File) []string {
 		return err
 	})
 	return names
+}
+
+func mountTmpfs(t testing.TB, dir, options string) {
+	t.Helper()
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, options); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
 }
