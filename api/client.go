@@ -9,6 +9,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"iter"
 	"net"
 	"path/filepath"
 	"strings"
@@ -177,6 +179,24 @@ func (c *Client) RemoveMember(ctx context.Context, ref string, force bool) error
 func (c *Client) Wait(ctx context.Context, ref string) (sandbox.Exit, error) {
 	r, err := c.rpc.WaitMember(ctx, &pb.WaitMemberRequest{Member: ref})
 	return wire.ToExit(r.GetExit()), c.err(err)
+}
+
+// Events is [sandbox.Manager.Events].
+func (c *Client) Events(ctx context.Context, q sandbox.EventQuery) iter.Seq2[sandbox.Event, error] {
+	return func(yield func(sandbox.Event, error) bool) {
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		stream, err := c.rpc.ReadEvents(ctx, wire.FromEventQuery(q))
+		for err == nil {
+			var r *pb.ReadEventsResponse
+			if r, err = stream.Recv(); err == nil && !yield(wire.ToEvent(r.GetEvent()), nil) {
+				return
+			}
+		}
+		if err != io.EOF {
+			yield(sandbox.Event{}, c.err(err))
+		}
+	}
 }
 
 // ReopenLog is [sandbox.Manager.ReopenLog].

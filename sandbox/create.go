@@ -282,7 +282,7 @@ func (m *Manager) claimMember(b *box, id string, c MemberConfig) (*memb, error) 
 	if r.LogPath == "" {
 		r.LogPath = path.Join(m.o.LogDir, r.Sandbox, id, "log")
 	}
-	mb := newMemb(r)
+	mb := newMemb(b.name(), r)
 	mb.op <- struct{}{}
 	b.members[id] = mb
 	return mb, nil

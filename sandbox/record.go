@@ -29,6 +29,7 @@ type Record struct {
 	Hooks     []request.Hook            `json:"hooks,omitempty"`    // all that apply, in the order in which they are run
 	Complete  bool                      `json:"complete,omitempty"` // it has been Ready once
 	Reason    string                    `json:"reason,omitempty"`   // why it is NotReady or Unclean
+	Telling
 }
 
 // Holds reports whether the sandbox's pause holds a namespace of kind k for
@@ -71,4 +72,5 @@ type MemberRecord struct {
 	CollectDone  bool   `json:"collectDone,omitempty"`
 	CollectError string `json:"collectError,omitempty"`
 	Reason       string `json:"reason,omitempty"`
+	Telling
 }

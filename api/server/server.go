@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"log/slog"
 	"net"
 	"runtime/debug"
@@ -39,6 +40,8 @@ type Manager interface {
 	Wait(ctx context.Context, ref string) (sandbox.Exit, error)
 	ReopenLog(ctx context.Context, ref string) error
 	InspectMember(ref string) (sandbox.MemberInfo, error)
+
+	Events(ctx context.Context, q sandbox.EventQuery) iter.Seq2[sandbox.Event, error]
 }
 
 // Execer runs commands in members. Package cmd/sandboxd has the real one.
@@ -209,6 +212,28 @@ func (s *service) GetMember(_ context.Context, r *pb.GetMemberRequest) (*pb.GetM
 		return nil, wire.ToStatus(err)
 	}
 	return &pb.GetMemberResponse{Member: wire.FromMemberInfo(i)}, nil
+}
+
+func (s *service) ReadEvents(r *pb.ReadEventsRequest, stream grpc.ServerStreamingServer[pb.ReadEventsResponse]) error {
+	q, err := wire.ToEventQuery(r)
+	if err != nil {
+		return wire.ToStatus(err)
+	}
+	ctx, cancel := context.WithCancelCause(stream.Context())
+	defer cancel(nil)
+	defer context.AfterFunc(s.quit, func() { cancel(errQuit) })()
+	for e, err := range s.m.Events(ctx, q) {
+		if err == nil {
+			err = stream.Send(&pb.ReadEventsResponse{Event: wire.FromEvent(e)})
+		}
+		if err != nil {
+			if errors.Is(context.Cause(ctx), errQuit) {
+				err = errQuit
+			}
+			return wire.ToStatus(err)
+		}
+	}
+	return nil
 }
 
 // timeout returns what d says, or the default if it is absent.

@@ -2627,6 +2627,328 @@ func (x *ExecMemberResponse) GetTruncated() bool {
 	return false
 }
 
+type ReadEventsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	After         *uint64                `protobuf:"varint,1,opt,name=after,proto3,oneof" json:"after,omitempty"` // those with a higher number
+	Since         *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=since,proto3" json:"since,omitempty"`        // those of that time and later
+	New           bool                   `protobuf:"varint,3,opt,name=new,proto3" json:"new,omitempty"`           // only those to come
+	Follow        bool                   `protobuf:"varint,4,opt,name=follow,proto3" json:"follow,omitempty"`     // do not end with the last one
+	Filter        []string               `protobuf:"bytes,5,rep,name=filter,proto3" json:"filter,omitempty"`      // KEY=VALUE
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadEventsRequest) Reset() {
+	*x = ReadEventsRequest{}
+	mi := &file_sandboxd_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadEventsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadEventsRequest) ProtoMessage() {}
+
+func (x *ReadEventsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadEventsRequest.ProtoReflect.Descriptor instead.
+func (*ReadEventsRequest) Descriptor() ([]byte, []int) {
+	return file_sandboxd_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *ReadEventsRequest) GetAfter() uint64 {
+	if x != nil && x.After != nil {
+		return *x.After
+	}
+	return 0
+}
+
+func (x *ReadEventsRequest) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *ReadEventsRequest) GetNew() bool {
+	if x != nil {
+		return x.New
+	}
+	return false
+}
+
+func (x *ReadEventsRequest) GetFollow() bool {
+	if x != nil {
+		return x.Follow
+	}
+	return false
+}
+
+func (x *ReadEventsRequest) GetFilter() []string {
+	if x != nil {
+		return x.Filter
+	}
+	return nil
+}
+
+type ReadEventsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Event         *Event                 `protobuf:"bytes,1,opt,name=event,proto3" json:"event,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadEventsResponse) Reset() {
+	*x = ReadEventsResponse{}
+	mi := &file_sandboxd_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadEventsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadEventsResponse) ProtoMessage() {}
+
+func (x *ReadEventsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadEventsResponse.ProtoReflect.Descriptor instead.
+func (*ReadEventsResponse) Descriptor() ([]byte, []int) {
+	return file_sandboxd_proto_rawDescGZIP(), []int{43}
+}
+
+func (x *ReadEventsResponse) GetEvent() *Event {
+	if x != nil {
+		return x.Event
+	}
+	return nil
+}
+
+// Event is something that has happened.
+type Event struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Seq           uint64                 `protobuf:"varint,1,opt,name=seq,proto3" json:"seq,omitempty"` // only ever grows
+	Time          *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=time,proto3" json:"time,omitempty"`
+	Type          string                 `protobuf:"bytes,3,opt,name=type,proto3" json:"type,omitempty"`
+	Sandbox       string                 `protobuf:"bytes,4,opt,name=sandbox,proto3" json:"sandbox,omitempty"` // id
+	SandboxName   string                 `protobuf:"bytes,5,opt,name=sandbox_name,json=sandboxName,proto3" json:"sandbox_name,omitempty"`
+	Member        string                 `protobuf:"bytes,6,opt,name=member,proto3" json:"member,omitempty"` // id; empty if it is the sandbox's
+	MemberName    string                 `protobuf:"bytes,7,opt,name=member_name,json=memberName,proto3" json:"member_name,omitempty"`
+	Rev           uint64                 `protobuf:"varint,8,opt,name=rev,proto3" json:"rev,omitempty"`  // counts the events of this sandbox or member that are tied to its record
+	From          string                 `protobuf:"bytes,9,opt,name=from,proto3" json:"from,omitempty"` // state; empty if it is the first
+	To            string                 `protobuf:"bytes,10,opt,name=to,proto3" json:"to,omitempty"`    // state; empty if it is gone
+	Reason        string                 `protobuf:"bytes,11,opt,name=reason,proto3" json:"reason,omitempty"`
+	Exit          *ExitRecord            `protobuf:"bytes,12,opt,name=exit,proto3" json:"exit,omitempty"`
+	Attrs         map[string]string      `protobuf:"bytes,13,rep,name=attrs,proto3" json:"attrs,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Event) Reset() {
+	*x = Event{}
+	mi := &file_sandboxd_proto_msgTypes[44]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Event) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Event) ProtoMessage() {}
+
+func (x *Event) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_proto_msgTypes[44]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Event.ProtoReflect.Descriptor instead.
+func (*Event) Descriptor() ([]byte, []int) {
+	return file_sandboxd_proto_rawDescGZIP(), []int{44}
+}
+
+func (x *Event) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
+func (x *Event) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+func (x *Event) GetType() string {
+	if x != nil {
+		return x.Type
+	}
+	return ""
+}
+
+func (x *Event) GetSandbox() string {
+	if x != nil {
+		return x.Sandbox
+	}
+	return ""
+}
+
+func (x *Event) GetSandboxName() string {
+	if x != nil {
+		return x.SandboxName
+	}
+	return ""
+}
+
+func (x *Event) GetMember() string {
+	if x != nil {
+		return x.Member
+	}
+	return ""
+}
+
+func (x *Event) GetMemberName() string {
+	if x != nil {
+		return x.MemberName
+	}
+	return ""
+}
+
+func (x *Event) GetRev() uint64 {
+	if x != nil {
+		return x.Rev
+	}
+	return 0
+}
+
+func (x *Event) GetFrom() string {
+	if x != nil {
+		return x.From
+	}
+	return ""
+}
+
+func (x *Event) GetTo() string {
+	if x != nil {
+		return x.To
+	}
+	return ""
+}
+
+func (x *Event) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *Event) GetExit() *ExitRecord {
+	if x != nil {
+		return x.Exit
+	}
+	return nil
+}
+
+func (x *Event) GetAttrs() map[string]string {
+	if x != nil {
+		return x.Attrs
+	}
+	return nil
+}
+
+// EventGap is a status detail: events that were asked for are not there.
+type EventGap struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	After         uint64                 `protobuf:"varint,1,opt,name=after,proto3" json:"after,omitempty"` // what was asked for
+	First         uint64                 `protobuf:"varint,2,opt,name=first,proto3" json:"first,omitempty"` // the first event that is there
+	Last          uint64                 `protobuf:"varint,3,opt,name=last,proto3" json:"last,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EventGap) Reset() {
+	*x = EventGap{}
+	mi := &file_sandboxd_proto_msgTypes[45]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EventGap) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EventGap) ProtoMessage() {}
+
+func (x *EventGap) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_proto_msgTypes[45]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EventGap.ProtoReflect.Descriptor instead.
+func (*EventGap) Descriptor() ([]byte, []int) {
+	return file_sandboxd_proto_rawDescGZIP(), []int{45}
+}
+
+func (x *EventGap) GetAfter() uint64 {
+	if x != nil {
+		return x.After
+	}
+	return 0
+}
+
+func (x *EventGap) GetFirst() uint64 {
+	if x != nil {
+		return x.First
+	}
+	return 0
+}
+
+func (x *EventGap) GetLast() uint64 {
+	if x != nil {
+		return x.Last
+	}
+	return 0
+}
+
 var File_sandboxd_proto protoreflect.FileDescriptor
 
 const file_sandboxd_proto_rawDesc = "" +
@@ -2863,7 +3185,40 @@ const file_sandboxd_proto_rawDesc = "" +
 	"\texit_code\x18\x01 \x01(\x05R\bexitCode\x12\x16\n" +
 	"\x06stdout\x18\x02 \x01(\fR\x06stdout\x12\x16\n" +
 	"\x06stderr\x18\x03 \x01(\fR\x06stderr\x12\x1c\n" +
-	"\ttruncated\x18\x04 \x01(\bR\ttruncated2\x8c\t\n" +
+	"\ttruncated\x18\x04 \x01(\bR\ttruncated\"\xac\x01\n" +
+	"\x11ReadEventsRequest\x12\x19\n" +
+	"\x05after\x18\x01 \x01(\x04H\x00R\x05after\x88\x01\x01\x120\n" +
+	"\x05since\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x10\n" +
+	"\x03new\x18\x03 \x01(\bR\x03new\x12\x16\n" +
+	"\x06follow\x18\x04 \x01(\bR\x06follow\x12\x16\n" +
+	"\x06filter\x18\x05 \x03(\tR\x06filterB\b\n" +
+	"\x06_after\">\n" +
+	"\x12ReadEventsResponse\x12(\n" +
+	"\x05event\x18\x01 \x01(\v2\x12.sandboxd.v1.EventR\x05event\"\xbd\x03\n" +
+	"\x05Event\x12\x10\n" +
+	"\x03seq\x18\x01 \x01(\x04R\x03seq\x12.\n" +
+	"\x04time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x12\n" +
+	"\x04type\x18\x03 \x01(\tR\x04type\x12\x18\n" +
+	"\asandbox\x18\x04 \x01(\tR\asandbox\x12!\n" +
+	"\fsandbox_name\x18\x05 \x01(\tR\vsandboxName\x12\x16\n" +
+	"\x06member\x18\x06 \x01(\tR\x06member\x12\x1f\n" +
+	"\vmember_name\x18\a \x01(\tR\n" +
+	"memberName\x12\x10\n" +
+	"\x03rev\x18\b \x01(\x04R\x03rev\x12\x12\n" +
+	"\x04from\x18\t \x01(\tR\x04from\x12\x0e\n" +
+	"\x02to\x18\n" +
+	" \x01(\tR\x02to\x12\x16\n" +
+	"\x06reason\x18\v \x01(\tR\x06reason\x12+\n" +
+	"\x04exit\x18\f \x01(\v2\x17.sandboxd.v1.ExitRecordR\x04exit\x123\n" +
+	"\x05attrs\x18\r \x03(\v2\x1d.sandboxd.v1.Event.AttrsEntryR\x05attrs\x1a8\n" +
+	"\n" +
+	"AttrsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"J\n" +
+	"\bEventGap\x12\x14\n" +
+	"\x05after\x18\x01 \x01(\x04R\x05after\x12\x14\n" +
+	"\x05first\x18\x02 \x01(\x04R\x05first\x12\x12\n" +
+	"\x04last\x18\x03 \x01(\x04R\x04last2\xdd\t\n" +
 	"\bSandboxd\x12V\n" +
 	"\rCreateSandbox\x12!.sandboxd.v1.CreateSandboxRequest\x1a\".sandboxd.v1.CreateSandboxResponse\x12P\n" +
 	"\vStopSandbox\x12\x1f.sandboxd.v1.StopSandboxRequest\x1a .sandboxd.v1.StopSandboxResponse\x12V\n" +
@@ -2883,7 +3238,9 @@ const file_sandboxd_proto_rawDesc = "" +
 	"\x0fReopenMemberLog\x12#.sandboxd.v1.ReopenMemberLogRequest\x1a$.sandboxd.v1.ReopenMemberLogResponse\x12J\n" +
 	"\tGetMember\x12\x1d.sandboxd.v1.GetMemberRequest\x1a\x1e.sandboxd.v1.GetMemberResponse\x12M\n" +
 	"\n" +
-	"ExecMember\x12\x1e.sandboxd.v1.ExecMemberRequest\x1a\x1f.sandboxd.v1.ExecMemberResponseB9Z7github.com/sandboxd/sandboxd/api/sandboxd/v1;sandboxdv1b\x06proto3"
+	"ExecMember\x12\x1e.sandboxd.v1.ExecMemberRequest\x1a\x1f.sandboxd.v1.ExecMemberResponse\x12O\n" +
+	"\n" +
+	"ReadEvents\x12\x1e.sandboxd.v1.ReadEventsRequest\x1a\x1f.sandboxd.v1.ReadEventsResponse0\x01B9Z7github.com/sandboxd/sandboxd/api/sandboxd/v1;sandboxdv1b\x06proto3"
 
 var (
 	file_sandboxd_proto_rawDescOnce sync.Once
@@ -2897,7 +3254,7 @@ func file_sandboxd_proto_rawDescGZIP() []byte {
 	return file_sandboxd_proto_rawDescData
 }
 
-var file_sandboxd_proto_msgTypes = make([]protoimpl.MessageInfo, 52)
+var file_sandboxd_proto_msgTypes = make([]protoimpl.MessageInfo, 57)
 var file_sandboxd_proto_goTypes = []any{
 	(*SandboxConfig)(nil),           // 0: sandboxd.v1.SandboxConfig
 	(*NamespaceKinds)(nil),          // 1: sandboxd.v1.NamespaceKinds
@@ -2941,93 +3298,105 @@ var file_sandboxd_proto_goTypes = []any{
 	(*GetMemberResponse)(nil),       // 39: sandboxd.v1.GetMemberResponse
 	(*ExecMemberRequest)(nil),       // 40: sandboxd.v1.ExecMemberRequest
 	(*ExecMemberResponse)(nil),      // 41: sandboxd.v1.ExecMemberResponse
-	nil,                             // 42: sandboxd.v1.SandboxConfig.SysctlsEntry
-	nil,                             // 43: sandboxd.v1.SandboxConfig.LabelsEntry
-	nil,                             // 44: sandboxd.v1.SandboxConfig.AnnotationsEntry
-	nil,                             // 45: sandboxd.v1.MemberConfig.NamespacesEntry
-	nil,                             // 46: sandboxd.v1.MemberConfig.LabelsEntry
-	nil,                             // 47: sandboxd.v1.SandboxInfo.NamespacesEntry
-	nil,                             // 48: sandboxd.v1.SandboxInfo.LabelsEntry
-	nil,                             // 49: sandboxd.v1.SandboxInfo.AnnotationsEntry
-	nil,                             // 50: sandboxd.v1.MemberInfo.NamespacesEntry
-	nil,                             // 51: sandboxd.v1.MemberInfo.LabelsEntry
-	(*durationpb.Duration)(nil),     // 52: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),   // 53: google.protobuf.Timestamp
+	(*ReadEventsRequest)(nil),       // 42: sandboxd.v1.ReadEventsRequest
+	(*ReadEventsResponse)(nil),      // 43: sandboxd.v1.ReadEventsResponse
+	(*Event)(nil),                   // 44: sandboxd.v1.Event
+	(*EventGap)(nil),                // 45: sandboxd.v1.EventGap
+	nil,                             // 46: sandboxd.v1.SandboxConfig.SysctlsEntry
+	nil,                             // 47: sandboxd.v1.SandboxConfig.LabelsEntry
+	nil,                             // 48: sandboxd.v1.SandboxConfig.AnnotationsEntry
+	nil,                             // 49: sandboxd.v1.MemberConfig.NamespacesEntry
+	nil,                             // 50: sandboxd.v1.MemberConfig.LabelsEntry
+	nil,                             // 51: sandboxd.v1.SandboxInfo.NamespacesEntry
+	nil,                             // 52: sandboxd.v1.SandboxInfo.LabelsEntry
+	nil,                             // 53: sandboxd.v1.SandboxInfo.AnnotationsEntry
+	nil,                             // 54: sandboxd.v1.MemberInfo.NamespacesEntry
+	nil,                             // 55: sandboxd.v1.MemberInfo.LabelsEntry
+	nil,                             // 56: sandboxd.v1.Event.AttrsEntry
+	(*durationpb.Duration)(nil),     // 57: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),   // 58: google.protobuf.Timestamp
 }
 var file_sandboxd_proto_depIdxs = []int32{
 	1,  // 0: sandboxd.v1.SandboxConfig.share:type_name -> sandboxd.v1.NamespaceKinds
-	42, // 1: sandboxd.v1.SandboxConfig.sysctls:type_name -> sandboxd.v1.SandboxConfig.SysctlsEntry
-	43, // 2: sandboxd.v1.SandboxConfig.labels:type_name -> sandboxd.v1.SandboxConfig.LabelsEntry
-	44, // 3: sandboxd.v1.SandboxConfig.annotations:type_name -> sandboxd.v1.SandboxConfig.AnnotationsEntry
+	46, // 1: sandboxd.v1.SandboxConfig.sysctls:type_name -> sandboxd.v1.SandboxConfig.SysctlsEntry
+	47, // 2: sandboxd.v1.SandboxConfig.labels:type_name -> sandboxd.v1.SandboxConfig.LabelsEntry
+	48, // 3: sandboxd.v1.SandboxConfig.annotations:type_name -> sandboxd.v1.SandboxConfig.AnnotationsEntry
 	4,  // 4: sandboxd.v1.MemberConfig.volumes:type_name -> sandboxd.v1.Volume
 	5,  // 5: sandboxd.v1.MemberConfig.tmpfs:type_name -> sandboxd.v1.Tmpfs
-	45, // 6: sandboxd.v1.MemberConfig.namespaces:type_name -> sandboxd.v1.MemberConfig.NamespacesEntry
-	46, // 7: sandboxd.v1.MemberConfig.labels:type_name -> sandboxd.v1.MemberConfig.LabelsEntry
+	49, // 6: sandboxd.v1.MemberConfig.namespaces:type_name -> sandboxd.v1.MemberConfig.NamespacesEntry
+	50, // 7: sandboxd.v1.MemberConfig.labels:type_name -> sandboxd.v1.MemberConfig.LabelsEntry
 	3,  // 8: sandboxd.v1.MemberConfig.collect:type_name -> sandboxd.v1.Collect
-	52, // 9: sandboxd.v1.MemberConfig.custody_ttl:type_name -> google.protobuf.Duration
-	53, // 10: sandboxd.v1.SandboxInfo.created_at:type_name -> google.protobuf.Timestamp
-	47, // 11: sandboxd.v1.SandboxInfo.namespaces:type_name -> sandboxd.v1.SandboxInfo.NamespacesEntry
-	48, // 12: sandboxd.v1.SandboxInfo.labels:type_name -> sandboxd.v1.SandboxInfo.LabelsEntry
-	49, // 13: sandboxd.v1.SandboxInfo.annotations:type_name -> sandboxd.v1.SandboxInfo.AnnotationsEntry
+	57, // 9: sandboxd.v1.MemberConfig.custody_ttl:type_name -> google.protobuf.Duration
+	58, // 10: sandboxd.v1.SandboxInfo.created_at:type_name -> google.protobuf.Timestamp
+	51, // 11: sandboxd.v1.SandboxInfo.namespaces:type_name -> sandboxd.v1.SandboxInfo.NamespacesEntry
+	52, // 12: sandboxd.v1.SandboxInfo.labels:type_name -> sandboxd.v1.SandboxInfo.LabelsEntry
+	53, // 13: sandboxd.v1.SandboxInfo.annotations:type_name -> sandboxd.v1.SandboxInfo.AnnotationsEntry
 	8,  // 14: sandboxd.v1.SandboxInfo.members:type_name -> sandboxd.v1.MemberInfo
-	53, // 15: sandboxd.v1.MemberInfo.created_at:type_name -> google.protobuf.Timestamp
-	53, // 16: sandboxd.v1.MemberInfo.started_at:type_name -> google.protobuf.Timestamp
-	50, // 17: sandboxd.v1.MemberInfo.namespaces:type_name -> sandboxd.v1.MemberInfo.NamespacesEntry
+	58, // 15: sandboxd.v1.MemberInfo.created_at:type_name -> google.protobuf.Timestamp
+	58, // 16: sandboxd.v1.MemberInfo.started_at:type_name -> google.protobuf.Timestamp
+	54, // 17: sandboxd.v1.MemberInfo.namespaces:type_name -> sandboxd.v1.MemberInfo.NamespacesEntry
 	9,  // 18: sandboxd.v1.MemberInfo.custody:type_name -> sandboxd.v1.CustodyInfo
-	51, // 19: sandboxd.v1.MemberInfo.labels:type_name -> sandboxd.v1.MemberInfo.LabelsEntry
+	55, // 19: sandboxd.v1.MemberInfo.labels:type_name -> sandboxd.v1.MemberInfo.LabelsEntry
 	11, // 20: sandboxd.v1.MemberInfo.exit:type_name -> sandboxd.v1.ExitRecord
-	53, // 21: sandboxd.v1.CustodyInfo.since:type_name -> google.protobuf.Timestamp
-	53, // 22: sandboxd.v1.CustodyInfo.until:type_name -> google.protobuf.Timestamp
+	58, // 21: sandboxd.v1.CustodyInfo.since:type_name -> google.protobuf.Timestamp
+	58, // 22: sandboxd.v1.CustodyInfo.until:type_name -> google.protobuf.Timestamp
 	10, // 23: sandboxd.v1.CustodyInfo.released:type_name -> sandboxd.v1.CustodyRelease
-	53, // 24: sandboxd.v1.CustodyRelease.at:type_name -> google.protobuf.Timestamp
-	53, // 25: sandboxd.v1.ExitRecord.finished_at:type_name -> google.protobuf.Timestamp
+	58, // 24: sandboxd.v1.CustodyRelease.at:type_name -> google.protobuf.Timestamp
+	58, // 25: sandboxd.v1.ExitRecord.finished_at:type_name -> google.protobuf.Timestamp
 	12, // 26: sandboxd.v1.ExitRecord.rusage:type_name -> sandboxd.v1.Rusage
 	0,  // 27: sandboxd.v1.CreateSandboxRequest.config:type_name -> sandboxd.v1.SandboxConfig
 	6,  // 28: sandboxd.v1.CreateSandboxResponse.sandbox:type_name -> sandboxd.v1.SandboxInfo
-	52, // 29: sandboxd.v1.StopSandboxRequest.timeout:type_name -> google.protobuf.Duration
+	57, // 29: sandboxd.v1.StopSandboxRequest.timeout:type_name -> google.protobuf.Duration
 	6,  // 30: sandboxd.v1.ListSandboxesResponse.sandboxes:type_name -> sandboxd.v1.SandboxInfo
 	6,  // 31: sandboxd.v1.GetSandboxResponse.sandbox:type_name -> sandboxd.v1.SandboxInfo
 	2,  // 32: sandboxd.v1.AddMemberRequest.config:type_name -> sandboxd.v1.MemberConfig
 	8,  // 33: sandboxd.v1.AddMemberResponse.member:type_name -> sandboxd.v1.MemberInfo
 	8,  // 34: sandboxd.v1.StartMemberResponse.member:type_name -> sandboxd.v1.MemberInfo
-	52, // 35: sandboxd.v1.StopMemberRequest.timeout:type_name -> google.protobuf.Duration
+	57, // 35: sandboxd.v1.StopMemberRequest.timeout:type_name -> google.protobuf.Duration
 	11, // 36: sandboxd.v1.WaitMemberResponse.exit:type_name -> sandboxd.v1.ExitRecord
 	8,  // 37: sandboxd.v1.GetMemberResponse.member:type_name -> sandboxd.v1.MemberInfo
-	7,  // 38: sandboxd.v1.SandboxInfo.NamespacesEntry.value:type_name -> sandboxd.v1.NamespaceInfo
-	7,  // 39: sandboxd.v1.MemberInfo.NamespacesEntry.value:type_name -> sandboxd.v1.NamespaceInfo
-	14, // 40: sandboxd.v1.Sandboxd.CreateSandbox:input_type -> sandboxd.v1.CreateSandboxRequest
-	16, // 41: sandboxd.v1.Sandboxd.StopSandbox:input_type -> sandboxd.v1.StopSandboxRequest
-	18, // 42: sandboxd.v1.Sandboxd.RemoveSandbox:input_type -> sandboxd.v1.RemoveSandboxRequest
-	20, // 43: sandboxd.v1.Sandboxd.ListSandboxes:input_type -> sandboxd.v1.ListSandboxesRequest
-	22, // 44: sandboxd.v1.Sandboxd.GetSandbox:input_type -> sandboxd.v1.GetSandboxRequest
-	24, // 45: sandboxd.v1.Sandboxd.AddMember:input_type -> sandboxd.v1.AddMemberRequest
-	26, // 46: sandboxd.v1.Sandboxd.StartMember:input_type -> sandboxd.v1.StartMemberRequest
-	28, // 47: sandboxd.v1.Sandboxd.StopMember:input_type -> sandboxd.v1.StopMemberRequest
-	30, // 48: sandboxd.v1.Sandboxd.KillMember:input_type -> sandboxd.v1.KillMemberRequest
-	32, // 49: sandboxd.v1.Sandboxd.RemoveMember:input_type -> sandboxd.v1.RemoveMemberRequest
-	34, // 50: sandboxd.v1.Sandboxd.WaitMember:input_type -> sandboxd.v1.WaitMemberRequest
-	36, // 51: sandboxd.v1.Sandboxd.ReopenMemberLog:input_type -> sandboxd.v1.ReopenMemberLogRequest
-	38, // 52: sandboxd.v1.Sandboxd.GetMember:input_type -> sandboxd.v1.GetMemberRequest
-	40, // 53: sandboxd.v1.Sandboxd.ExecMember:input_type -> sandboxd.v1.ExecMemberRequest
-	15, // 54: sandboxd.v1.Sandboxd.CreateSandbox:output_type -> sandboxd.v1.CreateSandboxResponse
-	17, // 55: sandboxd.v1.Sandboxd.StopSandbox:output_type -> sandboxd.v1.StopSandboxResponse
-	19, // 56: sandboxd.v1.Sandboxd.RemoveSandbox:output_type -> sandboxd.v1.RemoveSandboxResponse
-	21, // 57: sandboxd.v1.Sandboxd.ListSandboxes:output_type -> sandboxd.v1.ListSandboxesResponse
-	23, // 58: sandboxd.v1.Sandboxd.GetSandbox:output_type -> sandboxd.v1.GetSandboxResponse
-	25, // 59: sandboxd.v1.Sandboxd.AddMember:output_type -> sandboxd.v1.AddMemberResponse
-	27, // 60: sandboxd.v1.Sandboxd.StartMember:output_type -> sandboxd.v1.StartMemberResponse
-	29, // 61: sandboxd.v1.Sandboxd.StopMember:output_type -> sandboxd.v1.StopMemberResponse
-	31, // 62: sandboxd.v1.Sandboxd.KillMember:output_type -> sandboxd.v1.KillMemberResponse
-	33, // 63: sandboxd.v1.Sandboxd.RemoveMember:output_type -> sandboxd.v1.RemoveMemberResponse
-	35, // 64: sandboxd.v1.Sandboxd.WaitMember:output_type -> sandboxd.v1.WaitMemberResponse
-	37, // 65: sandboxd.v1.Sandboxd.ReopenMemberLog:output_type -> sandboxd.v1.ReopenMemberLogResponse
-	39, // 66: sandboxd.v1.Sandboxd.GetMember:output_type -> sandboxd.v1.GetMemberResponse
-	41, // 67: sandboxd.v1.Sandboxd.ExecMember:output_type -> sandboxd.v1.ExecMemberResponse
-	54, // [54:68] is the sub-list for method output_type
-	40, // [40:54] is the sub-list for method input_type
-	40, // [40:40] is the sub-list for extension type_name
-	40, // [40:40] is the sub-list for extension extendee
-	0,  // [0:40] is the sub-list for field type_name
+	58, // 38: sandboxd.v1.ReadEventsRequest.since:type_name -> google.protobuf.Timestamp
+	44, // 39: sandboxd.v1.ReadEventsResponse.event:type_name -> sandboxd.v1.Event
+	58, // 40: sandboxd.v1.Event.time:type_name -> google.protobuf.Timestamp
+	11, // 41: sandboxd.v1.Event.exit:type_name -> sandboxd.v1.ExitRecord
+	56, // 42: sandboxd.v1.Event.attrs:type_name -> sandboxd.v1.Event.AttrsEntry
+	7,  // 43: sandboxd.v1.SandboxInfo.NamespacesEntry.value:type_name -> sandboxd.v1.NamespaceInfo
+	7,  // 44: sandboxd.v1.MemberInfo.NamespacesEntry.value:type_name -> sandboxd.v1.NamespaceInfo
+	14, // 45: sandboxd.v1.Sandboxd.CreateSandbox:input_type -> sandboxd.v1.CreateSandboxRequest
+	16, // 46: sandboxd.v1.Sandboxd.StopSandbox:input_type -> sandboxd.v1.StopSandboxRequest
+	18, // 47: sandboxd.v1.Sandboxd.RemoveSandbox:input_type -> sandboxd.v1.RemoveSandboxRequest
+	20, // 48: sandboxd.v1.Sandboxd.ListSandboxes:input_type -> sandboxd.v1.ListSandboxesRequest
+	22, // 49: sandboxd.v1.Sandboxd.GetSandbox:input_type -> sandboxd.v1.GetSandboxRequest
+	24, // 50: sandboxd.v1.Sandboxd.AddMember:input_type -> sandboxd.v1.AddMemberRequest
+	26, // 51: sandboxd.v1.Sandboxd.StartMember:input_type -> sandboxd.v1.StartMemberRequest
+	28, // 52: sandboxd.v1.Sandboxd.StopMember:input_type -> sandboxd.v1.StopMemberRequest
+	30, // 53: sandboxd.v1.Sandboxd.KillMember:input_type -> sandboxd.v1.KillMemberRequest
+	32, // 54: sandboxd.v1.Sandboxd.RemoveMember:input_type -> sandboxd.v1.RemoveMemberRequest
+	34, // 55: sandboxd.v1.Sandboxd.WaitMember:input_type -> sandboxd.v1.WaitMemberRequest
+	36, // 56: sandboxd.v1.Sandboxd.ReopenMemberLog:input_type -> sandboxd.v1.ReopenMemberLogRequest
+	38, // 57: sandboxd.v1.Sandboxd.GetMember:input_type -> sandboxd.v1.GetMemberRequest
+	40, // 58: sandboxd.v1.Sandboxd.ExecMember:input_type -> sandboxd.v1.ExecMemberRequest
+	42, // 59: sandboxd.v1.Sandboxd.ReadEvents:input_type -> sandboxd.v1.ReadEventsRequest
+	15, // 60: sandboxd.v1.Sandboxd.CreateSandbox:output_type -> sandboxd.v1.CreateSandboxResponse
+	17, // 61: sandboxd.v1.Sandboxd.StopSandbox:output_type -> sandboxd.v1.StopSandboxResponse
+	19, // 62: sandboxd.v1.Sandboxd.RemoveSandbox:output_type -> sandboxd.v1.RemoveSandboxResponse
+	21, // 63: sandboxd.v1.Sandboxd.ListSandboxes:output_type -> sandboxd.v1.ListSandboxesResponse
+	23, // 64: sandboxd.v1.Sandboxd.GetSandbox:output_type -> sandboxd.v1.GetSandboxResponse
+	25, // 65: sandboxd.v1.Sandboxd.AddMember:output_type -> sandboxd.v1.AddMemberResponse
+	27, // 66: sandboxd.v1.Sandboxd.StartMember:output_type -> sandboxd.v1.StartMemberResponse
+	29, // 67: sandboxd.v1.Sandboxd.StopMember:output_type -> sandboxd.v1.StopMemberResponse
+	31, // 68: sandboxd.v1.Sandboxd.KillMember:output_type -> sandboxd.v1.KillMemberResponse
+	33, // 69: sandboxd.v1.Sandboxd.RemoveMember:output_type -> sandboxd.v1.RemoveMemberResponse
+	35, // 70: sandboxd.v1.Sandboxd.WaitMember:output_type -> sandboxd.v1.WaitMemberResponse
+	37, // 71: sandboxd.v1.Sandboxd.ReopenMemberLog:output_type -> sandboxd.v1.ReopenMemberLogResponse
+	39, // 72: sandboxd.v1.Sandboxd.GetMember:output_type -> sandboxd.v1.GetMemberResponse
+	41, // 73: sandboxd.v1.Sandboxd.ExecMember:output_type -> sandboxd.v1.ExecMemberResponse
+	43, // 74: sandboxd.v1.Sandboxd.ReadEvents:output_type -> sandboxd.v1.ReadEventsResponse
+	60, // [60:75] is the sub-list for method output_type
+	45, // [45:60] is the sub-list for method input_type
+	45, // [45:45] is the sub-list for extension type_name
+	45, // [45:45] is the sub-list for extension extendee
+	0,  // [0:45] is the sub-list for field type_name
 }
 
 func init() { file_sandboxd_proto_init() }
@@ -3035,13 +3404,14 @@ func file_sandboxd_proto_init() {
 	if File_sandboxd_proto != nil {
 		return
 	}
+	file_sandboxd_proto_msgTypes[42].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_sandboxd_proto_rawDesc), len(file_sandboxd_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   52,
+			NumMessages:   57,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -45,6 +45,7 @@ const (
 	Sandboxd_ReopenMemberLog_FullMethodName = "/sandboxd.v1.Sandboxd/ReopenMemberLog"
 	Sandboxd_GetMember_FullMethodName       = "/sandboxd.v1.Sandboxd/GetMember"
 	Sandboxd_ExecMember_FullMethodName      = "/sandboxd.v1.Sandboxd/ExecMember"
+	Sandboxd_ReadEvents_FullMethodName      = "/sandboxd.v1.Sandboxd/ReadEvents"
 )
 
 // SandboxdClient is the client API for Sandboxd service.
@@ -83,6 +84,10 @@ type SandboxdClient interface {
 	// member's, and returns when it has ended: for probes. Whoever wants its stdio
 	// as a stream starts it without the daemon, as the CLI does.
 	ExecMember(ctx context.Context, in *ExecMemberRequest, opts ...grpc.CallOption) (*ExecMemberResponse, error)
+	// ReadEvents sends the events of the journal, see docs/events.md. It fails with
+	// OUT_OF_RANGE and an EventGap among the status's details if events after a
+	// number are asked for that are not there any more.
+	ReadEvents(ctx context.Context, in *ReadEventsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ReadEventsResponse], error)
 }
 
 type sandboxdClient struct {
@@ -233,6 +238,25 @@ func (c *sandboxdClient) ExecMember(ctx context.Context, in *ExecMemberRequest, 
 	return out, nil
 }
 
+func (c *sandboxdClient) ReadEvents(ctx context.Context, in *ReadEventsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ReadEventsResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Sandboxd_ServiceDesc.Streams[0], Sandboxd_ReadEvents_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[ReadEventsRequest, ReadEventsResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Sandboxd_ReadEventsClient = grpc.ServerStreamingClient[ReadEventsResponse]
+
 // SandboxdServer is the server API for Sandboxd service.
 // All implementations must embed UnimplementedSandboxdServer
 // for forward compatibility.
@@ -269,6 +293,10 @@ type SandboxdServer interface {
 	// member's, and returns when it has ended: for probes. Whoever wants its stdio
 	// as a stream starts it without the daemon, as the CLI does.
 	ExecMember(context.Context, *ExecMemberRequest) (*ExecMemberResponse, error)
+	// ReadEvents sends the events of the journal, see docs/events.md. It fails with
+	// OUT_OF_RANGE and an EventGap among the status's details if events after a
+	// number are asked for that are not there any more.
+	ReadEvents(*ReadEventsRequest, grpc.ServerStreamingServer[ReadEventsResponse]) error
 	mustEmbedUnimplementedSandboxdServer()
 }
 
@@ -320,6 +348,9 @@ func (UnimplementedSandboxdServer) GetMember(context.Context, *GetMemberRequest)
 }
 func (UnimplementedSandboxdServer) ExecMember(context.Context, *ExecMemberRequest) (*ExecMemberResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ExecMember not implemented")
+}
+func (UnimplementedSandboxdServer) ReadEvents(*ReadEventsRequest, grpc.ServerStreamingServer[ReadEventsResponse]) error {
+	return status.Error(codes.Unimplemented, "method ReadEvents not implemented")
 }
 func (UnimplementedSandboxdServer) mustEmbedUnimplementedSandboxdServer() {}
 func (UnimplementedSandboxdServer) testEmbeddedByValue()                  {}
@@ -594,6 +625,17 @@ func _Sandboxd_ExecMember_Handler(srv interface{}, ctx context.Context, dec func
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Sandboxd_ReadEvents_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(ReadEventsRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(SandboxdServer).ReadEvents(m, &grpc.GenericServerStream[ReadEventsRequest, ReadEventsResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Sandboxd_ReadEventsServer = grpc.ServerStreamingServer[ReadEventsResponse]
+
 // Sandboxd_ServiceDesc is the grpc.ServiceDesc for Sandboxd service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -658,6 +700,12 @@ var Sandboxd_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _Sandboxd_ExecMember_Handler,
 		},
 	},
-	Streams:  []grpc.StreamDesc{},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "ReadEvents",
+			Handler:       _Sandboxd_ReadEvents_Handler,
+			ServerStreams: true,
+		},
+	},
 	Metadata: "sandboxd.proto",
 }
