@@ -56,7 +56,15 @@ func (m *Manager) recover(ctx context.Context) error {
 		})
 	}
 	wg.Wait()
+<<<<<<< HEAD
 	m.o.Journal.Recovered()
+=======
+	m.node.SettleNetworks(func(id string) bool {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		return m.boxes[id] != nil
+	})
+>>>>>>> 4f908b0 (sandbox: the network of a sandbox is a step of its life)
 	m.o.Observer.Recovered(time.Since(begin))
 	return ctx.Err()
 }
@@ -192,6 +200,7 @@ func (m *Manager) recoverBox(ctx context.Context, b *box) {
 		return
 	}
 	m.recoverPause(ctx, b)
+	m.restoreNetwork(ctx, b)
 	var wg sync.WaitGroup
 	for _, mb := range b.list() {
 		wg.Go(func() { m.recoverMember(ctx, b, mb) })

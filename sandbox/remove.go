@@ -33,6 +33,9 @@ func (m *Manager) undoSandbox(r *Record, op string) *undo.Stack {
 	m.push(&s, op, "data", func(ctx context.Context) error { return m.node.RemoveSandboxData(ctx, r) })
 	m.push(&s, op, "cgroup", func(ctx context.Context) error { return m.node.RemoveCgroup(ctx, r) })
 	m.push(&s, op, "pause", func(ctx context.Context) error { return m.node.KillPause(ctx, r) })
+	if mayHaveNetwork(r) {
+		m.push(&s, op, "network", func(ctx context.Context) error { return m.node.DetachNetwork(ctx, r) })
+	}
 	return &s
 }
 
