@@ -67,6 +67,12 @@ type Input struct {
 	CgroupTasks []string          // absolute paths of the tasks files of the v1 cgroups to join
 	Cgroups     []CgroupHierarchy // what a mount of type "cgroup" shows; see [CgroupHierarchies]
 
+	// Files are files of the host that the member has at these places, in place
+	// of what its root has there. Where Spec mounts something at or above a place
+	// they give way to it; and where there is none in a root that is not to
+	// be written to, they are left out.
+	Files map[string]string
+
 	Stdin, Stdout, Stderr *os.File // nil: left as they are; not used with a terminal
 
 	Seccomp      []unix.SockFilter
@@ -197,7 +203,9 @@ func (c *compiler) compile() error {
 	}
 	if c.Root != nil {
 		for _, m := range c.mounts {
-			if err := c.attach(m); err != nil {
+			if m.file {
+				c.attachFile(m)
+			} else if err := c.attach(m); err != nil {
 				return err
 			}
 		}
