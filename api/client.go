@@ -115,8 +115,19 @@ func (c *Client) Remove(ctx context.Context, ref string, force bool) error {
 }
 
 // List is [sandbox.Manager.List].
-func (c *Client) List(ctx context.Context) ([]sandbox.Info, error) {
-	r, err := c.rpc.ListSandboxes(ctx, &pb.ListSandboxesRequest{})
+func (c *Client) List(ctx context.Context) ([]sandbox.Info, error) { return c.list(ctx, false) }
+
+// ListAll is List, and [sandbox.Manager.Tombstones] after it.
+func (c *Client) ListAll(ctx context.Context) ([]sandbox.Info, error) { return c.list(ctx, true) }
+
+// VerifyNetwork is [sandbox.Manager.VerifyNetwork].
+func (c *Client) VerifyNetwork(ctx context.Context, ref string) error {
+	_, err := c.rpc.CheckNetwork(ctx, &pb.CheckNetworkRequest{Sandbox: ref})
+	return c.err(err)
+}
+
+func (c *Client) list(ctx context.Context, all bool) ([]sandbox.Info, error) {
+	r, err := c.rpc.ListSandboxes(ctx, &pb.ListSandboxesRequest{All: all})
 	if err != nil {
 		return nil, c.err(err)
 	}

@@ -56,15 +56,12 @@ func (m *Manager) recover(ctx context.Context) error {
 		})
 	}
 	wg.Wait()
-<<<<<<< HEAD
 	m.o.Journal.Recovered()
-=======
 	m.node.SettleNetworks(func(id string) bool {
 		m.mu.Lock()
 		defer m.mu.Unlock()
 		return m.boxes[id] != nil
 	})
->>>>>>> 4f908b0 (sandbox: the network of a sandbox is a step of its life)
 	m.o.Observer.Recovered(time.Since(begin))
 	return ctx.Err()
 }

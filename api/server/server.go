@@ -29,6 +29,8 @@ type Manager interface {
 	Stop(ctx context.Context, ref string, timeout time.Duration) error
 	Remove(ctx context.Context, ref string, force bool) error
 	List() []sandbox.Info
+	Tombstones() []sandbox.Info
+	VerifyNetwork(ctx context.Context, ref string) error
 	Inspect(ref string) (sandbox.Info, error)
 
 	Add(ctx context.Context, sandboxRef string, c sandbox.MemberConfig) (sandbox.MemberInfo, error)
@@ -129,9 +131,13 @@ func (s *service) RemoveSandbox(ctx context.Context, r *pb.RemoveSandboxRequest)
 	return &pb.RemoveSandboxResponse{}, wire.ToStatus(s.m.Remove(ctx, r.GetSandbox(), r.GetForce()))
 }
 
-func (s *service) ListSandboxes(context.Context, *pb.ListSandboxesRequest) (*pb.ListSandboxesResponse, error) {
+func (s *service) ListSandboxes(_ context.Context, r *pb.ListSandboxesRequest) (*pb.ListSandboxesResponse, error) {
+	infos := s.m.List()
+	if r.GetAll() {
+		infos = append(infos, s.m.Tombstones()...)
+	}
 	out := &pb.ListSandboxesResponse{}
-	for _, i := range s.m.List() {
+	for _, i := range infos {
 		out.Sandboxes = append(out.Sandboxes, wire.FromInfo(i))
 	}
 	return out, nil
@@ -143,6 +149,10 @@ func (s *service) GetSandbox(_ context.Context, r *pb.GetSandboxRequest) (*pb.Ge
 		return nil, wire.ToStatus(err)
 	}
 	return &pb.GetSandboxResponse{Sandbox: wire.FromInfo(i)}, nil
+}
+
+func (s *service) CheckNetwork(ctx context.Context, r *pb.CheckNetworkRequest) (*pb.CheckNetworkResponse, error) {
+	return &pb.CheckNetworkResponse{}, wire.ToStatus(s.m.VerifyNetwork(ctx, r.GetSandbox()))
 }
 
 func (s *service) AddMember(ctx context.Context, r *pb.AddMemberRequest) (*pb.AddMemberResponse, error) {

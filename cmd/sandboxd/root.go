@@ -222,10 +222,15 @@ func (a *app) client() (*api.Client, error) {
 func (a *app) dir() (*sandbox.Dir, error) { return sandbox.OpenDir(a.stateDir(), statusReader{}) }
 
 // list returns all sandboxes: from the daemon, or if none answers from the
-// state directory.
-func (a *app) list(ctx context.Context) ([]sandbox.Info, error) {
+// state directory. With all, and a daemon, those too of which only a network is left.
+func (a *app) list(ctx context.Context, all bool) ([]sandbox.Info, error) {
 	return fallBack(a,
-		func(c *api.Client) ([]sandbox.Info, error) { return c.List(ctx) },
+		func(c *api.Client) ([]sandbox.Info, error) {
+			if all {
+				return c.ListAll(ctx)
+			}
+			return c.List(ctx)
+		},
 		func(d *sandbox.Dir) ([]sandbox.Info, error) { return d.List() })
 }
 

@@ -39,6 +39,7 @@ type serveOptions struct {
 	collect      collectOptions
 	custodyMax   int
 	custodyTmpfs int64
+	networks     networkOptions
 }
 
 func (a *app) serveCommand() *cobra.Command {
@@ -66,6 +67,7 @@ go on, and so do their logs.`,
 	f.IntVar(&o.custodyMax, "custody-max", 0, "how many exited members are held at most; custody of the oldest ends (`number`; default 0: no limit)")
 	f.Var(&value[int64]{p: &o.custodyTmpfs, typ: "size", parse: parseSize}, "custody-max-tmpfs", "how much exited members hold in memory at most; custody of the oldest ends (default 0: no limit)")
 	f.Var(&value[int64]{p: &o.eventsMax, typ: "size", parse: parseSize}, "events-max", "how large the journal of events may become (default 64m)")
+	networkFlags(cmd, &o.networks)
 	f.StringVar(&o.web.address, "metrics-address", "", "`address` for metrics, health and a page, by HTTP: HOST:PORT such as 127.0.0.1:9477, or unix://PATH (default: none)")
 	f.IntVar(&o.web.perSandbox, "metrics-per-sandbox", 0, "metrics of each sandbox too, of the `N` oldest at most (100 without a number)")
 	f.Lookup("metrics-per-sandbox").NoOptDefVal = strconv.Itoa(perSandboxDefault)
@@ -126,7 +128,7 @@ func (a *app) serve(ctx context.Context, o serveOptions) (err error) {
 		return err
 	}
 	log := newLogger(a.err, o.level, o.json)
-	node, err := newNode(nodeOptions{State: state, Root: root, CgroupParent: o.cgroupParent, Log: log, collectOptions: o.collect})
+	node, err := newNode(nodeOptions{State: state, Root: root, CgroupParent: o.cgroupParent, Networks: o.networks, Log: log, collectOptions: o.collect})
 	if err != nil {
 		return err
 	}

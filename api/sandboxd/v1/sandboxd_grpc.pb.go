@@ -36,6 +36,7 @@ const (
 	Sandboxd_RemoveSandbox_FullMethodName   = "/sandboxd.v1.Sandboxd/RemoveSandbox"
 	Sandboxd_ListSandboxes_FullMethodName   = "/sandboxd.v1.Sandboxd/ListSandboxes"
 	Sandboxd_GetSandbox_FullMethodName      = "/sandboxd.v1.Sandboxd/GetSandbox"
+	Sandboxd_CheckNetwork_FullMethodName    = "/sandboxd.v1.Sandboxd/CheckNetwork"
 	Sandboxd_AddMember_FullMethodName       = "/sandboxd.v1.Sandboxd/AddMember"
 	Sandboxd_StartMember_FullMethodName     = "/sandboxd.v1.Sandboxd/StartMember"
 	Sandboxd_StopMember_FullMethodName      = "/sandboxd.v1.Sandboxd/StopMember"
@@ -62,6 +63,8 @@ type SandboxdClient interface {
 	RemoveSandbox(ctx context.Context, in *RemoveSandboxRequest, opts ...grpc.CallOption) (*RemoveSandboxResponse, error)
 	ListSandboxes(ctx context.Context, in *ListSandboxesRequest, opts ...grpc.CallOption) (*ListSandboxesResponse, error)
 	GetSandbox(ctx context.Context, in *GetSandboxRequest, opts ...grpc.CallOption) (*GetSandboxResponse, error)
+	// CheckNetwork fails if a sandbox's network is no longer as it was made.
+	CheckNetwork(ctx context.Context, in *CheckNetworkRequest, opts ...grpc.CallOption) (*CheckNetworkResponse, error)
 	// AddMember creates a member and leaves it blocked before its execve, or starts
 	// it too, as one: if the start fails the member is removed again.
 	AddMember(ctx context.Context, in *AddMemberRequest, opts ...grpc.CallOption) (*AddMemberResponse, error)
@@ -142,6 +145,16 @@ func (c *sandboxdClient) GetSandbox(ctx context.Context, in *GetSandboxRequest, 
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(GetSandboxResponse)
 	err := c.cc.Invoke(ctx, Sandboxd_GetSandbox_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *sandboxdClient) CheckNetwork(ctx context.Context, in *CheckNetworkRequest, opts ...grpc.CallOption) (*CheckNetworkResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CheckNetworkResponse)
+	err := c.cc.Invoke(ctx, Sandboxd_CheckNetwork_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -271,6 +284,8 @@ type SandboxdServer interface {
 	RemoveSandbox(context.Context, *RemoveSandboxRequest) (*RemoveSandboxResponse, error)
 	ListSandboxes(context.Context, *ListSandboxesRequest) (*ListSandboxesResponse, error)
 	GetSandbox(context.Context, *GetSandboxRequest) (*GetSandboxResponse, error)
+	// CheckNetwork fails if a sandbox's network is no longer as it was made.
+	CheckNetwork(context.Context, *CheckNetworkRequest) (*CheckNetworkResponse, error)
 	// AddMember creates a member and leaves it blocked before its execve, or starts
 	// it too, as one: if the start fails the member is removed again.
 	AddMember(context.Context, *AddMemberRequest) (*AddMemberResponse, error)
@@ -321,6 +336,9 @@ func (UnimplementedSandboxdServer) ListSandboxes(context.Context, *ListSandboxes
 }
 func (UnimplementedSandboxdServer) GetSandbox(context.Context, *GetSandboxRequest) (*GetSandboxResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetSandbox not implemented")
+}
+func (UnimplementedSandboxdServer) CheckNetwork(context.Context, *CheckNetworkRequest) (*CheckNetworkResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method CheckNetwork not implemented")
 }
 func (UnimplementedSandboxdServer) AddMember(context.Context, *AddMemberRequest) (*AddMemberResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method AddMember not implemented")
@@ -459,6 +477,24 @@ func _Sandboxd_GetSandbox_Handler(srv interface{}, ctx context.Context, dec func
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(SandboxdServer).GetSandbox(ctx, req.(*GetSandboxRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Sandboxd_CheckNetwork_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CheckNetworkRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SandboxdServer).CheckNetwork(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Sandboxd_CheckNetwork_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SandboxdServer).CheckNetwork(ctx, req.(*CheckNetworkRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -662,6 +698,10 @@ var Sandboxd_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "GetSandbox",
 			Handler:    _Sandboxd_GetSandbox_Handler,
+		},
+		{
+			MethodName: "CheckNetwork",
+			Handler:    _Sandboxd_CheckNetwork_Handler,
 		},
 		{
 			MethodName: "AddMember",
