@@ -408,9 +408,20 @@ func TestBadInput(t *testing.T) {
 		{"a bundle without a root", inBundle(func(c map[string]any) { delete(c, "root") }), 0, []string{"root"}},
 		{"a bundle without a process", inBundle(func(c map[string]any) { delete(c, "process") }), 0, []string{"command"}},
 		{"a bundle whose root is missing", inBundle(func(c map[string]any) { c["root"] = map[string]any{"path": "nosuch"} }), 0, []string{"nosuch", "no such file"}},
-		{"a bundle with hooks", inBundle(func(c map[string]any) {
-			c["hooks"] = map[string]any{"prestart": []any{map[string]any{"path": "/bin/true"}}}
-		}), 0, []string{"hooks"}},
+		{"a bundle with a hook that is missing", inBundle(func(c map[string]any) {
+			c["hooks"] = map[string]any{"createRuntime": []any{map[string]any{"path": "/no/such/hook"}}}
+		}), 0, []string{"createRuntime", "/no/such/hook", "no such file"}},
+		{"a bundle with a hook without time", inBundle(func(c map[string]any) {
+			c["hooks"] = map[string]any{"poststop": []any{map[string]any{"path": "/bin/true", "timeout": 0}}}
+		}), 0, []string{"hooks.poststop[0]", "timeout"}},
+		{"a hook that is missing", []string{"run", "web", "--rootfs", rootfs, "--hook", "poststop=/no/such/hook"}, 0, []string{"/no/such/hook", "no such file"}},
+		{"a hook that is not executable", []string{"run", "web", "--rootfs", rootfs, "--hook", "poststop=" + file}, 0, []string{file, "not executable"}},
+		{"a hook that is a directory", []string{"create", "hooked", "--hook", "poststop=/usr"}, 0, []string{"/usr", "not a regular file"}},
+		{"a hook of no stage", []string{"run", "web", "--rootfs", rootfs, "--hook", "never=/bin/true"}, 0, []string{"never", "poststop"}},
+		{"a hook of a member's stage for a sandbox", []string{"create", "hooked", "--hook", "prestart=/bin/true"}, 0, []string{"prestart", "poststop"}},
+		{"a hook with a relative path", []string{"create", "hooked", "--hook", "poststop=bin/true"}, 0, []string{"bin/true", "absolute"}},
+		{"a hook with a nonsense timeout", []string{"create", "hooked", "--hook", "poststop=/bin/true,timeout=soon"}, 0, []string{"soon", "duration"}},
+		{"a hook that may take for ever", []string{"create", "hooked", "--hook", "poststop=/bin/true,timeout=10000h"}, 0, []string{"10000h", "1h0m0s"}},
 		{"a bundle with a hostname in a shared uts", inBundle(func(c map[string]any) { c["hostname"] = "h" }), 0, []string{"hostname", "uts=private"}},
 		{"a bundle with a sysctl in a shared net", inBundle(func(c map[string]any) {
 			c["linux"].(map[string]any)["sysctl"] = map[string]any{"net.ipv4.ip_forward": "1"}

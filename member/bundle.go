@@ -199,7 +199,6 @@ func checkBundle(s *specs.Spec) error {
 		set  bool
 		name string
 	}{
-		{s.Hooks != nil && !reflect.DeepEqual(*s.Hooks, specs.Hooks{}), "hooks"},
 		{s.Solaris != nil, "solaris"},
 		{s.Windows != nil, "windows"},
 		{s.VM != nil, "vm"},

@@ -156,11 +156,6 @@ func addProcess(p *launch.Program, proc *specs.Process, filter []unix.SockFilter
 	return nil
 }
 
-// addExec adds the execve of proc's command, which ends the program.
-func addExec(p *launch.Program, proc *specs.Process) {
-	p.Exec(commandPaths(proc), proc.Args, proc.Env)
-}
-
 // addOOMScoreAdj adds the setting of oom_score_adj. It uses the host's /proc.
 // A value that is lower than the host lets it be (CAP_SYS_RESOURCE) is not set.
 func addOOMScoreAdj(p *launch.Program, n int) {

@@ -49,6 +49,7 @@ type JoinSpec struct {
 	CgroupDir   *os.File
 	CgroupTasks []string
 	Process     *specs.Process // Terminal asks for one: see CompileJoin
+	Exe         string         // the program to execute, if it is not what Process.Args[0] names
 	Seccomp     []unix.SockFilter
 	SeccompFlag uintptr // SECCOMP_FILTER_FLAG_*
 }
@@ -194,11 +195,15 @@ func CompileJoin(s *JoinSpec) (*launch.Program, error) {
 		p.Call("own the terminal", unix.SYS_FCHOWN, launch.Int(0), launch.Int(s.Process.User.UID), launch.Int(-1)).
 			Ignore(unix.EPERM, unix.EINVAL, unix.EROFS)
 	}
-	if err := addProcess(p, s.Process, s.Seccomp, s.SeccompFlag); err != nil {
+	looked := *s.Process
+	if s.Exe != "" {
+		looked.Args = []string{s.Exe}
+	}
+	if err := addProcess(p, &looked, s.Seccomp, s.SeccompFlag); err != nil {
 		return nil, err
 	}
 	p.Created()
-	addExec(p, s.Process)
+	p.Exec(commandPaths(&looked), s.Process.Args, s.Process.Env)
 	return p, nil
 }
 

@@ -36,6 +36,12 @@ func (c *compiler) enterRoot() error {
 		}
 	}
 	if c.Root != nil {
+		c.attachRoot()
+		if c.Made != nil { // it is entered later
+			c.root = p.Call("open the root", unix.SYS_OPENAT, launch.Int(unix.AT_FDCWD), p.String(c.Root.Path), launch.Int(unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC)).Result()
+			return nil
+		}
+		p.Call("change to the root file system", unix.SYS_CHDIR, p.String("rootfs"))
 		c.pivot()
 	}
 	c.root = p.Call("open the root", unix.SYS_OPENAT, launch.Int(unix.AT_FDCWD), p.String("/"), launch.Int(unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC)).Result()
@@ -62,11 +68,15 @@ func (c *compiler) becomeMappedRoot() error {
 	return nil
 }
 
-// pivot mounts the root at DataDir/rootfs and enters it. Names of DataDir are
+// attachRoot mounts the root at DataDir/rootfs. Names of DataDir are
 // relative, so that no path has to be quoted for the overlay and none of the
 // host's paths shows in the member's /proc/mounts.
-func (c *compiler) pivot() {
+func (c *compiler) attachRoot() {
 	p, r := c.p, c.Root
+	at := "rootfs"
+	if c.Made != nil {
+		at = r.Path
+	}
 	if !c.ownDev { // whatever the root has at /dev/null, it is not used as a mask
 		for range c.lx.MaskedPaths {
 			c.nulls = append(c.nulls, c.openTree("clone /dev/null", launch.Int(unix.AT_FDCWD), "/dev/null", 0))
@@ -93,7 +103,7 @@ func (c *compiler) pivot() {
 		if r.Overlay {
 			c.setattr("make the root file system read-only", tree, "", 0, unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY})
 		}
-		c.moveMount("attach the root file system", tree, launch.Int(unix.AT_FDCWD), "rootfs")
+		c.moveMount("attach the root file system", tree, launch.Int(unix.AT_FDCWD), at)
 	} else {
 		c.moveMount("attach the overlay's lower layer", tree, launch.Int(unix.AT_FDCWD), "lower")
 		if c.UserNS != nil {
@@ -103,9 +113,25 @@ func (c *compiler) pivot() {
 		}
 		ov := c.newMount("mount overlay on /", "overlay", "overlay",
 			[]string{"lowerdir=lower", "upperdir=rw/upper", "workdir=rw/work"}, 0)
-		c.moveMount("attach the overlay", ov, launch.Int(unix.AT_FDCWD), "rootfs")
+		c.moveMount("attach the overlay", ov, launch.Int(unix.AT_FDCWD), at)
 	}
-	p.Call("change to the root file system", unix.SYS_CHDIR, p.String("rootfs"))
+}
+
+// awaitHooks lets others look at what has been made, and then enters the root.
+func (c *compiler) awaitHooks() {
+	p, sock := c.p, c.p.File(c.Made)
+	buf := p.Bytes([]byte{'m'})
+	p.Call("report that the namespaces are made", unix.SYS_WRITE, sock, buf, launch.Int(1))
+	p.Call("wait for the hooks", unix.SYS_READ, sock, buf, launch.Int(1))
+	if c.Root != nil {
+		p.Call("change to the root file system", unix.SYS_FCHDIR, c.root)
+		c.pivot()
+	}
+}
+
+// pivot makes the working directory, which is a mount point, the root.
+func (c *compiler) pivot() {
+	p := c.p
 	p.Call("pivot to the root file system", unix.SYS_PIVOT_ROOT, p.String("."), p.String("."))
 	p.Call("detach the host's mounts", unix.SYS_UMOUNT2, p.String("."), launch.Int(unix.MNT_DETACH))
 	p.Call("change to /", unix.SYS_CHDIR, p.String("/"))

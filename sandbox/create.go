@@ -31,9 +31,6 @@ func (m *Manager) Create(ctx context.Context, c Config) (_ Info, err error) {
 	defer m.operation("create", &err)()
 	ref := c.Name
 	id := m.o.NewID()
-	if c.Network == "" && (c.Share == nil || slices.Contains(c.Share, namespace.Net)) {
-		c.Network = m.node.DefaultNetwork()
-	}
 	c, err = completeSandbox(c, id)
 	if err != nil {
 		return Info{}, &OpError{Op: "create", Err: err}
@@ -145,11 +142,7 @@ func (m *Manager) create(ctx context.Context, b *box) error {
 }
 
 func (m *Manager) createSteps(ctx context.Context, b *box) error {
-	plan, err := m.planNetwork(ctx, b)
-	if err != nil {
-		return err
-	}
-	err = m.run("create", "record", func() error {
+	err := m.run("create", "record", func() error {
 		if err := m.root.Mkdir(b.dir(), 0o700); err != nil {
 			return err
 		}
@@ -182,19 +175,15 @@ func (m *Manager) createSteps(ctx context.Context, b *box) error {
 	if err != nil {
 		return err
 	}
-	networks, err := m.attachNetwork(ctx, b, plan)
-	if err != nil {
-		return err
-	}
 	err = m.run("create", "watch", func() error { return m.watchPause(b) })
 	if err != nil {
 		return err
 	}
 	if err := m.runHooks(ctx, subject{b: b}, request.Postcreate, procid.ID{}); err != nil {
-		return &stepError{"postcreate", err}
+		return err
 	}
 	return m.run("create", "ready", func() error {
-		return m.write(b, func(r *Record) { r.State, r.Complete, r.Networks = Ready, true, networks })
+		return m.write(b, func(r *Record) { r.State, r.Complete = Ready, true })
 	})
 }
 
@@ -293,7 +282,7 @@ func (m *Manager) claimMember(b *box, id string, c MemberConfig) (*memb, error) 
 	if r.LogPath == "" {
 		r.LogPath = path.Join(m.o.LogDir, r.Sandbox, id, "log")
 	}
-	mb := newMemb(b.name(), r)
+	mb := newMemb(r)
 	mb.op <- struct{}{}
 	b.members[id] = mb
 	return mb, nil
@@ -369,7 +358,7 @@ func (m *Manager) add(ctx context.Context, b *box, mb *memb, siblings []*MemberR
 			err = m.runHooks(ctx, s, request.Postcreate, procid.ID{})
 		}
 		if err != nil {
-			return &stepError{"postcreate", err}
+			return err
 		}
 	}
 	return m.run("add", "created", func() error {

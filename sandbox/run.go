@@ -67,7 +67,7 @@ func (m *Manager) start(ctx context.Context, b *box, mb *memb) error {
 	for _, stage := range []request.Stage{request.Prestart, request.StartContainer} {
 		if err := m.runHooks(ctx, subject{b, mb}, stage, procid.ID{}); err != nil {
 			m.noteMember(mb, func(r *MemberRecord) { r.State = MemberCreated })
-			return &stepError{string(stage), err}
+			return err
 		}
 	}
 	// From here on the client's patience does not matter: init may have been
@@ -120,7 +120,7 @@ func (m *Manager) poststart(ctx context.Context, b *box, mb *memb) error {
 	if serr := m.endGently(ctx, b, mb, DefaultStopTimeout); serr != nil {
 		err = errors.Join(err, fmt.Errorf("and the member could not be stopped: %w", serr))
 	}
-	return &stepError{string(request.Poststart), err}
+	return err
 }
 
 // StopMember sends a member's stop signal to its init, and kills everything in

@@ -35,9 +35,9 @@ func completeSandbox(c Config, id string) (Config, error) {
 	switch c.Network {
 	case "":
 		c.Network = request.NetworkNone
-	case request.NetworkNone, request.NetworkHost, request.NetworkBuiltin, request.NetworkCNI:
+	case request.NetworkNone, request.NetworkHost:
 	default:
-		return c, invalidf("network %s: want builtin, cni, host or none", quote(string(c.Network)))
+		return c, invalidf("network %s: want none or host", quote(string(c.Network)))
 	}
 	if c.Share == nil {
 		c.Share = []namespace.Kind{namespace.Net, namespace.IPC, namespace.UTS}
@@ -56,14 +56,6 @@ func completeSandbox(c Config, id string) (Config, error) {
 		case k == namespace.Net && c.Network == request.NetworkHost:
 			return c, invalidf("share: net cannot be shared with network host")
 		}
-	}
-
-	if !slices.Contains(c.Share, namespace.Net) && (c.Network == request.NetworkBuiltin || c.Network == request.NetworkCNI) {
-		return c, invalidf("network %s: the sandbox does not share net", c.Network)
-	}
-	var err error
-	if c.Net, err = completeNetwork(c.Network, c.Net); err != nil {
-		return c, err
 	}
 
 	switch holds := slices.Contains(c.Share, namespace.UTS); {
@@ -97,6 +89,7 @@ func completeSandbox(c Config, id string) (Config, error) {
 	}
 	// The caller's maps and slices stay the caller's.
 	c.Share = slices.Clone(c.Share)
+	c.Hooks = slices.Clone(c.Hooks)
 	c.Sysctls = maps.Clone(c.Sysctls)
 	c.Labels = maps.Clone(c.Labels)
 	c.Annotations = maps.Clone(c.Annotations)
@@ -144,6 +137,7 @@ func completeMember(c MemberConfig, id string) (MemberConfig, error) {
 		return c, err
 	}
 	c.Namespaces = c.Namespaces.Clone()
+	c.Hooks = slices.Clone(c.Hooks)
 	c.Labels = maps.Clone(c.Labels)
 	return c, nil
 }

@@ -55,6 +55,7 @@ func (a *app) memberFlags(cmd *cobra.Command) func(command []string) (sandbox.Me
 	f.Var(&list[request.Collect]{p: &c.Collect, typ: "path[,on=always|failure|oom|signal][,max=64m]", parse: parseCollect}, "collect", "file, directory or glob of its root that is put into the collection directory once it has exited")
 	f.StringArrayVar(&labels, "label", nil, "label, `KEY=VALUE`")
 	f.Var(&value[string]{p: &log, typ: "file", parse: parsePath}, "log", "log file (default under the daemon's root directory)")
+	hookFlag(cmd, &c.Hooks)
 	cmd.RegisterFlagCompletionFunc("custody", cobra.FixedCompletions([]string{"always", "failure", "never"}, cobra.ShellCompDirectiveNoFileComp))
 	cmd.MarkFlagDirname("rootfs")
 	cmd.MarkFlagDirname("bundle")

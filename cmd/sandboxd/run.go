@@ -103,7 +103,7 @@ func (a *app) runAttached(ctx context.Context, ref string, c sandbox.MemberConfi
 			return err
 		})
 	}()
-	if _, ok := errors.AsType[*sandbox.StartError](err); ok || !started {
+	if _, ok := errors.AsType[*sandbox.StartError](err); ok || !started || err != nil && a.neverRan(ref) {
 		err = a.discard(ctx, ref, err)
 	}
 	if err != nil {
@@ -118,6 +118,17 @@ func (a *app) runAttached(ctx context.Context, ref string, c sandbox.MemberConfi
 		}
 	}
 	return r.exit, r.err
+}
+
+// neverRan reports whether the member ref is there and its command has not been
+// executed: a hook has kept it from that.
+func (a *app) neverRan(ref string) bool {
+	d, err := a.dir()
+	if err != nil {
+		return false
+	}
+	m, err := d.Member(ref)
+	return err == nil && m.State == sandbox.MemberCreated.String()
 }
 
 // discard removes a member whose command has not run, because of err, which it

@@ -36,7 +36,42 @@ func (n *node) StartMonitor(ctx context.Context, r *sandbox.Record, m *sandbox.M
 		return member.Compile(in)
 	}
 	ms.Ready = limited
+	if made == nil {
+		mon, err := n.monitors.Start(ctx, *ms)
+		if err != nil {
+			return nil, startError(err)
+		}
+		return n.watched(m, mon)
+	}
+	return n.startMade(ctx, m, in, ms, made)
+}
+
+// startMade starts a monitor whose init waits, when it is made, until made has returned.
+func (n *node) startMade(ctx context.Context, m *sandbox.MemberRecord, in *member.Input, ms *member.MonitorSpec, made func(init procid.ID) error) (sandbox.Monitor, error) {
+	v, err := newRendezvous()
+	if err != nil {
+		return nil, err
+	}
+	defer v.theirs.Close()
+	in.Made = v.theirs
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	met := make(chan error, 1)
+	go func() {
+		err := v.meet(made)
+		if err != nil {
+			cancel() // of no use any more
+		}
+		met <- err
+	}()
 	mon, err := n.monitors.Start(ctx, *ms)
+	v.ours.Close()
+	if merr := <-met; merr != nil {
+		if mon != nil {
+			mon.Close() // the caller kills it
+		}
+		return nil, merr
+	}
 	if err != nil {
 		return nil, startError(err)
 	}
@@ -122,9 +157,6 @@ func (n *node) compilerInput(r *sandbox.Record, m *sandbox.MemberRecord, sibling
 	}
 	if m.Namespaces[namespace.Mnt].From == namespace.Private {
 		in.Root = &member.Root{Path: spec.Root.Path, Overlay: m.Config.Bundle == "", ReadOnly: spec.Root.Readonly}
-		if in.Files, err = n.hosted.update(r, m, siblings); err != nil {
-			return nil, closeAll, fmt.Errorf("names for the member: %w", err)
-		}
 	}
 	if m.Namespaces[namespace.IPC].From == namespace.Sandbox && held[namespace.Mnt] != nil {
 		in.Shm, in.HostMnt = held[namespace.Mnt], n.hostMnt

@@ -23,7 +23,7 @@ func FromConfig(c sandbox.Config) *pb.SandboxConfig {
 	out := &pb.SandboxConfig{
 		Name: c.Name, Hostname: c.Hostname, Network: string(c.Network),
 		Sysctls: c.Sysctls, Labels: c.Labels, Annotations: c.Annotations, ShmSize: c.ShmSize,
-		Net: fromNetworkRequest(c.Net),
+		Hooks: fromHooks(c.Hooks),
 	}
 	if c.Share != nil {
 		out.Share = &pb.NamespaceKinds{}
@@ -39,6 +39,7 @@ func ToConfig(m *pb.SandboxConfig) (sandbox.Config, error) {
 	c := sandbox.Config{
 		Name: m.GetName(), Hostname: m.GetHostname(), Network: sandbox.NetworkMode(m.GetNetwork()),
 		Sysctls: m.GetSysctls(), Labels: m.GetLabels(), Annotations: m.GetAnnotations(), ShmSize: m.GetShmSize(),
+		Hooks: toHooks(m.GetHooks()),
 	}
 	if s := m.GetShare(); s != nil {
 		c.Share = make([]namespace.Kind, 0, len(s.GetKinds()))
@@ -49,10 +50,6 @@ func ToConfig(m *pb.SandboxConfig) (sandbox.Config, error) {
 			}
 			c.Share = append(c.Share, k)
 		}
-	}
-	var err error
-	if c.Net, err = toNetworkRequest(m.GetNet()); err != nil {
-		return sandbox.Config{}, fmt.Errorf("%w: %w", sandbox.ErrInvalid, err)
 	}
 	return c, nil
 }
@@ -69,6 +66,7 @@ func FromMemberConfig(c sandbox.MemberConfig) *pb.MemberConfig {
 	for _, v := range c.Volumes {
 		out.Volumes = append(out.Volumes, &pb.Volume{Source: v.Source, Target: v.Target, ReadOnly: v.ReadOnly})
 	}
+	out.Hooks = fromHooks(c.Hooks)
 	for _, w := range c.Collect {
 		out.Collect = append(out.Collect, &pb.Collect{Path: w.Path, On: string(w.On), Max: w.Max})
 	}
@@ -103,6 +101,7 @@ func ToMemberConfig(m *pb.MemberConfig) (sandbox.MemberConfig, error) {
 	for _, t := range m.GetTmpfs() {
 		c.Tmpfs = append(c.Tmpfs, request.Tmpfs{Target: t.GetTarget(), Size: t.GetSize()})
 	}
+	c.Hooks = toHooks(m.GetHooks())
 	for _, w := range m.GetCollect() {
 		c.Collect = append(c.Collect, request.Collect{Path: w.GetPath(), On: request.When(w.GetOn()), Max: w.GetMax()})
 	}
@@ -130,8 +129,8 @@ func FromInfo(i sandbox.Info) *pb.SandboxInfo {
 		Id: i.ID, Name: i.Name, State: i.State, CreatedAt: fromTime(i.CreatedAt), PausePid: int32(i.PausePID),
 		Hostname: i.Hostname, NetworkMode: string(i.Network.Mode), Namespaces: fromNamespaces(i.Namespaces),
 		Labels: i.Labels, Annotations: i.Annotations, Cgroup: i.Cgroup, Reason: i.Reason,
-		Networks: fromNetworks(i.Network.Networks), Tombstone: fromTombstone(i.Network.Tombstone),
 	}
+	out.Hooks = fromHookRuns(i.Hooks)
 	for _, m := range i.Members {
 		out.Members = append(out.Members, FromMemberInfo(m))
 	}
@@ -144,13 +143,12 @@ func ToInfo(m *pb.SandboxInfo) sandbox.Info {
 	i := sandbox.Info{
 		ID: m.GetId(), Name: m.GetName(), State: m.GetState(), CreatedAt: toTime(m.GetCreatedAt()),
 		PausePID: int(m.GetPausePid()), Hostname: m.GetHostname(),
-		Network: sandbox.NetworkInfo{
-			Mode: sandbox.NetworkMode(m.GetNetworkMode()), Networks: toNetworks(m.GetNetworks()), Tombstone: toTombstone(m.GetTombstone()),
-		},
+		Network:    sandbox.NetworkInfo{Mode: sandbox.NetworkMode(m.GetNetworkMode())},
 		Namespaces: toNamespaces(m.GetNamespaces()), Labels: orEmpty(m.GetLabels()),
 		Annotations: orEmpty(m.GetAnnotations()), Cgroup: m.GetCgroup(), Reason: m.GetReason(),
 		Members: make([]sandbox.MemberInfo, 0, len(m.GetMembers())),
 	}
+	i.Hooks = toHookRuns(m.GetHooks())
 	for _, mm := range m.GetMembers() {
 		i.Members = append(i.Members, ToMemberInfo(mm))
 	}
@@ -163,7 +161,7 @@ func FromMemberInfo(i sandbox.MemberInfo) *pb.MemberInfo {
 		Id: i.ID, Name: i.Name, Sandbox: i.Sandbox, State: i.State, Pid: int32(i.PID), MonitorPid: int32(i.MonitorPID),
 		CreatedAt: fromTime(i.CreatedAt), StartedAt: fromTime(i.StartedAt), Command: i.Command, Tty: i.TTY,
 		Namespaces: fromNamespaces(i.Namespaces), Root: i.Root, LogPath: i.LogPath, Cgroup: i.Cgroup,
-		Custody: fromCustody(i.Custody), Labels: i.Labels, Collection: i.Collection,
+		Custody: fromCustody(i.Custody), Labels: i.Labels, Collection: i.Collection, Hooks: fromHookRuns(i.Hooks),
 	}
 	if i.Exit != nil {
 		out.Exit = FromExit(*i.Exit)
@@ -178,7 +176,7 @@ func ToMemberInfo(m *pb.MemberInfo) sandbox.MemberInfo {
 		MonitorPID: int(m.GetMonitorPid()), CreatedAt: toTime(m.GetCreatedAt()), StartedAt: toTime(m.GetStartedAt()),
 		Command: append([]string{}, m.GetCommand()...), TTY: m.GetTty(), Namespaces: toNamespaces(m.GetNamespaces()),
 		Root: m.GetRoot(), LogPath: m.GetLogPath(), Cgroup: m.GetCgroup(),
-		Custody: toCustody(m.GetCustody()), Labels: orEmpty(m.GetLabels()), Collection: m.GetCollection(),
+		Custody: toCustody(m.GetCustody()), Labels: orEmpty(m.GetLabels()), Collection: m.GetCollection(), Hooks: toHookRuns(m.GetHooks()),
 	}
 	if m.GetExit() != nil {
 		e := ToExit(m.GetExit())
