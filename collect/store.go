@@ -127,7 +127,7 @@ func (s *Store) Collect(ctx context.Context, sub *Subject) (name string, err err
 	if name, err := s.find(sub); name != "" || err != nil {
 		return name, err
 	}
-	s.reserve()
+	tight := !s.reserve()
 	defer s.reserve() // anew, if it was needed
 	tmp := tempPrefix + sub.MemberID
 	unlock, err := s.begin(tmp)
@@ -142,7 +142,12 @@ func (s *Store) Collect(ctx context.Context, sub *Subject) (name string, err err
 	}()
 	m := Gather(s.o.Host, sub, s.o.Now().Round(0).UTC())
 	m.State = ""
-	if files {
+	switch {
+	case tight:
+		if shrink(m); files {
+			m.Archive = &Archive{Err: unix.ENOSPC.Error()}
+		}
+	case files:
 		// In case that this is the last thing that succeeds.
 		m.Archive = &Archive{Err: "the collection was interrupted"}
 		if err := s.writeManifest(tmp, m); err != nil {
@@ -186,21 +191,22 @@ func (s *Store) begin(tmp string) (unlock func(), err error) {
 // isFull reports whether err means that the disk is full.
 func isFull(err error) bool { return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) }
 
-// reserve keeps some room on the disk for manifests.
-func (s *Store) reserve() {
+// reserve keeps some room on the disk for manifests. It reports whether there is
+// that much; a file system that cannot tell is taken to have it.
+func (s *Store) reserve() bool {
 	f, err := s.root.OpenFile(reserveFile, os.O_WRONLY|os.O_CREATE, 0o600)
 	if err != nil {
-		return
+		return !isFull(err)
 	}
 	defer f.Close()
 	if fi, err := f.Stat(); err == nil && fi.Size() == reserveSize {
-		return
+		return true
 	}
-	if unix.Fallocate(int(f.Fd()), 0, 0, reserveSize) != nil {
-		// Not enough for all of it, or the file system cannot do it: the next one
-		// tries again.
-		f.Truncate(0)
+	err = unix.Fallocate(int(f.Fd()), 0, 0, reserveSize)
+	if err != nil {
+		f.Truncate(0) // it may have got a part
 	}
+	return !isFull(err)
 }
 
 // spare does something small that must not fail for want of room.
@@ -216,23 +222,41 @@ func (s *Store) spare(do func() error) error {
 // writeManifest writes a manifest; on a disk that is full, at the cost of the
 // archive, and without what it can do without.
 func (s *Store) writeManifest(tmp string, m *Manifest) error {
-	write := func() error { return statefile.Write(s.root, tmp+"/"+manifestFile, m) }
-	err := s.spare(write)
+	write := func(m *Manifest) error { return statefile.Write(s.root, tmp+"/"+manifestFile, m) }
+	err := write(m)
 	if isFull(err) && m.Archive != nil && m.Archive.Err == "" {
 		s.root.Remove(tmp + "/" + archiveFile)
 		lost(m, err)
-		err = write()
+		err = write(m)
 	}
 	if !isFull(err) {
 		return err
 	}
-	small := *m
-	small.Log.Lines, small.Log.Cut, small.Samples, small.Files = []LogLine{}, true, nil, []File{}
-	small.Unknown = append(slices.Clone(m.Unknown), "log and list of files: left out, the disk is full")
-	if err := statefile.Write(s.root, tmp+"/"+manifestFile, &small); err != nil {
+	shrink(m)
+	if err := s.spare(func() error { return write(m) }); err != nil {
 		return fmt.Errorf("collection directory %s: %w", s.path, err)
 	}
 	return nil
+}
+
+// shrink takes out of a manifest what it can do without.
+func shrink(m *Manifest) {
+	m.Log.Lines, m.Log.Cut = lastLines(m.Log.Lines, smallLog), true
+	m.Samples, m.Files, m.FilesMore = nil, []File{}, m.FilesMore+len(m.Files)
+	m.Unknown = append(m.Unknown, "most of the log, samples, list of files: left out, the disk is full")
+}
+
+// smallLog is how many bytes of a log are kept on a disk that is full.
+const smallLog = 2 << 10
+
+// lastLines returns those at the end of lines that have at most so many bytes.
+func lastLines(lines []LogLine, most int) []LogLine {
+	for i := len(lines) - 1; i >= 0; i-- {
+		if most -= len(lines[i].Text); most < 0 {
+			return lines[i+1:]
+		}
+	}
+	return lines
 }
 
 // writeArchive packs the files. Only ctx's error is returned: others cost the
