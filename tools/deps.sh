@@ -14,7 +14,7 @@ packages=(
 	busybox-static redis-server                      # what tests run as members
 	runc crun                                        # what the benchmark compares with
 	containernetworking-plugins iptables dnsmasq-base # CNI: plugins of an old version, their tools, a DHCP server
-	strace iproute2 attr libcap2-bin jq shellcheck make git ca-certificates
+	strace iproute2 zstd attr libcap2-bin jq shellcheck make git ca-certificates
 )
 
 # attempt runs a command up to four times: networks fail now and then.
