@@ -18,7 +18,6 @@ package builtin
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -63,7 +62,12 @@ type Driver struct {
 	bridge int  // its index, likewise
 
 	mu       sync.Mutex
-	attached map[string]*attachment // what Attach and Restore have seen, by id
+	attached map[string]*attachment   // what Attach and Restore have seen, by id
+	ports    map[hostPort][]publisher // what they publish
+
+	wake   chan struct{} // one element: there is something for the background to do
+	cancel context.CancelFunc
+	done   sync.WaitGroup
 }
 
 // attachment is what is known of one that is, or is being, attached.
@@ -76,7 +80,8 @@ var _ netsetup.Driver = (*Driver)(nil)
 
 var markRE = regexp.MustCompile(`^[0-9A-Za-z]{1,16}$`)
 
-// New reads what is on disk. It changes nothing on the host.
+// New reads what is on disk, and watches the host from then on: what somebody
+// removes is made again, and what is no longer needed is removed.
 func New(o Options) (*Driver, error) {
 	switch {
 	case !markRE.MatchString(o.Mark):
@@ -102,19 +107,16 @@ func New(o Options) (*Driver, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &Driver{opts: o, log: o.Log, root: root, attached: make(map[string]*attachment)}
+	d := &Driver{opts: o, log: o.Log, root: root, attached: make(map[string]*attachment), ports: make(map[hostPort][]publisher), wake: make(chan struct{}, 1)}
 	d.nft = newTable(o)
 	if d.leases, err = openLeases(root, o.Subnet, o.Subnet6, o.Log); err != nil {
 		root.Close()
 		return nil, err
 	}
+	ctx, cancel := context.WithCancel(context.Background())
+	d.cancel = cancel
+	d.done.Go(func() { d.background(ctx) })
 	return d, nil
-}
-
-// Close lets go of what the driver holds; networks stay.
-func (d *Driver) Close() error {
-	d.socks.close()
-	return d.root.Close()
 }
 
 // Status reports why the driver cannot make networks now; nil if it can.
@@ -152,19 +154,14 @@ func (d *Driver) Attach(_ context.Context, id string, raw json.RawMessage, ns *o
 		return nil, err
 	}
 	crash.Point("builtin attach link after")
+	if err := d.shape(id, p.Bandwidth); err != nil {
+		return nil, err
+	}
 	if err := d.nft.add(id, p, l); err != nil {
 		return nil, err
 	}
 	crash.Point("builtin attach nft after")
 	return d.result(p, l, mac), nil
-}
-
-// register notes an attachment, unless a port of it is another's already.
-func (d *Driver) register(id string, p *plan, l lease) error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.attached[id] = &attachment{*p, l}
-	return nil
 }
 
 func (d *Driver) result(p *plan, l lease, mac net.HardwareAddr) *network.Result {
@@ -181,31 +178,3 @@ func (d *Driver) result(p *plan, l lease, mac net.HardwareAddr) *network.Result 
 	}
 	return &network.Result{Networks: []network.Attachment{a}}
 }
-
-// Detach takes back what Attach did, all or a part of it.
-func (d *Driver) Detach(_ context.Context, id string, raw json.RawMessage, _ *os.File) error {
-	p, err := decodePlan(raw)
-	if err != nil {
-		return err
-	}
-	d.host.RLock()
-	defer d.host.RUnlock()
-	l, ok := d.leases.get(id)
-	if !ok {
-		return nil
-	}
-	if err := d.nft.remove(id, p, l); err != nil {
-		return err
-	}
-	crash.Point("builtin detach nft after")
-	if err := d.deleteLink(hostName(id)); err != nil {
-		return err
-	}
-	crash.Point("builtin detach link after")
-	d.mu.Lock()
-	delete(d.attached, id)
-	d.mu.Unlock()
-	return d.leases.free(id)
-}
-
-var errNotFound = errors.New("not found")

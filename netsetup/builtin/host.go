@@ -13,6 +13,8 @@ import (
 	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/internal/crash"
 )
 
 // prepared makes sure that the bridge and the table are there, and stay until
@@ -30,10 +32,15 @@ func (d *Driver) prepared() (unlock func(), err error) {
 	}
 }
 
-// prepare makes what all sandboxes share.
+// prepare makes what all sandboxes share, unless it is there.
 func (d *Driver) prepare() error {
 	d.host.Lock()
 	defer d.host.Unlock()
+	return d.prepareLocked()
+}
+
+// prepareLocked is prepare with d.host held for writing.
+func (d *Driver) prepareLocked() error {
 	if d.up {
 		return nil
 	}
@@ -43,21 +50,64 @@ func (d *Driver) prepare() error {
 	if err := d.makeBridge(); err != nil {
 		return fmt.Errorf("bridge %s: %w", d.opts.Bridge, err)
 	}
+	d.nft.loopback6 = loopback6Works()
+	if d.opts.Subnet6.IsValid() && !d.nft.loopback6 {
+		d.log.Warn("Ports are not published on ::1, since net.bridge.bridge-nf-call-ip6tables is set", "bridge", d.opts.Bridge)
+	}
+	if err := d.makeTable(); err != nil {
+		return err
+	}
+	if err := d.claim(); err != nil {
+		return err
+	}
+	crash.Point("builtin prepare claimed")
+	if err := d.enslaveAll(); err != nil {
+		return err
+	}
+	d.up = true
+	return nil
+}
+
+// makeTable makes the table, unless it is there and whole: one that is has the
+// elements of the sandboxes that outlived an earlier daemon.
+func (d *Driver) makeTable() error {
+	all := d.allElements()
+	isolated := len(all[d.nft.isolated]) > 0
+	whole, err := d.nft.whole(isolated)
+	if err != nil || whole {
+		return err
+	}
+	if isolated {
+		if err := d.nft.makeBridgeTable(); err != nil {
+			return err
+		}
+		if err := d.nft.addElements(elements{d.nft.isolated: all[d.nft.isolated], d.nft.own: all[d.nft.own]}); err != nil {
+			return err
+		}
+	}
 	c, err := nftables.New()
 	if err != nil {
 		return err
 	}
-	if err := d.nft.build(c, nil); err != nil {
+	if err := d.nft.build(c, all); err != nil {
 		return err
 	}
 	if err := c.Flush(); err != nil {
 		return fmt.Errorf("make nftables table %s: %w", d.nft.inet.Name, err)
 	}
-	if err := d.forward(); err != nil {
-		return err
-	}
-	d.up = true
+	crash.Point("builtin prepare table after")
 	return nil
+}
+
+// allElements returns those of all attachments that are known.
+func (d *Driver) allElements() elements {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	e := make(elements)
+	for id, a := range d.attached {
+		d.nft.elementsOf(e, id, &a.plan, a.lease)
+	}
+	return e
 }
 
 // checkHost reports what is in the way: somebody else's link of the bridge's
@@ -78,9 +128,9 @@ func (d *Driver) checkHost() error {
 		if subnet.Addr().Is6() {
 			family = netlink.FAMILY_V6
 		}
-		routes, err := netlink.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
-		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
-			return fmt.Errorf("list routes: %w", err)
+		routes, err := mainRoutes(family)
+		if err != nil {
+			return err
 		}
 		for _, r := range routes {
 			dst := prefixOf(r.Dst)
@@ -161,6 +211,7 @@ func (d *Driver) makeBridge() error {
 		if err := netlink.LinkAdd(&netlink.Bridge{LinkAttrs: attrs, MulticastSnooping: &snooping}); err != nil {
 			return err
 		}
+		crash.Point("builtin prepare bridge after")
 		if link, err = netlink.LinkByName(d.opts.Bridge); err != nil {
 			return err
 		}
@@ -188,7 +239,38 @@ func (d *Driver) makeBridge() error {
 			return fmt.Errorf("add address %s: %w", addr, err)
 		}
 	}
-	return netlink.LinkSetUp(link)
+	if err := netlink.LinkSetUp(link); err != nil {
+		return err
+	}
+	if !d.opts.Subnet6.IsValid() {
+		return nil
+	}
+	return d.routeLoopback6()
+}
+
+// routeLoopback6 makes ports published on ::1 work. A packet for ::1 is routed
+// by the device that it came in by, so that an answer from a sandbox, which has
+// that address once it is translated back, is dropped unless ::1 is local on the
+// bridge as well. Packets with that address on the wire are dropped before (RFC
+// 4291, ip6_rcv_core). The metric keeps everything else on lo.
+//
+// With br_netfilter (net.bridge.bridge-nf-call-ip6tables) the address is translated
+// back before that check, and the answer is lost. Then ports are not published
+// on ::1, so that who tries it is refused at once, and may try 127.0.0.1.
+func (d *Driver) routeLoopback6() error {
+	err := netlink.RouteReplace(&netlink.Route{
+		Dst: &net.IPNet{IP: net.IPv6loopback, Mask: net.CIDRMask(128, 128)}, Table: unix.RT_TABLE_LOCAL, Type: unix.RTN_LOCAL,
+		LinkIndex: d.bridge, Priority: 4096,
+	})
+	if err != nil {
+		return fmt.Errorf("add route to ::1: %w", err)
+	}
+	return nil
+}
+
+func loopback6Works() bool {
+	v, err := readSysctl("net/bridge/bridge-nf-call-ip6tables")
+	return err != nil || v == "0" // an error means that there is no br_netfilter
 }
 
 // bridgeSysctls are settings of the bridge itself, which go with it.
@@ -198,7 +280,8 @@ func (d *Driver) bridgeSysctls() [][2]string {
 	if !d.opts.Subnet6.IsValid() {
 		return append(s, [2]string{v6 + "disable_ipv6", "1"})
 	}
-	return append(s, [2]string{v6 + "accept_dad", "0"}, [2]string{v6 + "accept_ra", "0"})
+	return append(s, [2]string{v6 + "disable_ipv6", "0"}, [2]string{v6 + "accept_dad", "0"}, [2]string{v6 + "accept_ra", "0"},
+		[2]string{v6 + "force_forwarding", "1"}) // if there is no such setting, that of "all" is used
 }
 
 // defaultMTU is that of a bridge whose host has no way out.
@@ -207,9 +290,9 @@ const defaultMTU = 1500
 // uplinkMTU returns the MTU of the device of the default route.
 func uplinkMTU() (int, error) {
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		routes, err := netlink.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
-		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
-			return 0, fmt.Errorf("list routes: %w", err)
+		routes, err := mainRoutes(family)
+		if err != nil {
+			return 0, err
 		}
 		best := -1
 		mtu := 0

@@ -5,11 +5,14 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"os"
 	"path"
+	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/sandboxd/sandboxd/netsetup"
 )
@@ -35,35 +38,64 @@ type leases struct {
 	root *os.Root
 	log  *slog.Logger
 
-	mu   sync.Mutex
-	byID map[string]lease
-	v4   pool
-	v6   pool // of the zero prefix: no IPv6
+	mu    sync.Mutex
+	byID  map[string]lease
+	going map[string]time.Time // since when those are detached whose link is there still
+	v4    pool
+	v6    pool // of the zero prefix: no IPv6
 }
+
+// goingSuffix is on the name of a lease of a sandbox that is detached, but whose
+// link the kernel has not removed yet. Its address is nobody else's until then.
+const goingSuffix = ".going"
 
 // openLeases reads the store. What it cannot read is left alone and logged.
 func openLeases(root *os.Root, subnet, subnet6 netip.Prefix, log *slog.Logger) (*leases, error) {
-	s := &leases{root: root, log: log, byID: make(map[string]lease), v4: newPool(subnet), v6: newPool(subnet6)}
+	s := &leases{root: root, log: log, byID: make(map[string]lease), going: make(map[string]time.Time), v4: newPool(subnet), v6: newPool(subnet6)}
 	entries, err := fs.ReadDir(root.FS(), leaseDir)
 	if err != nil {
 		return nil, err
 	}
 	for _, e := range entries {
-		target, err := root.Readlink(path.Join(leaseDir, e.Name()))
-		var l lease
-		if err == nil {
-			l, err = parseLease(target)
-		}
-		if err == nil {
-			err = checkID(e.Name())
-		}
+		id, l, going, err := s.read(e.Name())
 		if err != nil {
 			log.Warn("Lease cannot be read", "lease", e.Name(), "err", err)
 			continue
 		}
-		s.note(e.Name(), l)
+		s.note(id, l)
+		if going {
+			s.going[id] = time.Time{}
+		}
 	}
 	return s, nil
+}
+
+// read reads one lease, called by the name of its file.
+func (s *leases) read(name string) (id string, l lease, going bool, err error) {
+	target, err := s.root.Readlink(path.Join(leaseDir, name))
+	if err != nil {
+		return "", lease{}, false, err
+	}
+	if l, err = parseLease(target); err != nil {
+		return "", lease{}, false, err
+	}
+	id, going = strings.CutSuffix(name, goingSuffix)
+	return id, l, going, checkID(id)
+}
+
+// damaged returns the names in the directory that are no leases.
+func (s *leases) damaged() ([]string, error) {
+	entries, err := fs.ReadDir(s.root.FS(), leaseDir)
+	if err != nil {
+		return nil, err
+	}
+	var names []string
+	for _, e := range entries {
+		if _, _, _, err := s.read(e.Name()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			names = append(names, e.Name())
+		}
+	}
+	return names, nil
 }
 
 func parseLease(s string) (lease, error) {
@@ -104,8 +136,12 @@ func (s *leases) note(id string, l lease) {
 func (s *leases) take(id string, static []netip.Addr) (lease, error) {
 	s.mu.Lock()
 	l, have := s.byID[id]
+	_, going := s.going[id]
 	if have {
 		s.mu.Unlock()
+		if going {
+			return lease{}, fmt.Errorf("sandbox %s is being detached", id)
+		}
 		return l, nil
 	}
 	l, err := s.pick(static)
@@ -123,6 +159,20 @@ func (s *leases) take(id string, static []netip.Addr) (lease, error) {
 		return lease{}, fmt.Errorf("write lease of %s: %w", l.v4, err)
 	}
 	return l, nil
+}
+
+// restore returns the lease of a sandbox that has had one. If it was lost, the
+// sandbox gets the addresses again that it uses, as inside says.
+func (s *leases) restore(id string, static []netip.Addr, inside func() []netip.Addr) (lease, error) {
+	if l, ok := s.get(id); ok {
+		return l, nil
+	}
+	for _, a := range inside() {
+		if s.v4.subnet.Contains(a) || s.v6.subnet.Contains(a) {
+			static = append(slices.DeleteFunc(static, func(s netip.Addr) bool { return s.Is4() == a.Is4() }), a)
+		}
+	}
+	return s.take(id, static)
 }
 
 func (s *leases) pick(static []netip.Addr) (l lease, err error) {
@@ -150,33 +200,77 @@ func (s *leases) forget(id string) {
 	defer s.mu.Unlock()
 	l := s.byID[id]
 	delete(s.byID, id)
+	delete(s.going, id)
 	delete(s.v4.taken, l.v4)
 	delete(s.v6.taken, l.v6)
 }
 
-// free takes id's addresses back. It succeeds if id has none.
+// release marks id's lease as one that is to be freed when its link is gone.
+func (s *leases) release(id string, now time.Time) error {
+	name := path.Join(leaseDir, id)
+	if err := s.root.Rename(name, name+goingSuffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("release lease: %w", err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if _, ok := s.byID[id]; ok {
+		s.going[id] = now
+	}
+	return nil
+}
+
+// free takes a released lease back.
 func (s *leases) free(id string) error {
-	if err := s.root.Remove(path.Join(leaseDir, id)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := s.root.Remove(path.Join(leaseDir, id+goingSuffix)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("remove lease: %w", err)
 	}
 	s.forget(id)
 	return nil
 }
 
+// get returns the lease of a sandbox that is not detached.
 func (s *leases) get(id string) (lease, bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	_, going := s.going[id]
 	l, ok := s.byID[id]
-	return l, ok
+	return l, ok && !going
 }
 
-// ids returns who has a lease.
+// released returns who is detached, and since when.
+func (s *leases) released() map[string]time.Time {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return maps.Clone(s.going)
+}
+
+// hasLink reports whether somebody with a lease has a link of that name.
+func (s *leases) hasLink(name string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for id := range s.byID {
+		if name == hostName(id) || name == ifbName(id) {
+			return true
+		}
+	}
+	return false
+}
+
+func (s *leases) empty() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.byID) == 0
+}
+
+// ids returns who has a lease and is not detached.
 func (s *leases) ids() []string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	ids := make([]string, 0, len(s.byID))
 	for id := range s.byID {
-		ids = append(ids, id)
+		if _, going := s.going[id]; !going {
+			ids = append(ids, id)
+		}
 	}
 	return ids
 }

@@ -6,7 +6,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"syscall"
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
@@ -16,11 +15,11 @@ import (
 )
 
 const (
-	vethInfoPeer    = 1 // VETH_INFO_PEER, linux/veth.h
-	brportMode      = 4 // IFLA_BRPORT_MODE, linux/if_link.h: hairpin
-	infoSlaveKind   = 4 // IFLA_INFO_SLAVE_KIND
-	infoSlaveData   = 5 // IFLA_INFO_SLAVE_DATA
-	addrGenModeNone = 1 // IN6_ADDR_GEN_MODE_NONE
+	vethInfoPeer  = 1 // VETH_INFO_PEER, linux/veth.h
+	brportMode    = 4 // IFLA_BRPORT_MODE, linux/if_link.h: hairpin
+	infoSlaveKind = 4 // IFLA_INFO_SLAVE_KIND
+	infoSlaveData = 5 // IFLA_INFO_SLAVE_DATA
+	upFlag        = unix.IFF_UP
 )
 
 // connect makes a veth pair with one end in ns as eth0 and the other one in the
@@ -45,15 +44,32 @@ func (d *Driver) connect(id string, p *plan, l lease, ns *os.File) (net.Hardware
 	if err := d.socks.do(reqs...); err != nil {
 		return nil, fmt.Errorf("make link %s: %w", hostName(id), err)
 	}
+	return mac, d.configureAt(l, inside)
+}
+
+// configure gives eth0 in ns its addresses and routes.
+func (d *Driver) configure(l lease, ns *os.File) error {
+	inside, err := openInside(ns, l.v6.IsValid())
+	if err != nil {
+		return err
+	}
+	defer inside.close()
+	return d.configureAt(l, inside)
+}
+
+func (d *Driver) configureAt(l lease, inside *socket) error {
 	index, err := inside.index(ifName)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	reqs = append(reqs[:0], setLinkUp(index), newAddress(index, l.v4, d.opts.Subnet), newDefaultRoute(index, gateway(d.opts.Subnet)))
+	reqs := []request{setLinkUp(index), newAddress(index, l.v4, d.opts.Subnet), newDefaultRoute(index, gateway(d.opts.Subnet))}
 	if l.v6.IsValid() {
 		reqs = append(reqs, newAddress(index, l.v6, d.opts.Subnet6), newDefaultRoute(index, gateway(d.opts.Subnet6)))
 	}
-	return mac, inside.do(reqs...)
+	if err := inside.do(reqs...); err != nil {
+		return fmt.Errorf("configure %s in the sandbox: %w", ifName, err)
+	}
+	return nil
 }
 
 // openInside opens a socket in ns, and sets there how the IPv6 side of
@@ -189,12 +205,19 @@ func (s *socket) index(name string) (int, error) {
 	return int(req.Uint32()), nil
 }
 
-// deleteLink succeeds if there is no such link.
-func (d *Driver) deleteLink(name string) error {
-	r := newRequest("delete link "+name, unix.RTM_DELLINK, 0, syscall.ENODEV)
-	r.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
-	r.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(name)))
-	return d.socks.do(r)
+// linkThere reports whether the host has a link of that name. It costs no lock.
+func linkThere(name string) (bool, error) {
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return false, os.NewSyscallError("socket", err)
+	}
+	s := socket{fd: fd}
+	defer s.close()
+	_, err = s.index(name)
+	if errors.Is(err, unix.ENODEV) {
+		return false, nil
+	}
+	return err == nil, err
 }
 
 // writeSysctl sets one of the calling thread's network namespace.

@@ -103,15 +103,21 @@ func setUp(name string) error {
 // inside runs fn in a namespace, or where the test is if that is nil.
 func inside(tb testing.TB, ns *os.File, fn func() error) {
 	tb.Helper()
-	var err error
-	if ns == nil {
-		err = fn()
-	} else {
-		err = nsthread.Do(map[namespace.Kind]*os.File{namespace.Net: ns}, fn)
-	}
-	if err != nil {
+	if err := insideErr(ns, fn); err != nil {
 		tb.Fatal(err)
 	}
+}
+
+func insideErr(ns *os.File, fn func() error) error {
+	if ns == nil {
+		return fn()
+	}
+	return nsthread.Do(map[namespace.Kind]*os.File{namespace.Net: ns}, fn)
+}
+
+func netipPrefix(s string) netip.Prefix {
+	p, _ := netip.ParsePrefix(s)
+	return p
 }
 
 func plan1(tb testing.TB, d *Driver, id string, req *network.Request) json.RawMessage {

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"strings"
+	"sync"
 
 	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
@@ -20,6 +22,9 @@ type table struct {
 	bridge          string
 	subnet, subnet6 netip.Prefix
 
+	// Ports are published on ::1. Changed only while nobody uses the table.
+	loopback6 bool
+
 	inet *nftables.Table
 	// Maps from what a packet is sent to, to a sandbox's address and port: of
 	// every local address, and of a certain one.
@@ -29,6 +34,7 @@ type table struct {
 	// Devices that forward only because of us.
 	forward4, forward6 *nftables.Set
 
+	bridgeMu      sync.Mutex // held while the bridge table is made
 	br            *nftables.Table
 	isolated, own *nftables.Set // ports of isolated sandboxes, and pairs of a port with itself
 }
@@ -66,8 +72,10 @@ func (t *table) inetSets() []*nftables.Set {
 	return []*nftables.Set{t.any4, t.any6, t.addr4, t.addr6, t.isolated4, t.isolated6, t.self4, t.self6, t.forward4, t.forward6}
 }
 
+type element = nftables.SetElement
+
 // elements are those of one sandbox, or of several, by their set.
-type elements map[*nftables.Set][]nftables.SetElement
+type elements map[*nftables.Set][]element
 
 func (e elements) add(s *nftables.Set, id string, key, val []byte) {
 	e[s] = append(e[s], nftables.SetElement{Key: key, Val: val, Comment: id})
@@ -152,6 +160,21 @@ func (t *table) add(id string, p *plan, l lease) error {
 	if len(e) == 0 {
 		return nil
 	}
+	if len(e[t.isolated]) > 0 {
+		if err := t.makeBridgeTable(); err != nil {
+			return err
+		}
+	}
+	if err := t.addElements(e); err != nil {
+		return fmt.Errorf("add nftables elements: %w", err)
+	}
+	return nil
+}
+
+func (t *table) addElements(e elements) error {
+	if len(e) == 0 {
+		return nil
+	}
 	c, err := nftables.New()
 	if err != nil {
 		return err
@@ -161,10 +184,7 @@ func (t *table) add(id string, p *plan, l lease) error {
 			return err
 		}
 	}
-	if err := c.Flush(); err != nil {
-		return fmt.Errorf("add nftables elements: %w", err)
-	}
-	return nil
+	return c.Flush()
 }
 
 // remove removes what add added, in one transaction. It succeeds if nothing is there.
@@ -206,6 +226,98 @@ func (t *table) removeElements(e elements) error {
 	}
 	if err := c.Flush(); err != nil {
 		return fmt.Errorf("remove nftables elements: %w", err)
+	}
+	return nil
+}
+
+// removeByID removes the elements of ids, whatever they are.
+func (t *table) removeByID(ids map[string]bool) error {
+	found, err := t.owned()
+	if err != nil {
+		return err
+	}
+	e := make(elements)
+	for s, vals := range found {
+		for _, v := range vals {
+			if ids[v.Comment] {
+				e[s] = append(e[s], v)
+			}
+		}
+	}
+	if len(e) == 0 {
+		return nil
+	}
+	return t.removeElements(e)
+}
+
+// owned returns the elements in the kernel that belong to sandboxes, with the
+// sandbox's id as comment.
+func (t *table) owned() (elements, error) {
+	c, err := nftables.New()
+	if err != nil {
+		return nil, err
+	}
+	e := make(elements)
+	for _, s := range append(t.inetSets(), t.isolated, t.own) {
+		vals, err := c.GetSetElements(reference(s))
+		if errors.Is(err, unix.ENOENT) || err != nil && strings.Contains(err.Error(), unix.ENOENT.Error()) {
+			continue // the library does not wrap it
+		}
+		if err != nil {
+			return nil, fmt.Errorf("list nftables set %s: %w", s.Name, err)
+		}
+		for _, v := range vals {
+			if v.Comment != "" {
+				e[s] = append(e[s], v)
+			}
+		}
+	}
+	return e, nil
+}
+
+// whole reports whether the tables are as they were made, elements apart. That
+// of the bridge family is looked at if somebody is isolated.
+func (t *table) whole(isolated bool) (bool, error) {
+	if isolated {
+		if whole, err := t.bridgeWhole(); err != nil || !whole {
+			return false, err
+		}
+	}
+	c, err := nftables.New()
+	if err != nil {
+		return false, err
+	}
+	there, err := hasTable(c, t.inet)
+	if err != nil || !there {
+		return false, err
+	}
+	sets, err := c.GetSets(t.inet)
+	if err != nil {
+		return false, nil // it went
+	}
+	if len(sets) != len(t.inetSets()) {
+		return false, nil
+	}
+	for name, rules := range t.rules() {
+		have, err := c.GetRules(t.inet, &nftables.Chain{Name: name, Table: t.inet})
+		if err != nil || len(have) != len(rules) {
+			return false, nil
+		}
+	}
+	return true, nil
+}
+
+// delete removes the tables.
+func (t *table) delete() error {
+	for _, table := range []*nftables.Table{t.inet, t.br} {
+		c, err := nftables.New()
+		if err != nil {
+			return err
+		}
+		c.DelTable(table)
+		if err := c.Flush(); err != nil && !isErrno(err, unix.ENOENT, unix.EAFNOSUPPORT) {
+			return fmt.Errorf("delete nftables table %s: %w", table.Name, err)
+		}
 	}
 	return nil
 }

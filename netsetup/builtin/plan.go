@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 
 	"github.com/sandboxd/sandboxd/internal/network"
 	"github.com/sandboxd/sandboxd/netsetup"
@@ -31,8 +32,8 @@ func decodePlan(raw json.RawMessage) (*plan, error) {
 	return &p, nil
 }
 
-// Plan checks a request. What depends on other sandboxes, as a free address,
-// is decided by Attach.
+// Plan checks a request, and chooses host ports for those that are 0. What
+// depends on other sandboxes, as a free address, is decided by Attach.
 func (d *Driver) Plan(_ context.Context, id string, req *network.Request) (json.RawMessage, error) {
 	if err := checkID(id); err != nil {
 		return nil, err
@@ -40,6 +41,10 @@ func (d *Driver) Plan(_ context.Context, id string, req *network.Request) (json.
 	p := plan{Ports: req.Ports, Addresses: req.Addresses, MAC: req.MAC, Bandwidth: req.Bandwidth, Isolated: req.Isolated}
 	if err := d.check(req); err != nil {
 		return nil, fmt.Errorf("%w: %w", netsetup.ErrInvalid, err)
+	}
+	p.Ports = slices.Clone(p.Ports)
+	if err := d.choose(id, p.Ports); err != nil {
+		return nil, err
 	}
 	return json.Marshal(p)
 }
@@ -105,7 +110,7 @@ func (d *Driver) checkPorts(ports []network.Port) error {
 
 // overlap reports whether one packet could be for both host ports.
 func overlap(p, q network.Port) bool {
-	if p.HostPort != q.HostPort || p.Protocol != q.Protocol {
+	if p.HostPort != q.HostPort || p.HostPort == 0 || p.Protocol != q.Protocol {
 		return false
 	}
 	every := func(a netip.Addr) bool { return !a.IsValid() }

@@ -2,6 +2,7 @@ package builtin
 
 import (
 	"net/netip"
+	"slices"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
@@ -31,66 +32,82 @@ func (t *table) build(c *nftables.Conn, e elements) error {
 			return err
 		}
 	}
+	rules := t.rules()
 	accept := nftables.ChainPolicyAccept
-	chain := func(name string, kind nftables.ChainType, hook *nftables.ChainHook, prio *nftables.ChainPriority) func(...[]expr.Any) {
-		ch := c.AddChain(&nftables.Chain{Name: name, Table: t.inet, Type: kind, Hooknum: hook, Priority: prio, Policy: &accept})
-		return func(parts ...[]expr.Any) {
-			var exprs []expr.Any
-			for _, p := range parts {
-				exprs = append(exprs, p...)
-			}
-			c.AddRule(&nftables.Rule{Table: t.inet, Chain: ch, Exprs: exprs})
+	for _, ch := range chains {
+		chain := c.AddChain(&nftables.Chain{Name: ch.name, Table: t.inet, Type: ch.kind, Hooknum: ch.hook, Priority: ch.priority, Policy: &accept})
+		for _, exprs := range rules[ch.name] {
+			c.AddRule(&nftables.Rule{Table: t.inet, Chain: chain, Exprs: exprs})
 		}
 	}
-	br := t.bridge
+	return nil
+}
+
+// chains of the inet table. They are called what nft calls the hooks.
+var chains = []struct {
+	name     string
+	kind     nftables.ChainType
+	hook     *nftables.ChainHook
+	priority *nftables.ChainPriority
+}{
+	{"raw", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, nftables.ChainPriorityRaw},
+	{"prerouting", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, nftables.ChainPriorityNATDest},
+	{"output", nftables.ChainTypeNAT, nftables.ChainHookOutput, nftables.ChainPriorityNATDest},
+	{"postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource},
+	{"forward", nftables.ChainTypeFilter, nftables.ChainHookForward, nftables.ChainPriorityFilter},
+}
+
+// rules returns the rules of each chain.
+func (t *table) rules() map[string][][]expr.Any {
+	br, six := t.bridge, t.subnet6.IsValid()
+	rules := make(map[string][][]expr.Any)
+	add := func(chain string, parts ...[]expr.Any) { rules[chain] = append(rules[chain], slices.Concat(parts...)) }
 
 	// Loopback addresses may be routed from and to the bridge (route_localnet),
 	// for ports published on 127.0.0.1. Nobody in a sandbox may make use of that:
 	// an answer has the bridge's address here, since it is not translated back yet.
-	raw := chain("raw", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, nftables.ChainPriorityRaw)
-	raw(iif(br), daddr4(netip.MustParsePrefix("127.0.0.0/8")), drop())
+	add("raw", iif(br), daddr4(netip.MustParsePrefix("127.0.0.0/8")), drop())
 
-	for name, hook := range map[string]*nftables.ChainHook{"prerouting": nftables.ChainHookPrerouting, "output": nftables.ChainHookOutput} {
-		rule := chain(name, nftables.ChainTypeNAT, hook, nftables.ChainPriorityNATDest)
-		rule(family(nat4), t.publish(t.addr4, true))
-		rule(family(nat4), localDestination(), t.publish(t.any4, false))
-		if t.subnet6.IsValid() {
-			rule(family(nat6), t.publish(t.addr6, true))
-			rule(family(nat6), localDestination(), t.publish(t.any6, false))
+	for _, chain := range []string{"prerouting", "output"} {
+		add(chain, family(nat4), t.publish(t.addr4, true))
+		add(chain, family(nat4), localDestination(), t.publish(t.any4, false))
+		if six {
+			if !t.loopback6 {
+				add(chain, daddr6(loopback6), verdict(expr.VerdictReturn))
+			}
+			add(chain, family(nat6), t.publish(t.addr6, true))
+			add(chain, family(nat6), localDestination(), t.publish(t.any6, false))
 		}
 	}
 
 	// What comes to a published port from the host itself, or from a sandbox, gets
 	// the bridge's address: otherwise the answer would take another way back.
-	post := chain("postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource)
-	post(oif(br), translated(), saddr4(netip.MustParsePrefix("127.0.0.0/8")), masquerade())
-	post(oif(br), translated(), saddr4(t.subnet), masquerade())
-	post(notOif(br), saddr4(t.subnet), masquerade())
-	if t.subnet6.IsValid() {
-		post(oif(br), translated(), saddr6(netip.MustParsePrefix("::1/128")), masquerade())
-		post(oif(br), translated(), saddr6(t.subnet6), masquerade())
-		post(notOif(br), saddr6(t.subnet6), masquerade())
+	add("postrouting", oif(br), translated(), saddr4(netip.MustParsePrefix("127.0.0.0/8")), masquerade())
+	add("postrouting", oif(br), translated(), saddr4(t.subnet), masquerade())
+	add("postrouting", notOif(br), saddr4(t.subnet), masquerade())
+	if six {
+		add("postrouting", oif(br), translated(), saddr6(loopback6), masquerade())
+		add("postrouting", oif(br), translated(), saddr6(t.subnet6), masquerade())
+		add("postrouting", notOif(br), saddr6(t.subnet6), masquerade())
 	}
 
-	fwd := chain("forward", nftables.ChainTypeFilter, nftables.ChainHookForward, nftables.ChainPriorityFilter)
-	between := [][]expr.Any{iif(br), oif(br)}
-	among := func(parts ...[]expr.Any) { fwd(append(between[:2:2], parts...)...) }
+	among := func(parts ...[]expr.Any) { add("forward", append([][]expr.Any{iif(br), oif(br)}, parts...)...) }
 	among(family(nat4), pair4(), in(t.self4), verdict(expr.VerdictAccept))
 	among(family(nat4), load4(12), in(t.isolated4), drop())
 	among(family(nat4), load4(16), in(t.isolated4), drop())
-	if t.subnet6.IsValid() {
+	if six {
 		among(family(nat6), pair6(), in(t.self6), verdict(expr.VerdictAccept))
 		among(family(nat6), load6(8), in(t.isolated6), drop())
 		among(family(nat6), load6(24), in(t.isolated6), drop())
 	}
 	// From outside: answers, and what is published.
-	fwd(connected(), verdict(expr.VerdictAccept))
-	fwd(translated(), verdict(expr.VerdictAccept))
-	fwd(notIif(br), oif(br), drop())
+	add("forward", connected(), verdict(expr.VerdictAccept))
+	add("forward", translated(), verdict(expr.VerdictAccept))
+	add("forward", notIif(br), oif(br), drop())
 	// A device that forwards because of us does so for sandboxes only.
-	fwd(family(nat4), loadIif(), in(t.forward4), drop())
-	fwd(family(nat6), loadIif(), in(t.forward6), drop())
-	return nil
+	add("forward", family(nat4), loadIif(), in(t.forward4), drop())
+	add("forward", family(nat6), loadIif(), in(t.forward6), drop())
+	return rules
 }
 
 // publish translates what m says. Packets it does not have go on.
@@ -166,6 +183,9 @@ func in(s *nftables.Set) []expr.Any {
 func saddr4(p netip.Prefix) []expr.Any { return address(nat4, 12, p) }
 func daddr4(p netip.Prefix) []expr.Any { return address(nat4, 16, p) }
 func saddr6(p netip.Prefix) []expr.Any { return address(nat6, 8, p) }
+func daddr6(p netip.Prefix) []expr.Any { return address(nat6, 24, p) }
+
+var loopback6 = netip.MustParsePrefix("::1/128")
 
 func address(fam byte, offset uint32, p netip.Prefix) []expr.Any {
 	n := uint32(p.Addr().BitLen() / 8)

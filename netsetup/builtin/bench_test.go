@@ -1,0 +1,134 @@
+package builtin
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"os"
+	"testing"
+
+	"github.com/vishvananda/netlink"
+
+	"github.com/sandboxd/sandboxd/internal/network"
+)
+
+func testID(n int) string { return fmt.Sprintf("%016x", n*0x10001+0x1000000000000) }
+
+// BenchmarkBare is what the same costs with the netlink library and no more: a
+// pair, moved, with address and route, as a loop that somebody would write.
+func BenchmarkBare(b *testing.B) {
+	bridge := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "bare0"}}
+	if err := netlink.LinkAdd(bridge); err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { netlink.LinkDel(bridge) })
+	netlink.LinkSetUp(bridge)
+	n := 0
+	for b.Loop() {
+		b.StopTimer()
+		ns := newNS(b)
+		n++
+		name := fmt.Sprintf("bare%d", n)
+		b.StartTimer()
+		if err := bare(ns, bridge, name, n); err != nil {
+			b.Fatal(err)
+		}
+		b.StopTimer()
+		ns.Close()
+		b.StartTimer()
+	}
+}
+
+func bare(ns *os.File, bridge netlink.Link, name string, n int) error {
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = name
+	veth := &netlink.Veth{LinkAttrs: attrs, PeerName: name + "p"}
+	if err := netlink.LinkAdd(veth); err != nil {
+		return err
+	}
+	peer, err := netlink.LinkByName(name + "p")
+	if err != nil {
+		return err
+	}
+	if err := netlink.LinkSetNsFd(peer, int(ns.Fd())); err != nil {
+		return err
+	}
+	if err := netlink.LinkSetMaster(veth, bridge); err != nil {
+		return err
+	}
+	if err := netlink.LinkSetUp(veth); err != nil {
+		return err
+	}
+	return insideErr(ns, func() error {
+		h, err := netlink.NewHandle()
+		if err != nil {
+			return err
+		}
+		defer h.Close()
+		peer, err := h.LinkByName(name + "p")
+		if err != nil {
+			return err
+		}
+		if err := h.LinkSetName(peer, "eth0"); err != nil {
+			return err
+		}
+		if err := h.LinkSetUp(peer); err != nil {
+			return err
+		}
+		addr := &netlink.Addr{IPNet: &net.IPNet{IP: net.IPv4(10, 98, byte(n>>8), byte(n)), Mask: net.CIDRMask(16, 32)}}
+		if err := h.AddrAdd(peer, addr); err != nil {
+			return err
+		}
+		return h.RouteAdd(&netlink.Route{LinkIndex: peer.Attrs().Index, Gw: net.IPv4(10, 98, 255, 254)})
+	})
+}
+
+// BenchmarkAttach is that of a sandbox with 0, 1 and 20 ports, with one and two
+// families, and with others standing.
+func BenchmarkAttach(b *testing.B) {
+	for _, v := range []struct {
+		name            string
+		ports, standing int
+		six             bool
+	}{
+		{"v4", 0, 0, false},
+		{"v4v6", 0, 0, true},
+		{"v4 port", 1, 0, false},
+		{"v4 20 ports", 20, 0, false},
+		{"v4 at 500", 0, 500, false},
+	} {
+		b.Run(v.name, func(b *testing.B) {
+			d := newDriver(b, func(o *Options) {
+				o.Subnet = netipPrefix("10.97.0.0/16")
+				if !v.six {
+					o.Subnet6 = netipPrefix("")
+				}
+			})
+			n := 0
+			for range v.standing {
+				n++
+				attach(b, d, testID(n), &network.Request{})
+			}
+			var req network.Request
+			for i := range v.ports {
+				req.Ports = append(req.Ports, network.Port{HostPort: uint16(8000 + i), Port: 80, Protocol: network.TCP})
+			}
+			for b.Loop() {
+				b.StopTimer()
+				ns := newNS(b)
+				n++
+				raw := plan1(b, d, testID(n), &req)
+				b.StartTimer()
+				if _, err := d.Attach(context.Background(), testID(n), raw, ns); err != nil {
+					b.Fatal(err)
+				}
+				b.StopTimer()
+				if err := d.Detach(context.Background(), testID(n), raw, ns); err != nil {
+					b.Fatal(err)
+				}
+				ns.Close()
+				b.StartTimer()
+			}
+		})
+	}
+}

@@ -1,0 +1,209 @@
+package builtin
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+
+	"github.com/sandboxd/sandboxd/internal/namespace"
+	"github.com/sandboxd/sandboxd/internal/nsthread"
+)
+
+// Verify reports what is no longer as Attach made it.
+func (d *Driver) Verify(_ context.Context, id string, raw json.RawMessage, ns *os.File) error {
+	p, err := decodePlan(raw)
+	if err != nil {
+		return err
+	}
+	d.host.RLock()
+	defer d.host.RUnlock()
+	l, ok := d.leases.get(id)
+	if !ok {
+		return errors.New("it has no address on record")
+	}
+	errs := []error{d.verifyHost(id), d.verifyElements(id, p, l)}
+	if ns != nil {
+		errs = append(errs, d.verifyInside(l, ns))
+	}
+	return errors.Join(errs...)
+}
+
+// verifyHost looks at the bridge and at the host's end of the pair.
+func (d *Driver) verifyHost(id string) error {
+	bridge, err := findLink(d.opts.Bridge)
+	switch {
+	case err != nil:
+		return err
+	case bridge == nil:
+		return fmt.Errorf("bridge %s is gone", d.opts.Bridge)
+	}
+	if err := d.ours(bridge); err != nil {
+		return err
+	}
+	port, err := findLink(hostName(id))
+	switch {
+	case err != nil:
+		return err
+	case port == nil:
+		return fmt.Errorf("link %s is gone", hostName(id))
+	case port.Attrs().MasterIndex != bridge.Attrs().Index:
+		return fmt.Errorf("link %s is not in bridge %s", hostName(id), d.opts.Bridge)
+	case port.Attrs().RawFlags&upFlag == 0:
+		return fmt.Errorf("link %s is down", hostName(id))
+	}
+	return nil
+}
+
+// verifyElements looks for the sandbox's elements, and for the table.
+func (d *Driver) verifyElements(id string, p *plan, l lease) error {
+	whole, err := d.nft.whole(p.Isolated)
+	if err != nil {
+		return err
+	}
+	if !whole {
+		return fmt.Errorf("nftables table %s is gone or was changed", d.nft.inet.Name)
+	}
+	want := make(elements)
+	d.nft.elementsOf(want, id, p, l)
+	if len(want) == 0 {
+		return nil
+	}
+	have, err := d.nft.owned()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for s, vals := range want {
+		for _, v := range vals {
+			i := slices.IndexFunc(have[s], func(h element) bool { return bytes.Equal(h.Key, v.Key) })
+			if i < 0 || !bytes.Equal(have[s][i].Val, v.Val) {
+				errs = append(errs, fmt.Errorf("nftables set %s of table %s has lost an element", s.Name, s.Table.Name))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// verifyInside looks at eth0 in the sandbox.
+func (d *Driver) verifyInside(l lease, ns *os.File) error {
+	var h *netlink.Handle
+	err := nsthread.Do(map[namespace.Kind]*os.File{namespace.Net: ns}, func() (err error) {
+		h, err = netlink.NewHandle()
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	link, err := h.LinkByName(ifName)
+	if err != nil {
+		return fmt.Errorf("interface %s in the sandbox: %w", ifName, err)
+	}
+	if link.Attrs().RawFlags&upFlag == 0 {
+		return fmt.Errorf("interface %s in the sandbox is down", ifName)
+	}
+	addrs, err := h.AddrList(link, netlink.FAMILY_ALL)
+	if err != nil {
+		return err
+	}
+	routes, err := h.RouteList(link, netlink.FAMILY_ALL)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, want := range []netip.Addr{l.v4, l.v6} {
+		if !want.IsValid() {
+			continue
+		}
+		if !slices.ContainsFunc(addrs, func(a netlink.Addr) bool { return prefixOf(a.IPNet).Addr() == want }) {
+			errs = append(errs, fmt.Errorf("interface %s in the sandbox has lost address %s", ifName, want))
+		}
+		if !slices.ContainsFunc(routes, func(r netlink.Route) bool {
+			return r.Gw != nil && prefixOf(r.Dst).Bits() <= 0 && (r.Gw.To4() != nil) == want.Is4()
+		}) {
+			errs = append(errs, fmt.Errorf("the sandbox has lost the default route of %s", want))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Restore repairs an attachment: the bridge and the table, the sandbox's
+// elements and link. A pair that was deleted is made again.
+func (d *Driver) Restore(_ context.Context, id string, raw json.RawMessage, ns *os.File) error {
+	p, err := decodePlan(raw)
+	if err != nil {
+		return err
+	}
+	unlock, err := d.prepared()
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	l, err := d.leases.restore(id, p.Addresses, func() []netip.Addr { return addressesInside(ns) })
+	if err != nil {
+		return err
+	}
+	if err := d.register(id, p, l); err != nil {
+		return err
+	}
+	if err := d.nft.add(id, p, l); err != nil {
+		return err
+	}
+	if d.verifyHost(id) == nil && (ns == nil || d.verifyInside(l, ns) == nil) {
+		return nil
+	}
+	there, err := linkThere(hostName(id))
+	if err != nil {
+		return err
+	}
+	if !there {
+		if ns == nil {
+			return fmt.Errorf("link %s is gone, and so is the sandbox's network namespace", hostName(id))
+		}
+		if _, err := d.connect(id, p, l, ns); err != nil {
+			return err
+		}
+		return d.shape(id, p.Bandwidth)
+	}
+	reqs := []request{d.newPort(id)}
+	if len(p.Ports) > 0 {
+		reqs = append(reqs, hairpin(id))
+	}
+	err = d.socks.do(reqs...)
+	if err == nil && ns != nil {
+		err = d.configure(l, ns)
+	}
+	return err
+}
+
+// addressesInside returns the addresses of a sandbox's eth0.
+func addressesInside(ns *os.File) []netip.Addr {
+	if ns == nil {
+		return nil
+	}
+	var found []netip.Addr
+	nsthread.Do(map[namespace.Kind]*os.File{namespace.Net: ns}, func() error {
+		h, err := netlink.NewHandle()
+		if err != nil {
+			return err
+		}
+		defer h.Close()
+		link, err := h.LinkByName(ifName)
+		if err != nil {
+			return err
+		}
+		addrs, err := h.AddrList(link, netlink.FAMILY_ALL)
+		for _, a := range addrs {
+			found = append(found, prefixOf(a.IPNet).Addr())
+		}
+		return err
+	})
+	return found
+}

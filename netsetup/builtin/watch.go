@@ -1,0 +1,224 @@
+package builtin
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+
+	"github.com/mdlayher/netlink"
+	"golang.org/x/net/bpf"
+	"golang.org/x/sys/unix"
+)
+
+// event is something that happened on the host.
+type event int
+
+const (
+	linkGone     event = iota // some link
+	bridgeGone                // or perhaps: events were lost
+	routeChanged              // a way out came, or an address
+	rulesGone                 // of some table
+)
+
+// watch reports events until ctx is done. A filter in the kernel passes only
+// what matters: without it the daemon would wake up dozens of times for each
+// sandbox that comes or goes.
+func (d *Driver) watch(ctx context.Context) <-chan event {
+	events := make(chan event, 64)
+	send := func(e event) {
+		select {
+		case events <- e:
+		case <-ctx.Done():
+		}
+	}
+	d.listen(ctx, unix.NETLINK_ROUTE, []uint32{unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE}, routeFilter(), func(m *netlink.Message) {
+		switch {
+		case m == nil:
+			send(bridgeGone)
+			send(routeChanged)
+		case m.Header.Type == unix.RTM_DELLINK && len(m.Data) >= unix.SizeofIfInfomsg &&
+			int(binary.NativeEndian.Uint32(m.Data[4:])) == d.bridgeIndex():
+			send(bridgeGone)
+		case m.Header.Type == unix.RTM_DELLINK:
+			send(linkGone)
+		default:
+			send(routeChanged)
+		}
+	})
+	d.listen(ctx, unix.NETLINK_NETFILTER, []uint32{unix.NFNLGRP_NFTABLES}, nftFilter(), func(*netlink.Message) { send(rulesGone) })
+	return events
+}
+
+// listen calls fn for each message to the groups that passes filter, and with nil
+// when some were lost.
+func (d *Driver) listen(ctx context.Context, protocol int, groups []uint32, filter []bpf.Instruction, fn func(*netlink.Message)) {
+	c, err := netlink.Dial(protocol, nil)
+	if err == nil {
+		var raw []bpf.RawInstruction
+		if raw, err = bpf.Assemble(filter); err == nil {
+			err = c.SetBPF(raw)
+		}
+		for _, g := range groups {
+			if err == nil {
+				err = c.JoinGroup(g)
+			}
+		}
+		if err != nil {
+			c.Close()
+		}
+	}
+	if err != nil {
+		d.log.Warn("Host network is not watched", "err", err)
+		return
+	}
+	d.done.Go(func() {
+		<-ctx.Done()
+		c.Close()
+	})
+	d.done.Go(func() {
+		for {
+			msgs, err := c.Receive()
+			switch {
+			case ctx.Err() != nil:
+				return
+			case errors.Is(err, unix.ENOBUFS):
+				fn(nil)
+			case err != nil:
+				d.log.Warn("Host network is no longer watched", "err", err)
+				return
+			}
+			for i := range msgs {
+				fn(&msgs[i])
+			}
+		}
+	})
+}
+
+// Offsets in a netlink message.
+const (
+	offType     = 4
+	offFamily   = unix.SizeofNlMsghdr     // of a struct rtmsg
+	offDstLen   = unix.SizeofNlMsghdr + 1 //
+	offTable    = unix.SizeofNlMsghdr + 4 //
+	passMessage = 0x7fffffff
+)
+
+// routeFilter passes links that go, and new routes of the main table that are
+// IPv4 or a default route.
+func routeFilter() []bpf.Instruction {
+	return []bpf.Instruction{
+		bpf.LoadAbsolute{Off: offType, Size: 2},
+		bpf.JumpIf{Cond: bpf.JumpEqual, Val: messageType(unix.RTM_DELLINK), SkipTrue: 7},
+		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: messageType(unix.RTM_NEWROUTE), SkipTrue: 7},
+		bpf.LoadAbsolute{Off: offTable, Size: 1},
+		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: unix.RT_TABLE_MAIN, SkipTrue: 5},
+		bpf.LoadAbsolute{Off: offFamily, Size: 1},
+		bpf.JumpIf{Cond: bpf.JumpEqual, Val: unix.AF_INET, SkipTrue: 2},
+		bpf.LoadAbsolute{Off: offDstLen, Size: 1},
+		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: 0, SkipTrue: 1},
+		bpf.RetConstant{Val: passMessage},
+		bpf.RetConstant{Val: 0},
+	}
+}
+
+// nftFilter passes tables, chains, rules and sets that go.
+func nftFilter() []bpf.Instruction {
+	prog := []bpf.Instruction{bpf.LoadAbsolute{Off: offType, Size: 2}}
+	types := []uint16{unix.NFT_MSG_DELTABLE, unix.NFT_MSG_DELCHAIN, unix.NFT_MSG_DELRULE, unix.NFT_MSG_DELSET}
+	for i, t := range types {
+		prog = append(prog, bpf.JumpIf{Cond: bpf.JumpEqual, Val: messageType(unix.NFNL_SUBSYS_NFTABLES<<8 | t), SkipTrue: uint8(len(types) - i)})
+	}
+	return append(prog, bpf.RetConstant{Val: 0}, bpf.RetConstant{Val: passMessage})
+}
+
+// messageType returns what a filter, which reads in network order, finds for a
+// number that the kernel wrote in its own.
+func messageType(t uint16) uint32 {
+	return uint32(binary.BigEndian.Uint16(binary.NativeEndian.AppendUint16(nil, t)))
+}
+
+func (d *Driver) bridgeIndex() int {
+	d.host.RLock()
+	defer d.host.RUnlock()
+	return d.bridge
+}
+
+// handle answers an event. That a link is gone is for settle to see.
+func (d *Driver) handle(e event) error {
+	switch e {
+	case bridgeGone, rulesGone:
+		return d.repair()
+	case routeChanged:
+		d.host.Lock()
+		defer d.host.Unlock()
+		if d.up {
+			return d.claim()
+		}
+	}
+	return nil
+}
+
+// repair makes again what is missing of the bridge and the table, and puts the
+// links of all attachments back into the bridge.
+func (d *Driver) repair() error {
+	d.host.Lock()
+	defer d.host.Unlock()
+	d.mu.Lock()
+	needed := len(d.attached) > 0
+	d.mu.Unlock()
+	if !needed {
+		d.up = false // the next sandbox makes what it needs
+		return nil
+	}
+	link, err := findLink(d.opts.Bridge)
+	if err != nil {
+		return err
+	}
+	whole, err := d.nft.whole(d.anyIsolated())
+	if err != nil {
+		return err
+	}
+	if d.up && whole && link != nil && link.Attrs().Index == d.bridge {
+		return nil
+	}
+	d.up = false
+	if err := d.prepareLocked(); err != nil {
+		return err
+	}
+	d.log.Warn("Host network was changed by somebody else and is repaired", "bridge", d.opts.Bridge)
+	return nil
+}
+
+func (d *Driver) anyIsolated() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, a := range d.attached {
+		if a.plan.Isolated {
+			return true
+		}
+	}
+	return false
+}
+
+// enslaveAll puts the links of all attachments into the bridge.
+func (d *Driver) enslaveAll() error {
+	d.mu.Lock()
+	var reqs []request
+	for id, a := range d.attached {
+		reqs = append(reqs, d.newPort(id))
+		if len(a.plan.Ports) > 0 {
+			reqs = append(reqs, hairpin(id))
+		}
+	}
+	d.mu.Unlock()
+	for i := range reqs {
+		reqs[i].ignore = append(reqs[i].ignore, unix.ENODEV) // the sandbox removed it
+	}
+	var errs []error
+	for len(reqs) > 0 {
+		n := min(len(reqs), 50)
+		errs = append(errs, d.socks.do(reqs[:n]...))
+		reqs = reqs[n:]
+	}
+	return errors.Join(errs...)
+}
