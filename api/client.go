@@ -9,6 +9,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"iter"
 	"net"
 	"path/filepath"
 	"strings"
@@ -113,8 +115,19 @@ func (c *Client) Remove(ctx context.Context, ref string, force bool) error {
 }
 
 // List is [sandbox.Manager.List].
-func (c *Client) List(ctx context.Context) ([]sandbox.Info, error) {
-	r, err := c.rpc.ListSandboxes(ctx, &pb.ListSandboxesRequest{})
+func (c *Client) List(ctx context.Context) ([]sandbox.Info, error) { return c.list(ctx, false) }
+
+// ListAll is List, and [sandbox.Manager.Tombstones] after it.
+func (c *Client) ListAll(ctx context.Context) ([]sandbox.Info, error) { return c.list(ctx, true) }
+
+// VerifyNetwork is [sandbox.Manager.VerifyNetwork].
+func (c *Client) VerifyNetwork(ctx context.Context, ref string) error {
+	_, err := c.rpc.CheckNetwork(ctx, &pb.CheckNetworkRequest{Sandbox: ref})
+	return c.err(err)
+}
+
+func (c *Client) list(ctx context.Context, all bool) ([]sandbox.Info, error) {
+	r, err := c.rpc.ListSandboxes(ctx, &pb.ListSandboxesRequest{All: all})
 	if err != nil {
 		return nil, c.err(err)
 	}
@@ -177,6 +190,24 @@ func (c *Client) RemoveMember(ctx context.Context, ref string, force bool) error
 func (c *Client) Wait(ctx context.Context, ref string) (sandbox.Exit, error) {
 	r, err := c.rpc.WaitMember(ctx, &pb.WaitMemberRequest{Member: ref})
 	return wire.ToExit(r.GetExit()), c.err(err)
+}
+
+// Events is [sandbox.Manager.Events].
+func (c *Client) Events(ctx context.Context, q sandbox.EventQuery) iter.Seq2[sandbox.Event, error] {
+	return func(yield func(sandbox.Event, error) bool) {
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		stream, err := c.rpc.ReadEvents(ctx, wire.FromEventQuery(q))
+		for err == nil {
+			var r *pb.ReadEventsResponse
+			if r, err = stream.Recv(); err == nil && !yield(wire.ToEvent(r.GetEvent()), nil) {
+				return
+			}
+		}
+		if err != io.EOF {
+			yield(sandbox.Event{}, c.err(err))
+		}
+	}
 }
 
 // ReopenLog is [sandbox.Manager.ReopenLog].

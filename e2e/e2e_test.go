@@ -386,7 +386,8 @@ func (d *daemon) end(t *testing.T, sig unix.Signal) {
 }
 
 func (d *daemon) serveArgs() []string {
-	return []string{"serve", "--state", d.state, "--root", d.root, "--cgroup-parent", d.parent, "--address", d.address()}
+	return []string{"serve", "--state", d.state, "--root", d.root, "--cgroup-parent", d.parent, "--address", d.address(),
+		"--network-default", "none"} // what is not about networks leaves the machine's alone
 }
 
 func (d *daemon) socket() string { return filepath.Join(d.state, "sandboxd.sock") }

@@ -67,6 +67,12 @@ type Input struct {
 	CgroupTasks []string          // absolute paths of the tasks files of the v1 cgroups to join
 	Cgroups     []CgroupHierarchy // what a mount of type "cgroup" shows; see [CgroupHierarchies]
 
+	// Files are files of the host that the member has at these places, in place
+	// of what its root has there. Where Spec mounts something at or above a place
+	// they give way to it; and where there is none in a root that is not to
+	// be written to, they are left out.
+	Files map[string]string
+
 	// Made, if not nil, is a socket on which the process says, by one byte, that its
 	// namespaces and mounts are made and its root is not entered, and then
 	// waits for one byte, or the end. The root is mounted on Root.Path then,
@@ -203,7 +209,9 @@ func (c *compiler) compile() error {
 	}
 	if c.Root != nil {
 		for _, m := range c.mounts {
-			if err := c.attach(m); err != nil {
+			if m.file {
+				c.attachFile(m)
+			} else if err := c.attach(m); err != nil {
 				return err
 			}
 		}

@@ -598,3 +598,85 @@ func TestSharedShm(t *testing.T) {
 		})
 	}
 }
+
+// What a member is given as its /etc/hosts and the like is there whatever its
+// image has in that place, and nothing is written to where nothing may be.
+func TestFiles(t *testing.T) {
+	testenv.Root(t)
+	hosts := filepath.Join(t.TempDir(), "hosts")
+	if err := os.WriteFile(hosts, []byte("given\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	outside := filepath.Join(t.TempDir(), "outside")
+	if err := os.WriteFile(outside, []byte("outside\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	const script = "cat /etc/hosts 2>/dev/null; grep -o ' /etc[^ ]*' /proc/mounts; grep -o ' /lib/hosts' /proc/mounts; true"
+	for _, tt := range []struct {
+		name string
+		edit func(t *testing.T, in *Input, etc string)
+		want string
+	}{
+		{"nothing there", func(*testing.T, *Input, string) {}, "given\n /etc/hosts\n"},
+		{"no directory", func(t *testing.T, _ *Input, etc string) { remove(t, etc) }, "given\n /etc/hosts\n"},
+		{"a file", func(t *testing.T, _ *Input, etc string) { write(t, etc+"/hosts", "image\n") }, "given\n /etc/hosts\n"},
+		{"a link in the image", func(t *testing.T, in *Input, etc string) {
+			mkdir(t, in.Root.Path+"/lib")
+			write(t, in.Root.Path+"/lib/hosts", "image\n")
+			link(t, "../lib/hosts", etc+"/hosts")
+		}, "given\n /lib/hosts\n"},
+		{"a link to the host", func(t *testing.T, _ *Input, etc string) { link(t, outside, etc+"/hosts") }, "given\n /etc/hosts\n"},
+		{"a link to nowhere", func(t *testing.T, _ *Input, etc string) { link(t, "../run/none/hosts", etc+"/hosts") }, "given\n /etc/hosts\n"},
+		{"a directory", func(t *testing.T, _ *Input, etc string) { mkdir(t, etc+"/hosts") }, ""},
+		{"a mount of one's own", func(t *testing.T, in *Input, _ string) {
+			in.Spec.Mounts = append(in.Spec.Mounts, specs.Mount{Destination: "/etc/hosts", Source: outside, Options: []string{"bind"}})
+		}, "outside\n /etc/hosts\n"},
+		{"a mount above", func(t *testing.T, in *Input, _ string) {
+			in.Spec.Mounts = append(in.Spec.Mounts, specs.Mount{Destination: "/etc", Type: "tmpfs"})
+		}, " /etc\n"},
+		{"read-only and nothing there", func(_ *testing.T, in *Input, _ string) { in.Root.ReadOnly = true }, ""},
+		{"read-only and a file", func(t *testing.T, in *Input, etc string) {
+			in.Root.ReadOnly = true
+			write(t, etc+"/hosts", "image\n")
+		}, "given\n /etc/hosts\n"},
+		{"a bundle's root and nothing there", func(_ *testing.T, in *Input, _ string) { in.Root.Overlay = false }, ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			in := realInput(t, "sh", "-c", script)
+			in.Files = map[string]string{"/etc/hosts": hosts}
+			etc := filepath.Join(in.Root.Path, "etc")
+			tt.edit(t, in, etc)
+			before, _ := os.ReadDir(etc)
+			if got := mustRun(t, in); got != tt.want {
+				t.Errorf("output %q, want %q", got, tt.want)
+			}
+			if after, _ := os.ReadDir(etc); len(after) != len(before) {
+				t.Errorf("the image's /etc has %v, and had %v", after, before)
+			}
+			if b, err := os.ReadFile(outside); err != nil || string(b) != "outside\n" {
+				t.Errorf("the file of the host has %q, %v", b, err)
+			}
+		})
+	}
+}
+
+func remove(t *testing.T, name string) {
+	t.Helper()
+	if err := os.Remove(name); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func mkdir(t *testing.T, name string) {
+	t.Helper()
+	if err := os.Mkdir(name, 0o755); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func link(t *testing.T, target, name string) {
+	t.Helper()
+	if err := os.Symlink(target, name); err != nil {
+		t.Fatal(err)
+	}
+}

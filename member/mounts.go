@@ -3,6 +3,7 @@ package member
 import (
 	"encoding/binary"
 	"fmt"
+	"maps"
 	"os"
 	"path"
 	"slices"
@@ -24,6 +25,7 @@ type mount struct {
 	bind      bool
 	recursive bool // rbind
 	dir       bool // the mount point is a directory
+	file      bool // one of Input.Files
 	shm       bool // the sandbox's /dev/shm takes its place
 	peer      bool // a bind that stays tied to the host's mount: cloned before the mount namespace is left
 	idmap     bool // asked for, not only because there is a user namespace
@@ -171,12 +173,54 @@ func (c *compiler) parseMounts() ([]*mount, error) {
 		ms = append(ms, m)
 	}
 	c.mounts = ms
+	c.addFiles()
 	m := c.mountOn("/dev")
 	c.ownDev = m != nil && !m.bind && m.Type == "tmpfs" && c.mountOn("/dev/null") == nil
 	for _, d := range c.lx.Devices {
 		c.ownDev = c.ownDev && path.Clean(d.Path) != "/dev/null"
 	}
-	return ms, nil
+	return c.mounts, nil
+}
+
+// addFiles adds the bind mounts of Input.Files.
+func (c *compiler) addFiles() {
+	given := c.mounts
+	for _, at := range slices.Sorted(maps.Keys(c.Files)) {
+		taken := slices.ContainsFunc(given, func(m *mount) bool { return at == m.Destination || strings.HasPrefix(at, m.Destination+"/") })
+		if c.Root == nil || taken {
+			continue
+		}
+		c.mounts = append(c.mounts, &mount{
+			Mount: specs.Mount{Destination: at, Source: c.Files[at]}, what: fmt.Sprintf("bind %s on %s", c.Files[at], at), bind: true, file: true,
+		})
+	}
+}
+
+// attachFile puts a file where it belongs in the member's root. There a link may
+// be, which is followed like every other; one that leads nowhere gives way.
+func (c *compiler) attachFile(m *mount) {
+	if c.Root.Overlay && !c.Root.ReadOnly {
+		step := "make mount point " + m.Destination
+		found := c.openIn(step, m.Destination, unix.O_PATH)
+		found.Else(func() {
+			dir, name := path.Split(m.Destination)
+			c.makePath(step, path.Clean(dir), true)
+			parent := c.openIn(step, dir, unix.O_PATH|unix.O_DIRECTORY).Result()
+			c.p.Call(step, unix.SYS_UNLINKAT, parent, c.p.String(name), launch.Int(0)).Ignore(unix.ENOENT)
+			const flags = unix.O_WRONLY | unix.O_CREAT | unix.O_EXCL | unix.O_NOFOLLOW | unix.O_CLOEXEC
+			c.close(c.p.Call(step, unix.SYS_OPENAT, parent, c.p.String(name), launch.Int(flags), launch.Int(0o644)).Result())
+			c.close(parent)
+		}, unix.ENOENT)
+		c.p.Call("close", unix.SYS_CLOSE, found.Result()).Ignore(unix.EBADF)
+	}
+	at := c.openIn(m.what, m.Destination, unix.O_PATH)
+	at.Then(func() {
+		const flags = unix.MOVE_MOUNT_F_EMPTY_PATH | unix.MOVE_MOUNT_T_EMPTY_PATH
+		// A root can have a directory there, with which it has to make do.
+		c.p.Call(m.what, unix.SYS_MOVE_MOUNT, m.tree, c.p.String(""), at.Result(), c.p.String(""), launch.Int(flags)).Ignore(unix.EINVAL)
+		c.close(at.Result())
+	}, unix.ENOENT, unix.ENOTDIR, unix.ELOOP)
+	c.close(m.tree)
 }
 
 // mapIDs makes the uid and gid options of a new file system the host's ids: the

@@ -31,6 +31,9 @@ func (m *Manager) Create(ctx context.Context, c Config) (_ Info, err error) {
 	defer m.operation("create", &err)()
 	ref := c.Name
 	id := m.o.NewID()
+	if c.Network == "" && (c.Share == nil || slices.Contains(c.Share, namespace.Net)) {
+		c.Network = m.node.DefaultNetwork()
+	}
 	c, err = completeSandbox(c, id)
 	if err != nil {
 		return Info{}, &OpError{Op: "create", Err: err}
@@ -142,7 +145,11 @@ func (m *Manager) create(ctx context.Context, b *box) error {
 }
 
 func (m *Manager) createSteps(ctx context.Context, b *box) error {
-	err := m.run("create", "record", func() error {
+	plan, err := m.planNetwork(ctx, b)
+	if err != nil {
+		return err
+	}
+	err = m.run("create", "record", func() error {
 		if err := m.root.Mkdir(b.dir(), 0o700); err != nil {
 			return err
 		}
@@ -175,6 +182,10 @@ func (m *Manager) createSteps(ctx context.Context, b *box) error {
 	if err != nil {
 		return err
 	}
+	networks, err := m.attachNetwork(ctx, b, plan)
+	if err != nil {
+		return err
+	}
 	err = m.run("create", "watch", func() error { return m.watchPause(b) })
 	if err != nil {
 		return err
@@ -183,7 +194,7 @@ func (m *Manager) createSteps(ctx context.Context, b *box) error {
 		return err
 	}
 	return m.run("create", "ready", func() error {
-		return m.write(b, func(r *Record) { r.State, r.Complete = Ready, true })
+		return m.write(b, func(r *Record) { r.State, r.Complete, r.Networks = Ready, true, networks })
 	})
 }
 
@@ -282,7 +293,7 @@ func (m *Manager) claimMember(b *box, id string, c MemberConfig) (*memb, error) 
 	if r.LogPath == "" {
 		r.LogPath = path.Join(m.o.LogDir, r.Sandbox, id, "log")
 	}
-	mb := newMemb(r)
+	mb := newMemb(b.name(), r)
 	mb.op <- struct{}{}
 	b.members[id] = mb
 	return mb, nil

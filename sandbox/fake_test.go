@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -18,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/internal/namespace"
+	"github.com/sandboxd/sandboxd/internal/network"
 	"github.com/sandboxd/sandboxd/internal/procid"
 	"github.com/sandboxd/sandboxd/internal/request"
 )
@@ -57,6 +59,8 @@ type fakeNode struct {
 	started  map[string]bool // members whose init ever ran its command
 	truth    map[string]Exit // exits that somebody was there to see
 	leftover map[string]bool // members with processes other than init
+	networks map[string]bool // sandboxes with a network, those of tombstones not among them
+	tombs    map[string]bool // networks that the node takes down by itself, sooner or later
 
 	hooks     map[string]*fakeHook // by what they are called, see hooks_test.go
 	collects  map[string]int       // how often a member was collected, SID/MID
@@ -97,6 +101,7 @@ func newFakeNode() *fakeNode {
 		cgroups: map[string]bool{}, data: map[string]bool{}, monitors: map[string]*fakeMonitor{},
 		started: map[string]bool{}, truth: map[string]Exit{}, leftover: map[string]bool{}, unkillable: map[string]bool{},
 		hooks: map[string]*fakeHook{}, collects: map[string]int{}, collected: map[string]bool{},
+		networks: map[string]bool{}, tombs: map[string]bool{},
 	}
 }
 
@@ -295,6 +300,85 @@ func (n *fakeNode) killPause(sid string) {
 
 func (n *fakeNode) RemoveSandboxData(ctx context.Context, r *Record) error {
 	return n.call(ctx, "RemoveSandboxData", func() error { return nil })
+}
+
+func (n *fakeNode) DefaultNetwork() NetworkMode { return request.NetworkNone }
+
+func (n *fakeNode) PlanNetwork(ctx context.Context, r *Record) (plan json.RawMessage, err error) {
+	err = n.call(ctx, "PlanNetwork", func() error {
+		if r.Config.Net.Isolated {
+			return invalidf("no isolation here")
+		}
+		plan = json.RawMessage(`"plan of ` + r.ID + `"`)
+		return nil
+	})
+	return plan, err
+}
+
+func (n *fakeNode) AttachNetwork(ctx context.Context, r *Record, plan json.RawMessage) (as []network.Attachment, err error) {
+	err = n.call(ctx, "AttachNetwork", func() error {
+		if !n.procs[n.pauses[r.ID]] || n.pauses[r.ID] != r.Pause {
+			return errors.New("no pause")
+		}
+		if string(plan) != `"plan of `+r.ID+`"` {
+			return fmt.Errorf("plan %s", plan)
+		}
+		n.networks[r.ID] = true
+		as = []network.Attachment{{Name: "net", Interface: "eth0"}}
+		return nil
+	})
+	return as, err
+}
+
+// DetachNetwork goes on in the background if the fault is that it does not
+// succeed: only writing that down can fail.
+func (n *fakeNode) DetachNetwork(ctx context.Context, r *Record) error {
+	return n.call(ctx, "DetachNetwork", func() error {
+		if n.networks[r.ID] && n.faults["plugin"] == fails {
+			n.tombs[r.ID] = true
+		}
+		delete(n.networks, r.ID)
+		return nil
+	})
+}
+
+func (n *fakeNode) RestoreNetwork(ctx context.Context, r *Record) error {
+	return n.call(ctx, "RestoreNetwork", func() error {
+		if !n.networks[r.ID] {
+			return errors.New("no network")
+		}
+		return nil
+	})
+}
+
+func (n *fakeNode) VerifyNetwork(ctx context.Context, r *Record) error {
+	return n.call(ctx, "VerifyNetwork", func() error {
+		if !n.networks[r.ID] {
+			return errors.New("no network")
+		}
+		return nil
+	})
+}
+
+func (n *fakeNode) SettleNetworks(alive func(id string) bool) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for id := range n.networks {
+		if !alive(id) && !n.crashed {
+			delete(n.networks, id)
+			n.tombs[id] = true
+		}
+	}
+}
+
+func (n *fakeNode) Tombstones() []Tombstone {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	var ts []Tombstone
+	for _, id := range names(n.tombs) {
+		ts = append(ts, Tombstone{ID: id, Name: id, Mode: request.NetworkCNI, TombstoneInfo: TombstoneInfo{Attempts: 1, LastError: "no"}})
+	}
+	return ts
 }
 
 func (n *fakeNode) ResolveMember(ctx context.Context, r *Record, m *MemberRecord, siblings []*MemberRecord) (*specs.Spec, namespace.Selection, error) {
@@ -538,9 +622,9 @@ func (c *fakeConn) ReopenLog(ctx context.Context) error {
 func (n *fakeNode) empty() error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if len(n.procs)+len(n.pauses)+len(n.cgroups)+len(n.data)+len(n.held)+len(n.leftover) > 0 {
-		return fmt.Errorf("left on the host: processes %v, pauses %v, cgroups %v, data %v, held %v, leftover %v",
-			n.procs, n.pauses, n.cgroups, n.data, n.held, n.leftover)
+	if len(n.procs)+len(n.pauses)+len(n.cgroups)+len(n.data)+len(n.held)+len(n.leftover)+len(n.networks) > 0 {
+		return fmt.Errorf("left on the host: processes %v, pauses %v, cgroups %v, data %v, held %v, leftover %v, networks %v",
+			n.procs, n.pauses, n.cgroups, n.data, n.held, n.leftover, n.networks)
 	}
 	return nil
 }

@@ -4,6 +4,7 @@ import (
 	"time"
 
 	"github.com/sandboxd/sandboxd/internal/namespace"
+	"github.com/sandboxd/sandboxd/internal/network"
 )
 
 // Info is what `sandboxd inspect` shows of a sandbox. Its JSON form is stable:
@@ -12,7 +13,7 @@ import (
 type Info struct {
 	ID          string                           `json:"id"`
 	Name        string                           `json:"name"`
-	State       string                           `json:"state"` // Ready, NotReady, Stopped; Creating, Unclean
+	State       string                           `json:"state"` // Ready, NotReady, Stopped; Creating, Unclean; Removed with a network that is still there
 	CreatedAt   time.Time                        `json:"createdAt"`
 	PausePID    int                              `json:"pausePid"` // 0 if there is none
 	Hostname    string                           `json:"hostname"`
@@ -28,7 +29,18 @@ type Info struct {
 
 // NetworkInfo is the network part of [Info].
 type NetworkInfo struct {
-	Mode NetworkMode `json:"mode"`
+	Mode     NetworkMode          `json:"mode"`
+	Networks []network.Attachment `json:"networks"` // that the sandbox is in
+	// Tombstone is there if the sandbox is gone and its network is not.
+	Tombstone *TombstoneInfo `json:"tombstone,omitempty"`
+}
+
+// TombstoneInfo says how it stands with taking a network down.
+type TombstoneInfo struct {
+	Since     time.Time `json:"since"` // the sandbox is gone
+	Attempts  int       `json:"attempts"`
+	LastError string    `json:"lastError,omitempty"`
+	NextTry   time.Time `json:"nextTry,omitzero"` // the zero time: it is being tried
 }
 
 // NamespaceInfo shows one namespace.

@@ -13,6 +13,7 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/sandboxd/sandboxd/internal/namespace"
+	"github.com/sandboxd/sandboxd/internal/network"
 )
 
 // methods are those of fakeNode that fail on demand.
@@ -21,6 +22,7 @@ var methods = []string{
 	"RemoveSandboxData", "MakeMemberCgroup", "LimitMember", "KillMemberCgroup", "RemoveMemberCgroup", "MakeMemberData",
 	"RemoveMemberData", "StartMonitor", "AdoptMonitor", "ReplaceMonitor", "KillMonitor", "MonitorStatus",
 	"SignalInit", "Start", "execve",
+	"PlanNetwork", "AttachNetwork", "DetachNetwork", "RestoreNetwork", "VerifyNetwork", "plugin",
 }
 
 // world is a Manager on a host where everything goes wrong.
@@ -97,6 +99,9 @@ func (w *world) operation(t *rapid.T) {
 		c := Config{Name: name}
 		if rapid.Bool().Draw(t, "pid") {
 			c.Share = []namespace.Kind{namespace.Net, namespace.PID}
+		}
+		if rapid.Bool().Draw(t, "network") {
+			c.Network = network.ModeCNI
 		}
 		_, err := w.m.Create(ctx, c)
 		if had == nil && err == nil {
@@ -193,6 +198,9 @@ func (w *world) invariants() error {
 		if i.State == "Ready" && i.PausePID != w.n.pauses[i.ID].PID {
 			return fmt.Errorf("%s has another pause than is recorded", i.Name)
 		}
+		if has := len(i.Network.Networks) > 0; i.State == "Ready" && (has != w.n.networks[i.ID] || has != (i.Network.Mode == network.ModeCNI)) {
+			return fmt.Errorf("%s has networks %v, and on the host %v", i.Name, i.Network, w.n.networks[i.ID])
+		}
 		if _, err := os.Stat(filepath.Join(w.state(), sandboxesDir, i.ID, sandboxFile)); err != nil && i.State != "Unclean" {
 			return fmt.Errorf("%s is %s without a record", i.Name, i.State)
 		}
@@ -200,6 +208,11 @@ func (w *world) invariants() error {
 	for sid := range w.n.pauses {
 		if _, ok := boxes[sid]; !ok {
 			return fmt.Errorf("pause of %s belongs to nobody", sid)
+		}
+	}
+	for sid := range w.n.networks {
+		if _, ok := boxes[sid]; !ok {
+			return fmt.Errorf("the network of %s belongs to nobody", sid)
 		}
 	}
 	for k := range w.n.cgroups {

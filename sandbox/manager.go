@@ -19,6 +19,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/sandboxd/sandboxd/internal/journal"
 	"github.com/sandboxd/sandboxd/internal/procid"
 	"github.com/sandboxd/sandboxd/internal/statefile"
 )
@@ -43,6 +44,7 @@ type Options struct {
 	Now             func() time.Time // default: time.Now
 	NewID           func() string    // 16 hex digits; default: random
 	Observer        Observer         // default: Unobserved
+	Journal         *journal.Journal // of events, which stays the caller's; nil keeps none
 	CgroupParent    string           // default: /sandboxd
 	LogDir          string           // a member's log is LogDir/SANDBOX/MEMBER/log unless it says where; default: /var/lib/sandboxd/sandboxes
 	CustodyMax      int              // how many members are held after their exit at most; 0: no limit
@@ -88,6 +90,7 @@ type box struct {
 	hooks  atomic.Pointer[[]HookRun] // stored under op; replaced, never changed
 	broken bool                      // its record could not be read; set before the box is shared
 	gone   bool                      // guarded by op
+	told   told                      // guarded by op
 
 	created chan struct{} // closed when the creation has ended
 	ctx     context.Context
@@ -105,6 +108,8 @@ type memb struct {
 	hooks  atomic.Pointer[[]HookRun]    // stored under op; replaced, never changed
 	broken bool
 	gone   bool          // guarded by op
+	in     string        // the sandbox's name
+	told   told          // guarded by op
 	over   chan struct{} // closed when the exit is recorded, or the member is gone
 	isOver sync.Once
 	mon    atomic.Pointer[Monitor] // stored under op; nil while there is no connection
@@ -149,8 +154,8 @@ func newBox(ctx context.Context, r *Record) *box {
 	return b
 }
 
-func newMemb(r *MemberRecord) *memb {
-	mb := &memb{op: newLock(), over: make(chan struct{})}
+func newMemb(in string, r *MemberRecord) *memb {
+	mb := &memb{op: newLock(), in: in, over: make(chan struct{})}
 	mb.rec.Store(r)
 	return mb
 }
@@ -213,7 +218,7 @@ func Open(ctx context.Context, state string, node Node, o Options) (*Manager, er
 	}
 	m := &Manager{node: node, o: o, path: path, root: root, boxes: map[string]*box{}, custody: make(chan struct{}, 1)}
 	m.ctx, m.cancel = context.WithCancel(context.Background())
-	err = m.takeLock()
+	m.lock, err = Lock(root, "state directory "+path)
 	if err == nil {
 		err = m.recover(ctx)
 	}
@@ -236,21 +241,21 @@ func Free(state string) error {
 		return fmt.Errorf("lock state directory: %w", err)
 	}
 	defer f.Close()
-	return flock(f, unix.LOCK_SH, state)
+	return flock(f, unix.LOCK_SH, "state directory "+state)
 }
 
 // lockWait bounds the wait for a lock that outlives the daemon that took it.
 const lockWait = 5 * time.Second
 
-// flock takes a lock on f, which is in the state directory called state.
-func flock(f *os.File, how int, state string) error {
+// flock takes a lock on f, which is in the directory that what names.
+func flock(f *os.File, how int, what string) error {
 	for deadline := time.Now().Add(lockWait); ; time.Sleep(5 * time.Millisecond) {
 		err := unix.Flock(int(f.Fd()), how|unix.LOCK_NB)
 		if err == nil {
 			return nil
 		}
 		if !errors.Is(err, unix.EWOULDBLOCK) {
-			return fmt.Errorf("lock state directory: %w", os.NewSyscallError("flock", err))
+			return fmt.Errorf("lock %s: %w", what, os.NewSyscallError("flock", err))
 		}
 		text := make([]byte, 32)
 		n, _ := f.ReadAt(text, 0)
@@ -259,30 +264,31 @@ func flock(f *os.File, how int, state string) error {
 		// A daemon that was killed while it started a process leaves the lock to
 		// that child, until its execve closes the descriptor.
 		if id, err := procid.Of(pid); err == nil && id.Alive() || time.Now().After(deadline) {
-			return statef("state directory %s is in use by the daemon with pid %s", state, holder)
+			return statef("%s is in use by the daemon with pid %s", what, holder)
 		}
 	}
 }
 
-// takeLock makes this process the only one that changes the state directory.
-func (m *Manager) takeLock() error {
-	f, err := m.root.OpenFile(lockFile, os.O_RDWR|os.O_CREATE, 0o600)
+// Lock makes this process the only one that uses the directory dir, which what
+// names in errors, until the file that it returns is closed.
+func Lock(dir *os.Root, what string) (*os.File, error) {
+	f, err := dir.OpenFile(lockFile, os.O_RDWR|os.O_CREATE|unix.O_NONBLOCK, 0o600)
 	if err != nil {
-		return fmt.Errorf("lock state directory: %w", err)
+		return nil, fmt.Errorf("lock %s: %w", what, err)
 	}
-	if err := flock(f, unix.LOCK_EX, m.path); err != nil {
+	if err := flock(f, unix.LOCK_EX, what); err != nil {
 		f.Close()
-		return err
+		return nil, err
 	}
-	m.lock = f
 	// The pid is for the message above; who holds the flock decides.
-	if err := f.Truncate(0); err != nil {
-		return fmt.Errorf("lock state directory: %w", err)
+	if err = f.Truncate(0); err == nil {
+		_, err = f.WriteAt(fmt.Appendf(nil, "%d\n", os.Getpid()), 0)
 	}
-	if _, err := f.WriteAt(fmt.Appendf(nil, "%d\n", os.Getpid()), 0); err != nil {
-		return fmt.Errorf("lock state directory: %w", err)
+	if err != nil {
+		f.Close()
+		return nil, fmt.Errorf("lock %s: %w", what, err)
 	}
-	return nil
+	return f, nil
 }
 
 // Close ends the daemon's part: it stops watching, answers those who wait, and
@@ -364,50 +370,72 @@ func (m *Manager) lockMember(ctx context.Context, ref string) (*box, *memb, erro
 
 // write makes change to the record: on disk first, then in memory. If it fails,
 // nothing has changed. Preconditions: b.op is held.
-func (m *Manager) write(b *box, change func(*Record)) error {
-	r := *b.rec.Load()
-	change(&r)
-	if !b.broken { // what could not be read is kept as it is
-		if err := statefile.Write(m.root, b.dir()+"/"+sandboxFile, &r); err != nil {
-			return fmt.Errorf("write record: %w", err)
-		}
-	}
-	b.rec.Store(&r)
-	return nil
-}
+func (m *Manager) write(b *box, change func(*Record)) error { return m.change(b, false, change) }
 
 // note makes a change that is true whether or not it can be written down.
 // Recovery finds out the same from the kernel. Preconditions: b.op is held.
 func (m *Manager) note(b *box, change func(*Record)) {
-	if err := m.write(b, change); err != nil {
-		r := *b.rec.Load()
-		change(&r)
-		b.rec.Store(&r)
-		m.o.Log.Warn("Record not written", "sandbox", r.ID, "err", err)
+	if err := m.change(b, true, change); err != nil {
+		m.o.Log.Warn("Record not written", "sandbox", b.id(), "err", err)
 	}
+}
+
+// change is write, or if the change is a fact note, and tells of it.
+func (m *Manager) change(b *box, fact bool, change func(*Record)) error {
+	old := b.rec.Load()
+	r := *old
+	change(&r)
+	next := b.told
+	es := next.events(m.eventOf(&r), sandboxEvents(&next, old, &r))
+	return m.tell(&b.told, next, es, fact, func(t Telling) error {
+		var err error
+		if !b.broken { // what could not be read is kept as it is
+			r.Telling = t
+			if err = statefile.Write(m.root, b.dir()+"/"+sandboxFile, &r); err != nil {
+				err = fmt.Errorf("write record: %w", err)
+			}
+		}
+		if err == nil || fact {
+			r.Telling = Telling{Rev: t.Rev}
+			b.rec.Store(&r)
+		}
+		return err
+	})
 }
 
 // writeMember is write for a member. Preconditions: mb.op is held.
 func (m *Manager) writeMember(mb *memb, change func(*MemberRecord)) error {
-	r := *mb.rec.Load()
-	change(&r)
-	if !mb.broken {
-		if err := statefile.Write(m.root, mb.dir()+"/"+memberFile, &r); err != nil {
-			return fmt.Errorf("write record: %w", err)
-		}
-	}
-	mb.rec.Store(&r)
-	return nil
+	return m.changeMember(mb, false, change)
 }
 
 // noteMember is note for a member. Preconditions: mb.op is held.
 func (m *Manager) noteMember(mb *memb, change func(*MemberRecord)) {
-	if err := m.writeMember(mb, change); err != nil {
-		r := *mb.rec.Load()
-		change(&r)
-		mb.rec.Store(&r)
-		m.o.Log.Warn("Record not written", "sandbox", r.Sandbox, "member", r.ID, "err", err)
+	if err := m.changeMember(mb, true, change); err != nil {
+		m.o.Log.Warn("Record not written", "sandbox", mb.rec.Load().Sandbox, "member", mb.id(), "err", err)
 	}
+}
+
+// changeMember is change for a member.
+func (m *Manager) changeMember(mb *memb, fact bool, change func(*MemberRecord)) error {
+	old := mb.rec.Load()
+	r := *old
+	change(&r)
+	next := mb.told
+	es := next.events(m.memberEventOf(mb.in, &r), memberEvents(&next, old, &r))
+	return m.tell(&mb.told, next, es, fact, func(t Telling) error {
+		var err error
+		if !mb.broken {
+			r.Telling = t
+			if err = statefile.Write(m.root, mb.dir()+"/"+memberFile, &r); err != nil {
+				err = fmt.Errorf("write record: %w", err)
+			}
+		}
+		if err == nil || fact {
+			r.Telling = Telling{Rev: t.Rev}
+			mb.rec.Store(&r)
+		}
+		return err
+	})
 }
 
 func (m *Manager) memberPath(mb *memb) string { return m.path + "/" + mb.dir() }

@@ -2,11 +2,14 @@ package sandbox
 
 import (
 	"context"
+	"encoding/json"
+	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/internal/namespace"
+	"github.com/sandboxd/sandboxd/internal/network"
 	"github.com/sandboxd/sandboxd/internal/procid"
 	"github.com/sandboxd/sandboxd/internal/request"
 )
@@ -21,6 +24,7 @@ import (
 // and may be called again after it failed.
 type Node interface {
 	PauseNode
+	NetworkNode
 	MemberNode
 	HookNode
 	CollectNode
@@ -63,6 +67,42 @@ type PauseNode interface {
 type PauseFacts struct {
 	Pause  procid.ID
 	Inodes map[namespace.Kind]uint64
+}
+
+// NetworkNode is the part of a [Node] that concerns the network of a sandbox. The
+// network namespace is that of the sandbox's pause.
+type NetworkNode interface {
+	// DefaultNetwork is the mode of a sandbox whose request names none.
+	DefaultNetwork() NetworkMode
+	// PlanNetwork checks what r.Config asks of a network and returns all that
+	// AttachNetwork needs to know. It changes nothing. What is wrong with the
+	// request is reported here: errors wrap [ErrInvalid].
+	PlanNetwork(ctx context.Context, r *Record) (json.RawMessage, error)
+	// AttachNetwork makes the network. It keeps the plan, so that what was made
+	// can be taken down whatever happens to the record.
+	AttachNetwork(ctx context.Context, r *Record, plan json.RawMessage) ([]network.Attachment, error)
+	// DetachNetwork takes the network down while the namespace is there, or if
+	// that does not succeed in time notes that it is to be, and goes on trying.
+	DetachNetwork(ctx context.Context, r *Record) error
+	// RestoreNetwork repairs what was lost on the host while no daemon ran.
+	RestoreNetwork(ctx context.Context, r *Record) error
+	// VerifyNetwork reports what is no longer as AttachNetwork made it.
+	VerifyNetwork(ctx context.Context, r *Record) error
+	// SettleNetworks makes the node take down the networks of sandboxes that are
+	// not alive. It is called once, after recovery.
+	SettleNetworks(alive func(id string) bool)
+	// Tombstones returns the networks of sandboxes that are gone which could not
+	// be taken down yet, the oldest first.
+	Tombstones() []Tombstone
+}
+
+// Tombstone is the network of a sandbox that is gone. It is tried to take it down
+// until that succeeds; what it holds, such as addresses, is not free before.
+type Tombstone struct {
+	ID, Name  string
+	Mode      NetworkMode
+	CreatedAt time.Time
+	TombstoneInfo
 }
 
 // MemberNode is the part of a [Node] that concerns one member. dir is the

@@ -5,6 +5,7 @@ import (
 
 	"github.com/sandboxd/sandboxd/internal/idrange"
 	"github.com/sandboxd/sandboxd/internal/namespace"
+	"github.com/sandboxd/sandboxd/internal/network"
 	"github.com/sandboxd/sandboxd/internal/procid"
 	"github.com/sandboxd/sandboxd/internal/request"
 )
@@ -28,7 +29,9 @@ type Record struct {
 	Inodes    map[namespace.Kind]uint64 `json:"inodes,omitempty"`   // of the namespaces that pause holds
 	Hooks     []request.Hook            `json:"hooks,omitempty"`    // all that apply, in the order in which they are run
 	Complete  bool                      `json:"complete,omitempty"` // it has been Ready once
+	Networks  []network.Attachment      `json:"networks,omitempty"` // what came of Config.Net
 	Reason    string                    `json:"reason,omitempty"`   // why it is NotReady or Unclean
+	Telling
 }
 
 // Holds reports whether the sandbox's pause holds a namespace of kind k for
@@ -71,4 +74,5 @@ type MemberRecord struct {
 	CollectDone  bool   `json:"collectDone,omitempty"`
 	CollectError string `json:"collectError,omitempty"`
 	Reason       string `json:"reason,omitempty"`
+	Telling
 }

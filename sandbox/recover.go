@@ -27,7 +27,7 @@ var errVersion = errors.New("unknown record version")
 // and member is complete, or is taken down.
 func (m *Manager) recover(ctx context.Context) error {
 	begin := time.Now()
-	for _, dir := range []string{sandboxesDir, quarantineDir} {
+	for _, dir := range []string{sandboxesDir, quarantineDir, removedDir} {
 		if err := m.root.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 			return err
 		}
@@ -43,6 +43,9 @@ func (m *Manager) recover(ctx context.Context) error {
 			m.boxes[b.id()] = b
 		}
 	}
+	if err := m.recallRemoved(); err != nil {
+		return err
+	}
 	var wg sync.WaitGroup
 	slots := make(chan struct{}, recoverAtOnce)
 	for _, b := range boxes {
@@ -53,6 +56,12 @@ func (m *Manager) recover(ctx context.Context) error {
 		})
 	}
 	wg.Wait()
+	m.o.Journal.Recovered()
+	m.node.SettleNetworks(func(id string) bool {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		return m.boxes[id] != nil
+	})
 	m.o.Observer.Recovered(time.Since(begin))
 	return ctx.Err()
 }
@@ -74,8 +83,11 @@ func (m *Manager) load(e fs.DirEntry) *box {
 		m.o.Log.Warn("Record cannot be read", "sandbox", e.Name(), "err", err)
 		b = newBox(m.ctx, m.placeholder(e.Name(), err))
 		b.broken = true
+		b.told = m.recallLost(e.Name())
 	default:
+		t := m.recall(r.ID, r.State.String(), &r.Telling)
 		b = newBox(m.ctx, r)
+		b.told = t
 	}
 	close(b.created)
 	m.loadHooks(subject{b: b})
@@ -119,11 +131,14 @@ func (m *Manager) loadMember(b *box, e fs.DirEntry) *memb {
 		return nil
 	case err != nil:
 		m.o.Log.Warn("Record cannot be read", "sandbox", b.id(), "member", e.Name(), "err", err)
-		mb := newMemb(placeholderMember(b.rec.Load(), e.Name(), err))
+		mb := newMemb(b.name(), placeholderMember(b.rec.Load(), e.Name(), err))
 		mb.broken = true
+		mb.told = m.recallLost(e.Name())
 		return mb
 	}
-	mb := newMemb(r)
+	t := m.recall(r.ID, r.State.String(), &r.Telling)
+	mb := newMemb(b.name(), r)
+	mb.told = t
 	m.loadHooks(subject{b, mb})
 	if r.Exit != nil {
 		mb.setOver()
@@ -182,6 +197,7 @@ func (m *Manager) recoverBox(ctx context.Context, b *box) {
 		return
 	}
 	m.recoverPause(ctx, b)
+	m.restoreNetwork(ctx, b)
 	var wg sync.WaitGroup
 	for _, mb := range b.list() {
 		wg.Go(func() { m.recoverMember(ctx, b, mb) })

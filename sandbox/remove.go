@@ -33,6 +33,9 @@ func (m *Manager) undoSandbox(r *Record, op string) *undo.Stack {
 	m.push(&s, op, "data", func(ctx context.Context) error { return m.node.RemoveSandboxData(ctx, r) })
 	m.push(&s, op, "cgroup", func(ctx context.Context) error { return m.node.RemoveCgroup(ctx, r) })
 	m.push(&s, op, "pause", func(ctx context.Context) error { return m.node.KillPause(ctx, r) })
+	if mayHaveNetwork(r) {
+		m.push(&s, op, "network", func(ctx context.Context) error { return m.node.DetachNetwork(ctx, r) })
+	}
 	return &s
 }
 
@@ -124,11 +127,15 @@ func (m *Manager) dropMember(b *box, mb *memb, op string) error {
 	crash.Point(op + " member record before")
 	var err error
 	switch {
-	case b.broken:
-	case mb.broken:
-		err = m.setAside(mb.dir())
+	case b.broken || mb.broken:
+		m.tellLost(&mb.told, m.memberEventOf(mb.in, mb.rec.Load()))
+		if !b.broken {
+			err = m.setAside(mb.dir())
+		}
 	default:
-		err = m.removeDir(mb.dir())
+		r, next := mb.rec.Load(), mb.told
+		es := next.events(m.memberEventOf(mb.in, r), memberRemoval(&next, r))
+		err = m.retire(mb.dir(), r.Sandbox+"."+r.ID, &mb.told, es)
 	}
 	if err != nil {
 		return fmt.Errorf("member record: %w", err)
@@ -194,9 +201,11 @@ func (m *Manager) drop(b *box, op string) error {
 	crash.Point(op + " record before")
 	var err error
 	if b.broken {
+		m.tellLost(&b.told, m.eventOf(b.rec.Load()))
 		err = m.setAside(b.dir())
 	} else {
-		err = m.removeDir(b.dir())
+		r, next := b.rec.Load(), b.told
+		err = m.retire(b.dir(), r.ID, &b.told, next.events(m.eventOf(r), []Event{next.removal("")}))
 	}
 	if err != nil {
 		return fmt.Errorf("record: %w", err)

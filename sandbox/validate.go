@@ -35,9 +35,9 @@ func completeSandbox(c Config, id string) (Config, error) {
 	switch c.Network {
 	case "":
 		c.Network = request.NetworkNone
-	case request.NetworkNone, request.NetworkHost:
+	case request.NetworkNone, request.NetworkHost, request.NetworkBuiltin, request.NetworkCNI:
 	default:
-		return c, invalidf("network %s: want none or host", quote(string(c.Network)))
+		return c, invalidf("network %s: want builtin, cni, host or none", quote(string(c.Network)))
 	}
 	if c.Share == nil {
 		c.Share = []namespace.Kind{namespace.Net, namespace.IPC, namespace.UTS}
@@ -56,6 +56,14 @@ func completeSandbox(c Config, id string) (Config, error) {
 		case k == namespace.Net && c.Network == request.NetworkHost:
 			return c, invalidf("share: net cannot be shared with network host")
 		}
+	}
+
+	if !slices.Contains(c.Share, namespace.Net) && (c.Network == request.NetworkBuiltin || c.Network == request.NetworkCNI) {
+		return c, invalidf("network %s: the sandbox does not share net", c.Network)
+	}
+	var err error
+	if c.Net, err = completeNetwork(c.Network, c.Net); err != nil {
+		return c, err
 	}
 
 	switch holds := slices.Contains(c.Share, namespace.UTS); {

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/sandboxd/sandboxd/internal/namespace"
+	"github.com/sandboxd/sandboxd/internal/network"
 	"github.com/sandboxd/sandboxd/internal/procid"
 )
 
@@ -29,13 +30,16 @@ type view struct {
 func (v view) sandbox(r *Record, ms []MemberInfo) Info {
 	i := Info{
 		ID: r.ID, Name: r.Config.Name, State: r.State.String(), CreatedAt: r.CreatedAt,
-		Hostname: r.Config.Hostname, Network: NetworkInfo{Mode: r.Config.Network},
+		Hostname: r.Config.Hostname, Network: NetworkInfo{Mode: r.Config.Network, Networks: r.Networks},
 		Namespaces: map[namespace.Kind]NamespaceInfo{},
 		Labels:     notNil(r.Config.Labels), Annotations: notNil(r.Config.Annotations),
 		Cgroup: r.Cgroup, Reason: r.Reason, Members: ms,
 	}
 	if ms == nil {
 		i.Members = []MemberInfo{}
+	}
+	if i.Network.Networks == nil {
+		i.Network.Networks = []network.Attachment{}
 	}
 	slices.SortFunc(i.Members, func(a, b MemberInfo) int {
 		return cmp.Or(a.CreatedAt.Compare(b.CreatedAt), strings.Compare(a.ID, b.ID))

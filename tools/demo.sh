@@ -49,7 +49,7 @@ serve() {
 	cat "$work/serve.log" >>"$work/daemon.log"
 	: >"$work/serve.log"
 	# In a session of its own: an interrupt of this script is not one of the daemon.
-	setsid sandboxd serve --root "$work/root" --cgroup-parent "/$parent" >"$work/serve.log" 2>&1 &
+	setsid sandboxd serve --root "$work/root" --cgroup-parent "/$parent" --network-default none >"$work/serve.log" 2>&1 &
 	daemon=$!
 	disown
 	until grep -q msg=Ready "$work/serve.log"; do

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"log/slog"
 	"net"
 	"runtime/debug"
@@ -28,6 +29,8 @@ type Manager interface {
 	Stop(ctx context.Context, ref string, timeout time.Duration) error
 	Remove(ctx context.Context, ref string, force bool) error
 	List() []sandbox.Info
+	Tombstones() []sandbox.Info
+	VerifyNetwork(ctx context.Context, ref string) error
 	Inspect(ref string) (sandbox.Info, error)
 
 	Add(ctx context.Context, sandboxRef string, c sandbox.MemberConfig) (sandbox.MemberInfo, error)
@@ -39,6 +42,8 @@ type Manager interface {
 	Wait(ctx context.Context, ref string) (sandbox.Exit, error)
 	ReopenLog(ctx context.Context, ref string) error
 	InspectMember(ref string) (sandbox.MemberInfo, error)
+
+	Events(ctx context.Context, q sandbox.EventQuery) iter.Seq2[sandbox.Event, error]
 }
 
 // Execer runs commands in members. Package cmd/sandboxd has the real one.
@@ -126,9 +131,13 @@ func (s *service) RemoveSandbox(ctx context.Context, r *pb.RemoveSandboxRequest)
 	return &pb.RemoveSandboxResponse{}, wire.ToStatus(s.m.Remove(ctx, r.GetSandbox(), r.GetForce()))
 }
 
-func (s *service) ListSandboxes(context.Context, *pb.ListSandboxesRequest) (*pb.ListSandboxesResponse, error) {
+func (s *service) ListSandboxes(_ context.Context, r *pb.ListSandboxesRequest) (*pb.ListSandboxesResponse, error) {
+	infos := s.m.List()
+	if r.GetAll() {
+		infos = append(infos, s.m.Tombstones()...)
+	}
 	out := &pb.ListSandboxesResponse{}
-	for _, i := range s.m.List() {
+	for _, i := range infos {
 		out.Sandboxes = append(out.Sandboxes, wire.FromInfo(i))
 	}
 	return out, nil
@@ -140,6 +149,10 @@ func (s *service) GetSandbox(_ context.Context, r *pb.GetSandboxRequest) (*pb.Ge
 		return nil, wire.ToStatus(err)
 	}
 	return &pb.GetSandboxResponse{Sandbox: wire.FromInfo(i)}, nil
+}
+
+func (s *service) CheckNetwork(ctx context.Context, r *pb.CheckNetworkRequest) (*pb.CheckNetworkResponse, error) {
+	return &pb.CheckNetworkResponse{}, wire.ToStatus(s.m.VerifyNetwork(ctx, r.GetSandbox()))
 }
 
 func (s *service) AddMember(ctx context.Context, r *pb.AddMemberRequest) (*pb.AddMemberResponse, error) {
@@ -209,6 +222,28 @@ func (s *service) GetMember(_ context.Context, r *pb.GetMemberRequest) (*pb.GetM
 		return nil, wire.ToStatus(err)
 	}
 	return &pb.GetMemberResponse{Member: wire.FromMemberInfo(i)}, nil
+}
+
+func (s *service) ReadEvents(r *pb.ReadEventsRequest, stream grpc.ServerStreamingServer[pb.ReadEventsResponse]) error {
+	q, err := wire.ToEventQuery(r)
+	if err != nil {
+		return wire.ToStatus(err)
+	}
+	ctx, cancel := context.WithCancelCause(stream.Context())
+	defer cancel(nil)
+	defer context.AfterFunc(s.quit, func() { cancel(errQuit) })()
+	for e, err := range s.m.Events(ctx, q) {
+		if err == nil {
+			err = stream.Send(&pb.ReadEventsResponse{Event: wire.FromEvent(e)})
+		}
+		if err != nil {
+			if errors.Is(context.Cause(ctx), errQuit) {
+				err = errQuit
+			}
+			return wire.ToStatus(err)
+		}
+	}
+	return nil
 }
 
 // timeout returns what d says, or the default if it is absent.

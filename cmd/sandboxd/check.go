@@ -11,16 +11,28 @@ import (
 
 func (a *app) checkCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use:   "check [--root DIR] [-o json]",
-		Short: "Tell what this host can and cannot do",
+		Use:   "check [--root DIR] [-o json] | check --sandbox SANDBOX",
+		Short: "Tell what this host can and cannot do, or whether a sandbox's network is as it was made",
 		Long: `Try what sandboxd needs of the kernel, and say what is lost without it. It
-changes nothing. It exits with 0 if everything that is required is there.`,
-		Example: "  sandboxd check\n  sandboxd check -o json | jq '.[] | select(.ok | not)'",
+changes nothing. It exits with 0 if everything that is required is there.
+
+With --sandbox, ask the daemon whether a sandbox's network still is what it was
+when it was made (of CNI networks, by the plugins' CHECK). It exits with 0 if so.`,
+		Example: "  sandboxd check\n  sandboxd check -o json | jq '.[] | select(.ok | not)'\n  sandboxd check --sandbox web",
 		Args:    argsBetween(0, 0),
 	}
 	isJSON := outputFlag(cmd)
 	root := cmd.Flags().String("root", "/var/lib/sandboxd", "the daemon's root `directory`")
-	cmd.RunE = func(*cobra.Command, []string) error {
+	box := cmd.Flags().String("sandbox", "", "check the network of this `sandbox`, and nothing else")
+	cmd.RegisterFlagCompletionFunc("sandbox", a.completeRefs(-1, true, false))
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if cmd.Flags().Changed("sandbox") {
+			c, err := a.client()
+			if err != nil {
+				return err
+			}
+			return c.VerifyNetwork(cmd.Context(), *box)
+		}
 		if os.Geteuid() != 0 {
 			return errors.New("check must be run as root")
 		}

@@ -40,6 +40,7 @@ const pauseLeaf = "pause"
 type node struct {
 	nodeOptions
 	statusReader
+	*networks
 	mark     string // of this installation, see docs/ARCHITECTURE.md
 	cg       *cgroup.Host
 	pauser   *pause.Pauser
@@ -62,6 +63,7 @@ type nodeOptions struct {
 	State        string
 	Root         string
 	CgroupParent string
+	Networks     networkOptions
 	HooksDirs    hook.Dirs // lets tools that configure hooks for podman and CRI-O do so here
 	Log          *slog.Logger
 	collectOptions
@@ -100,6 +102,9 @@ func newNode(o nodeOptions) (_ *node, err error) {
 		return nil, err
 	}
 	n.sampler = collect.NewSampler(n.cg, o.sampleInterval)
+	if n.networks, err = openNetworks(o.Networks, o.Root, n.mark, o.Log, n.pause); err != nil {
+		return nil, err
+	}
 	return n, nil
 }
 
@@ -108,9 +113,9 @@ func (n *node) Close() error {
 	if n.reaper != nil {
 		n.reaper.close()
 	}
+	errs := []error{n.networks.Close()}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	var errs []error
 	if n.store != nil {
 		errs = append(errs, n.store.Close())
 	}
@@ -395,6 +400,7 @@ func (n *node) KillPause(ctx context.Context, r *sandbox.Record) error {
 
 // RemoveSandboxData implements [sandbox.PauseNode].
 func (n *node) RemoveSandboxData(_ context.Context, r *sandbox.Record) error {
+	n.hosted.forget(r.ID, "")
 	return os.RemoveAll(filepath.Join(n.Root, "sandboxes", r.ID))
 }
 
@@ -496,6 +502,7 @@ func copyAttributes(from, to string) error {
 
 // RemoveMemberData implements [sandbox.MemberNode].
 func (n *node) RemoveMemberData(_ context.Context, m *sandbox.MemberRecord) error {
+	n.hosted.forget(m.Sandbox, m.ID)
 	return os.RemoveAll(n.dataDir(m))
 }
 

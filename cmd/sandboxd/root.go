@@ -118,7 +118,7 @@ ended it; 125 if sandboxd itself failed; 126 if the command cannot be executed,
 		{groupSandbox, []*cobra.Command{a.createCommand(), a.stopCommand(), a.rmCommand()}},
 		{groupMember, []*cobra.Command{a.runCommand(), a.addCommand(), a.startCommand(), a.attachCommand(), a.waitCommand(), a.killCommand()}},
 		{groupInside, []*cobra.Command{a.execCommand(), a.joinCommand(), a.cpCommand(), a.logsCommand()}},
-		{groupShow, []*cobra.Command{a.lsCommand(), a.psCommand(), a.inspectCommand(), a.postmortemCommand(), a.collectedCommand()}},
+		{groupShow, []*cobra.Command{a.lsCommand(), a.psCommand(), a.inspectCommand(), a.eventsCommand(), a.postmortemCommand(), a.collectedCommand()}},
 		{groupHost, []*cobra.Command{a.serveCommand(), a.checkCommand(), a.versionCommand()}},
 	} {
 		for _, c := range g.cmds {
@@ -222,10 +222,15 @@ func (a *app) client() (*api.Client, error) {
 func (a *app) dir() (*sandbox.Dir, error) { return sandbox.OpenDir(a.stateDir(), statusReader{}) }
 
 // list returns all sandboxes: from the daemon, or if none answers from the
-// state directory.
-func (a *app) list(ctx context.Context) ([]sandbox.Info, error) {
+// state directory. With all, and a daemon, those too of which only a network is left.
+func (a *app) list(ctx context.Context, all bool) ([]sandbox.Info, error) {
 	return fallBack(a,
-		func(c *api.Client) ([]sandbox.Info, error) { return c.List(ctx) },
+		func(c *api.Client) ([]sandbox.Info, error) {
+			if all {
+				return c.ListAll(ctx)
+			}
+			return c.List(ctx)
+		},
 		func(d *sandbox.Dir) ([]sandbox.Info, error) { return d.List() })
 }
 

@@ -22,6 +22,8 @@ func (a *app) createCommand() *cobra.Command {
 cgroup, and a /dev/shm. It lives until rm, whether or not anything runs in it.`,
 		Example: `  sandboxd create web
   sandboxd create --share net,ipc,uts,pid --hostname db --label app=shop db
+  sandboxd create --net builtin --publish 8080:80 --publish 127.0.0.1:5353:53/udp web
+  sandboxd create --net cni:lan,storage:store0 --cni-arg IgnoreUnknown=1 db
   sandboxd create --net host --share ipc,uts tools`,
 		Args:              argsBetween(0, 1),
 		ValidArgsFunction: cobra.NoFileCompletions,
@@ -31,10 +33,9 @@ cgroup, and a /dev/shm. It lives until rm, whether or not anything runs in it.`,
 		sysctls     []string
 		labels      []string
 		annotations []string
-		network     string
 	)
 	f := cmd.Flags()
-	f.StringVar(&network, "net", "", "network: none|host (default none)")
+	q := networkRequestFlags(cmd)
 	f.Var(&value[[]namespace.Kind]{p: &c.Share, typ: "kinds", parse: parseShare}, "share", "namespaces to hold: any of net,ipc,uts,pid,user,cgroup,time (default net,ipc,uts)")
 	f.StringVar(&c.Hostname, "hostname", "", "host `name` (default the sandbox's name)")
 	f.StringArrayVar(&sysctls, "sysctl", nil, "set a sysctl of the sandbox's namespaces, `KEY=VALUE`")
@@ -42,7 +43,6 @@ cgroup, and a /dev/shm. It lives until rm, whether or not anything runs in it.`,
 	f.StringArrayVar(&annotations, "annotation", nil, "annotation, `KEY=VALUE`")
 	f.Var(&value[int64]{p: &c.ShmSize, typ: "size", parse: parseSize}, "shm-size", "size of /dev/shm, such as 128m (default 64m)")
 	hookFlag(cmd, &c.Hooks)
-	cmd.RegisterFlagCompletionFunc("net", cobra.FixedCompletions([]string{"none", "host"}, cobra.ShellCompDirectiveNoFileComp))
 	cmd.RunE = func(cmd *cobra.Command, args []string) (err error) {
 		if len(args) > 0 {
 			if args[0] == "" {
@@ -50,7 +50,7 @@ cgroup, and a /dev/shm. It lives until rm, whether or not anything runs in it.`,
 			}
 			c.Name = args[0]
 		}
-		c.Network = sandbox.NetworkMode(network)
+		c.Network, c.Net = q.mode, q.Request
 		if c.Sysctls, err = parsePairs("sysctl", sysctls); err != nil {
 			return usageError(cmd, "%s", err)
 		}

@@ -32,6 +32,7 @@ const shutdownTimeout = 10 * time.Second
 type serveOptions struct {
 	root         string
 	cgroupParent string
+	eventsMax    int64
 	hooksDirs    []string
 	level        slog.Level
 	json         bool
@@ -39,6 +40,7 @@ type serveOptions struct {
 	collect      collectOptions
 	custodyMax   int
 	custodyTmpfs int64
+	networks     networkOptions
 }
 
 func (a *app) serveCommand() *cobra.Command {
@@ -66,6 +68,8 @@ go on, and so do their logs.`,
 	f.Var(&value[time.Duration]{p: &o.collect.sampleInterval, typ: "duration", parse: parseTTL}, "sample-interval", "measure cpu and memory of members so often, such as 1s, and keep the last 300 samples for their manifests (default 0: never)")
 	f.IntVar(&o.custodyMax, "custody-max", 0, "how many exited members are held at most; custody of the oldest ends (`number`; default 0: no limit)")
 	f.Var(&value[int64]{p: &o.custodyTmpfs, typ: "size", parse: parseSize}, "custody-max-tmpfs", "how much exited members hold in memory at most; custody of the oldest ends (default 0: no limit)")
+	f.Var(&value[int64]{p: &o.eventsMax, typ: "size", parse: parseSize}, "events-max", "how large the journal of events may become (default 64m)")
+	networkFlags(cmd, &o.networks)
 	f.StringVar(&o.web.address, "metrics-address", "", "`address` for metrics, health and a page, by HTTP: HOST:PORT such as 127.0.0.1:9477, or unix://PATH (default: none)")
 	f.IntVar(&o.web.perSandbox, "metrics-per-sandbox", 0, "metrics of each sandbox too, of the `N` oldest at most (100 without a number)")
 	f.Lookup("metrics-per-sandbox").NoOptDefVal = strconv.Itoa(perSandboxDefault)
@@ -131,7 +135,7 @@ func (a *app) serve(ctx context.Context, o serveOptions) (err error) {
 		return err
 	}
 	log := newLogger(a.err, o.level, o.json)
-	node, err := newNode(nodeOptions{State: state, Root: root, CgroupParent: o.cgroupParent, HooksDirs: o.hooksDirs, Log: log, collectOptions: o.collect})
+	node, err := newNode(nodeOptions{State: state, Root: root, CgroupParent: o.cgroupParent, HooksDirs: o.hooksDirs, Networks: o.networks, Log: log, collectOptions: o.collect})
 	if err != nil {
 		return err
 	}
@@ -140,6 +144,11 @@ func (a *app) serve(ctx context.Context, o serveOptions) (err error) {
 	if root, err = filepath.EvalSymlinks(root); err != nil {
 		return err
 	}
+	rd, err := openRootDir(root, o.eventsMax)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, rd.Close()) }()
 	mt := newMetrics(node, o.web)
 	// Before the recovery, so that one that hangs can be seen.
 	page, err := startWeb(ctx, o.web, mt, log)
@@ -149,7 +158,7 @@ func (a *app) serve(ctx context.Context, o serveOptions) (err error) {
 	stopPage := sync.OnceValue(func() error { return stopWeb(page) })
 	defer func() { err = errors.Join(err, stopPage()) }()
 	m, err := sandbox.Open(ctx, state, node, sandbox.Options{
-		Log: log, Observer: mt, CgroupParent: o.cgroupParent, LogDir: filepath.Join(root, "sandboxes"),
+		Log: log, Observer: mt, Journal: rd.journal, CgroupParent: o.cgroupParent, LogDir: filepath.Join(root, "sandboxes"),
 		CustodyMax: o.custodyMax, CustodyMaxTmpfs: o.custodyTmpfs,
 	})
 	if err != nil {
@@ -160,6 +169,9 @@ func (a *app) serve(ctx context.Context, o serveOptions) (err error) {
 		return err
 	}
 	go node.sampler.Run(ctx)
+	if err := linkRoot(state, root); err != nil {
+		return err
+	}
 	mt.Attach(m)
 	page.Recovered(m)
 	return serveAPI(ctx, m, execer{&app{state: state}}, socket, log)

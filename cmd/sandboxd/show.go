@@ -11,7 +11,7 @@ import (
 
 func (a *app) lsCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use:     "ls [-o json]",
+		Use:     "ls [-a] [-o json]",
 		Aliases: []string{"list"},
 		Short:   "List sandboxes",
 		Long: `List sandboxes. Works without the daemon, from the state directory.
@@ -22,8 +22,9 @@ With -o json it writes an array of the objects that inspect shows.`,
 	}
 	isJSON := outputFlag(cmd)
 	quiet := cmd.Flags().BoolP("quiet", "q", false, "only ids")
+	all := cmd.Flags().BoolP("all", "a", false, "also sandboxes that are gone and whose network is still to be taken down (asks the daemon)")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		infos, err := a.list(cmd.Context())
+		infos, err := a.list(cmd.Context(), *all)
 		if err != nil {
 			return err
 		}
@@ -67,7 +68,7 @@ With -o json it writes an array of the objects that inspect shows of members.`,
 		var infos []sandbox.Info
 		if len(args) == 0 {
 			var err error
-			if infos, err = a.list(cmd.Context()); err != nil {
+			if infos, err = a.list(cmd.Context(), false); err != nil {
 				return err
 			}
 		} else {

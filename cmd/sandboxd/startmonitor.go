@@ -157,6 +157,9 @@ func (n *node) compilerInput(r *sandbox.Record, m *sandbox.MemberRecord, sibling
 	}
 	if m.Namespaces[namespace.Mnt].From == namespace.Private {
 		in.Root = &member.Root{Path: spec.Root.Path, Overlay: m.Config.Bundle == "", ReadOnly: spec.Root.Readonly}
+		if in.Files, err = n.hosted.update(r, m, siblings); err != nil {
+			return nil, closeAll, fmt.Errorf("names for the member: %w", err)
+		}
 	}
 	if m.Namespaces[namespace.IPC].From == namespace.Sandbox && held[namespace.Mnt] != nil {
 		in.Shm, in.HostMnt = held[namespace.Mnt], n.hostMnt

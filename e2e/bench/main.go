@@ -277,7 +277,7 @@ func (b *bench) startDaemon() error {
 	}
 	defer log.Close()
 	b.daemon = exec.Command(b.sandboxd, "serve", "--address", address, "--state", b.state(),
-		"--root", filepath.Join(b.dir, "root"), "--cgroup-parent", "/"+filepath.Base(b.dir), "--log-level", "warn")
+		"--root", filepath.Join(b.dir, "root"), "--cgroup-parent", "/"+filepath.Base(b.dir), "--log-level", "warn", "--network-default", "none")
 	b.daemon.Stdout, b.daemon.Stderr = log, log
 	if err := b.daemon.Start(); err != nil {
 		return err

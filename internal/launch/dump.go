@@ -111,6 +111,7 @@ var calls = map[uintptr]call{
 	unix.SYS_SYMLINKAT:      {"symlinkat", "sds"},
 	unix.SYS_UMASK:          {"umask", "o"},
 	unix.SYS_UMOUNT2:        {"umount2", "sx"},
+	unix.SYS_UNLINKAT:       {"unlinkat", "dsx"},
 	unix.SYS_UNSHARE:        {"unshare", "f"},
 	unix.SYS_WRITE:          {"write", "db"},
 }

@@ -26,7 +26,8 @@ const (
 type Sandbox struct {
 	Name        string            `json:"name,omitempty"`     // default: derived from the id
 	Hostname    string            `json:"hostname,omitempty"` // default: Name
-	Network     NetworkMode       `json:"network,omitempty"`  // default: none
+	Network     NetworkMode       `json:"network,omitempty"`  // default: the daemon's, or none if the sandbox does not share net
+	Net         network.Request   `json:"net,omitzero"`       // what the network is to be like
 	Share       []namespace.Kind  `json:"share,omitempty"`    // nil: net, ipc, uts
 	Sysctls     map[string]string `json:"sysctls,omitempty"`
 	Labels      map[string]string `json:"labels,omitempty"`

@@ -22,7 +22,18 @@ const TempSuffix = ".tmp"
 // When it returns nil, contents and name are on disk. When it returns an error,
 // the old contents are there, or, if only the last fsync failed, the new ones.
 // Two writers of one name must not overlap.
-func Write(dir *os.Root, name string, v any) (err error) {
+func Write(dir *os.Root, name string, v any) error {
+	if err := write(dir, name, v, true); err != nil {
+		return err
+	}
+	return SyncDir(dir, path.Dir(name))
+}
+
+// WriteFast is [Write] for what may be lost, or found damaged, after a power cut.
+// It does not wait for the disk. The end of the process loses nothing.
+func WriteFast(dir *os.Root, name string, v any) error { return write(dir, name, v, false) }
+
+func write(dir *os.Root, name string, v any, sync bool) error {
 	data, err := json.Marshal(v)
 	if err != nil {
 		return fmt.Errorf("encode %s: %w", name, err)
@@ -34,7 +45,7 @@ func Write(dir *os.Root, name string, v any) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := fill(f, append(data, '\n')); err != nil {
+	if err := fill(f, append(data, '\n'), sync); err != nil {
 		dir.Remove(tmp)
 		return err
 	}
@@ -42,15 +53,15 @@ func Write(dir *os.Root, name string, v any) (err error) {
 		dir.Remove(tmp)
 		return err
 	}
-	return SyncDir(dir, path.Dir(name))
+	return nil
 }
 
-// fill writes data, forces it to disk and closes f. The data must be there
-// before the rename is: otherwise a power cut can leave the new name with
+// fill writes data, with sync forces it to disk, and closes f. The data must be
+// there before the rename is: otherwise a power cut can leave the new name with
 // nothing in it.
-func fill(f *os.File, data []byte) error {
+func fill(f *os.File, data []byte, sync bool) error {
 	_, err := f.Write(data)
-	if err == nil {
+	if err == nil && sync {
 		err = f.Sync()
 	}
 	return errors.Join(err, f.Close())

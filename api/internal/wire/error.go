@@ -26,6 +26,7 @@ var kinds = []struct {
 	{sandbox.ErrExists, codes.AlreadyExists},
 	{sandbox.ErrState, codes.FailedPrecondition},
 	{sandbox.ErrInvalid, codes.InvalidArgument},
+	{sandbox.ErrEventGap, codes.OutOfRange},
 	{ErrUnavailable, codes.Unavailable},
 	{context.Canceled, codes.Canceled},
 	{context.DeadlineExceeded, codes.DeadlineExceeded},
@@ -52,6 +53,11 @@ func ToStatus(err error) error {
 			st = with
 		}
 	}
+	if gap, ok := errors.AsType[*sandbox.EventGap](err); ok {
+		if with, err := st.WithDetails(&pb.EventGap{After: gap.After, First: gap.First, Last: gap.Last}); err == nil {
+			st = with
+		}
+	}
 	return st.Err()
 }
 
@@ -67,8 +73,12 @@ func FromStatus(err error) error {
 	}
 	out := &remoteError{text: st.Message()}
 	for _, d := range st.Details() {
-		if f, ok := d.(*pb.StartFailure); ok {
-			out.cause = &sandbox.StartError{Text: f.GetText(), Errno: unix.Errno(f.GetErrno())}
+		switch d := d.(type) {
+		case *pb.StartFailure:
+			out.cause = &sandbox.StartError{Text: d.GetText(), Errno: unix.Errno(d.GetErrno())}
+			return out
+		case *pb.EventGap:
+			out.cause = &sandbox.EventGap{After: d.GetAfter(), First: d.GetFirst(), Last: d.GetLast()}
 			return out
 		}
 	}

@@ -23,6 +23,7 @@ func FromConfig(c sandbox.Config) *pb.SandboxConfig {
 	out := &pb.SandboxConfig{
 		Name: c.Name, Hostname: c.Hostname, Network: string(c.Network),
 		Sysctls: c.Sysctls, Labels: c.Labels, Annotations: c.Annotations, ShmSize: c.ShmSize,
+		Net:   fromNetworkRequest(c.Net),
 		Hooks: fromHooks(c.Hooks),
 	}
 	if c.Share != nil {
@@ -50,6 +51,10 @@ func ToConfig(m *pb.SandboxConfig) (sandbox.Config, error) {
 			}
 			c.Share = append(c.Share, k)
 		}
+	}
+	var err error
+	if c.Net, err = toNetworkRequest(m.GetNet()); err != nil {
+		return sandbox.Config{}, fmt.Errorf("%w: %w", sandbox.ErrInvalid, err)
 	}
 	return c, nil
 }
@@ -129,6 +134,7 @@ func FromInfo(i sandbox.Info) *pb.SandboxInfo {
 		Id: i.ID, Name: i.Name, State: i.State, CreatedAt: fromTime(i.CreatedAt), PausePid: int32(i.PausePID),
 		Hostname: i.Hostname, NetworkMode: string(i.Network.Mode), Namespaces: fromNamespaces(i.Namespaces),
 		Labels: i.Labels, Annotations: i.Annotations, Cgroup: i.Cgroup, Reason: i.Reason,
+		Networks: fromNetworks(i.Network.Networks), Tombstone: fromTombstone(i.Network.Tombstone),
 	}
 	out.Hooks = fromHookRuns(i.Hooks)
 	for _, m := range i.Members {
@@ -143,7 +149,9 @@ func ToInfo(m *pb.SandboxInfo) sandbox.Info {
 	i := sandbox.Info{
 		ID: m.GetId(), Name: m.GetName(), State: m.GetState(), CreatedAt: toTime(m.GetCreatedAt()),
 		PausePID: int(m.GetPausePid()), Hostname: m.GetHostname(),
-		Network:    sandbox.NetworkInfo{Mode: sandbox.NetworkMode(m.GetNetworkMode())},
+		Network: sandbox.NetworkInfo{
+			Mode: sandbox.NetworkMode(m.GetNetworkMode()), Networks: toNetworks(m.GetNetworks()), Tombstone: toTombstone(m.GetTombstone()),
+		},
 		Namespaces: toNamespaces(m.GetNamespaces()), Labels: orEmpty(m.GetLabels()),
 		Annotations: orEmpty(m.GetAnnotations()), Cgroup: m.GetCgroup(), Reason: m.GetReason(),
 		Members: make([]sandbox.MemberInfo, 0, len(m.GetMembers())),

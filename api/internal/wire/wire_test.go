@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"reflect"
 	"testing"
@@ -34,13 +35,19 @@ func fill(t *testing.T, v reflect.Value, n *int64) {
 	case *namespace.Source:
 		*x = namespace.Source{From: namespace.Member, Member: fmt.Sprint("m", *n)}
 		return
+	case *netip.Addr:
+		*x = netip.AddrFrom4([4]byte{10, 0, byte(*n >> 8), byte(*n)})
+		return
+	case *netip.Prefix:
+		*x = netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 0, byte(*n >> 8), byte(*n)}), 24)
+		return
 	}
 	switch v.Kind() {
 	case reflect.String:
 		v.SetString(fmt.Sprint("s", *n))
 	case reflect.Int, reflect.Int64:
 		v.SetInt(*n)
-	case reflect.Uint64:
+	case reflect.Uint16, reflect.Uint64:
 		v.SetUint(uint64(*n))
 	case reflect.Bool:
 		v.SetBool(true)
@@ -51,6 +58,10 @@ func fill(t *testing.T, v reflect.Value, n *int64) {
 	case reflect.Pointer:
 		v.Set(reflect.New(v.Type().Elem()))
 		fill(t, v.Elem(), n)
+	case reflect.Array:
+		for i := range v.Len() {
+			fill(t, v.Index(i), n)
+		}
 	case reflect.Slice:
 		v.Set(reflect.MakeSlice(v.Type(), 2, 2))
 		for i := range v.Len() {
@@ -75,11 +86,16 @@ func filled[T any](t *testing.T) T {
 	return v
 }
 
+var (
+	sameAddr   = cmp.Comparer(func(a, b netip.Addr) bool { return a == b })
+	samePrefix = cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })
+)
+
 func TestEveryFieldSurvives(t *testing.T) {
 	cfg := filled[sandbox.Config](t)
 	if got, err := ToConfig(FromConfig(cfg)); err != nil {
 		t.Error(err)
-	} else if d := cmp.Diff(cfg, got); d != "" {
+	} else if d := cmp.Diff(cfg, got, sameAddr, samePrefix); d != "" {
 		t.Errorf("sandbox configuration (-want +got):\n%s", d)
 	}
 	mcfg := filled[sandbox.MemberConfig](t)
@@ -89,7 +105,7 @@ func TestEveryFieldSurvives(t *testing.T) {
 		t.Errorf("member configuration (-want +got):\n%s", d)
 	}
 	info := filled[sandbox.Info](t)
-	if d := cmp.Diff(info, ToInfo(FromInfo(info))); d != "" {
+	if d := cmp.Diff(info, ToInfo(FromInfo(info)), sameAddr, samePrefix); d != "" {
 		t.Errorf("sandbox info (-want +got):\n%s", d)
 	}
 	e := filled[sandbox.Exit](t)

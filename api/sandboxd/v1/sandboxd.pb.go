@@ -41,13 +41,14 @@ type SandboxConfig struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`         // default: derived from the id
 	Hostname      string                 `protobuf:"bytes,2,opt,name=hostname,proto3" json:"hostname,omitempty"` // default: name
-	Network       string                 `protobuf:"bytes,3,opt,name=network,proto3" json:"network,omitempty"`   // none (default) or host
+	Network       string                 `protobuf:"bytes,3,opt,name=network,proto3" json:"network,omitempty"`   // builtin, cni, host or none; default: the daemon's
 	Share         *NamespaceKinds        `protobuf:"bytes,4,opt,name=share,proto3" json:"share,omitempty"`       // absent: net, ipc, uts
 	Sysctls       map[string]string      `protobuf:"bytes,5,rep,name=sysctls,proto3" json:"sysctls,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	Labels        map[string]string      `protobuf:"bytes,6,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	Annotations   map[string]string      `protobuf:"bytes,7,rep,name=annotations,proto3" json:"annotations,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	ShmSize       int64                  `protobuf:"varint,8,opt,name=shm_size,json=shmSize,proto3" json:"shm_size,omitempty"` // bytes; default 64 MiB
-	Hooks         []*Hook                `protobuf:"bytes,40,rep,name=hooks,proto3" json:"hooks,omitempty"`                    // run in this order, after the host's own
+	Net           *NetworkConfig         `protobuf:"bytes,9,opt,name=net,proto3" json:"net,omitempty"`
+	Hooks         []*Hook                `protobuf:"bytes,40,rep,name=hooks,proto3" json:"hooks,omitempty"` // run in this order, after the host's own
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -138,11 +139,371 @@ func (x *SandboxConfig) GetShmSize() int64 {
 	return 0
 }
 
+func (x *SandboxConfig) GetNet() *NetworkConfig {
+	if x != nil {
+		return x.Net
+	}
+	return nil
+}
+
 func (x *SandboxConfig) GetHooks() []*Hook {
 	if x != nil {
 		return x.Hooks
 	}
 	return nil
+}
+
+// NetworkConfig is what a caller asks of a network beside its mode.
+type NetworkConfig struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Attach        []*NetworkName         `protobuf:"bytes,1,rep,name=attach,proto3" json:"attach,omitempty"` // cni: the networks in order; default: the first one configured
+	Ports         []*Port                `protobuf:"bytes,2,rep,name=ports,proto3" json:"ports,omitempty"`
+	Addresses     []string               `protobuf:"bytes,3,rep,name=addresses,proto3" json:"addresses,omitempty"` // static ones
+	Mac           string                 `protobuf:"bytes,4,opt,name=mac,proto3" json:"mac,omitempty"`
+	Dns           *DNS                   `protobuf:"bytes,5,opt,name=dns,proto3" json:"dns,omitempty"`
+	Hosts         []*Host                `protobuf:"bytes,6,rep,name=hosts,proto3" json:"hosts,omitempty"`      // added to /etc/hosts
+	Ingress       uint64                 `protobuf:"varint,7,opt,name=ingress,proto3" json:"ingress,omitempty"` // bits per second as seen from the sandbox; 0 is no limit
+	Egress        uint64                 `protobuf:"varint,8,opt,name=egress,proto3" json:"egress,omitempty"`
+	CniArgs       []string               `protobuf:"bytes,9,rep,name=cni_args,json=cniArgs,proto3" json:"cni_args,omitempty"` // K=V
+	Isolated      bool                   `protobuf:"varint,10,opt,name=isolated,proto3" json:"isolated,omitempty"`            // builtin: no traffic to and from other sandboxes
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NetworkConfig) Reset() {
+	*x = NetworkConfig{}
+	mi := &file_sandboxd_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NetworkConfig) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NetworkConfig) ProtoMessage() {}
+
+func (x *NetworkConfig) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NetworkConfig.ProtoReflect.Descriptor instead.
+func (*NetworkConfig) Descriptor() ([]byte, []int) {
+	return file_sandboxd_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *NetworkConfig) GetAttach() []*NetworkName {
+	if x != nil {
+		return x.Attach
+	}
+	return nil
+}
+
+func (x *NetworkConfig) GetPorts() []*Port {
+	if x != nil {
+		return x.Ports
+	}
+	return nil
+}
+
+func (x *NetworkConfig) GetAddresses() []string {
+	if x != nil {
+		return x.Addresses
+	}
+	return nil
+}
+
+func (x *NetworkConfig) GetMac() string {
+	if x != nil {
+		return x.Mac
+	}
+	return ""
+}
+
+func (x *NetworkConfig) GetDns() *DNS {
+	if x != nil {
+		return x.Dns
+	}
+	return nil
+}
+
+func (x *NetworkConfig) GetHosts() []*Host {
+	if x != nil {
+		return x.Hosts
+	}
+	return nil
+}
+
+func (x *NetworkConfig) GetIngress() uint64 {
+	if x != nil {
+		return x.Ingress
+	}
+	return 0
+}
+
+func (x *NetworkConfig) GetEgress() uint64 {
+	if x != nil {
+		return x.Egress
+	}
+	return 0
+}
+
+func (x *NetworkConfig) GetCniArgs() []string {
+	if x != nil {
+		return x.CniArgs
+	}
+	return nil
+}
+
+func (x *NetworkConfig) GetIsolated() bool {
+	if x != nil {
+		return x.Isolated
+	}
+	return false
+}
+
+// NetworkName names a CNI network and the interface that it is to get.
+type NetworkName struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Network       string                 `protobuf:"bytes,1,opt,name=network,proto3" json:"network,omitempty"`
+	Interface     string                 `protobuf:"bytes,2,opt,name=interface,proto3" json:"interface,omitempty"` // default: eth0, eth1, ...
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NetworkName) Reset() {
+	*x = NetworkName{}
+	mi := &file_sandboxd_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NetworkName) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NetworkName) ProtoMessage() {}
+
+func (x *NetworkName) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NetworkName.ProtoReflect.Descriptor instead.
+func (*NetworkName) Descriptor() ([]byte, []int) {
+	return file_sandboxd_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *NetworkName) GetNetwork() string {
+	if x != nil {
+		return x.Network
+	}
+	return ""
+}
+
+func (x *NetworkName) GetInterface() string {
+	if x != nil {
+		return x.Interface
+	}
+	return ""
+}
+
+// Port publishes a port of the sandbox on the host.
+type Port struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	HostIp        string                 `protobuf:"bytes,1,opt,name=host_ip,json=hostIp,proto3" json:"host_ip,omitempty"` // empty: every address of both families
+	HostPort      uint32                 `protobuf:"varint,2,opt,name=host_port,json=hostPort,proto3" json:"host_port,omitempty"`
+	Port          uint32                 `protobuf:"varint,3,opt,name=port,proto3" json:"port,omitempty"`
+	Protocol      string                 `protobuf:"bytes,4,opt,name=protocol,proto3" json:"protocol,omitempty"` // tcp (default), udp or sctp
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Port) Reset() {
+	*x = Port{}
+	mi := &file_sandboxd_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Port) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Port) ProtoMessage() {}
+
+func (x *Port) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Port.ProtoReflect.Descriptor instead.
+func (*Port) Descriptor() ([]byte, []int) {
+	return file_sandboxd_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *Port) GetHostIp() string {
+	if x != nil {
+		return x.HostIp
+	}
+	return ""
+}
+
+func (x *Port) GetHostPort() uint32 {
+	if x != nil {
+		return x.HostPort
+	}
+	return 0
+}
+
+func (x *Port) GetPort() uint32 {
+	if x != nil {
+		return x.Port
+	}
+	return 0
+}
+
+func (x *Port) GetProtocol() string {
+	if x != nil {
+		return x.Protocol
+	}
+	return ""
+}
+
+// DNS is what goes into a resolv.conf.
+type DNS struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Servers       []string               `protobuf:"bytes,1,rep,name=servers,proto3" json:"servers,omitempty"`
+	Search        []string               `protobuf:"bytes,2,rep,name=search,proto3" json:"search,omitempty"`
+	Options       []string               `protobuf:"bytes,3,rep,name=options,proto3" json:"options,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DNS) Reset() {
+	*x = DNS{}
+	mi := &file_sandboxd_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DNS) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DNS) ProtoMessage() {}
+
+func (x *DNS) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DNS.ProtoReflect.Descriptor instead.
+func (*DNS) Descriptor() ([]byte, []int) {
+	return file_sandboxd_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *DNS) GetServers() []string {
+	if x != nil {
+		return x.Servers
+	}
+	return nil
+}
+
+func (x *DNS) GetSearch() []string {
+	if x != nil {
+		return x.Search
+	}
+	return nil
+}
+
+func (x *DNS) GetOptions() []string {
+	if x != nil {
+		return x.Options
+	}
+	return nil
+}
+
+// Host is a line of an /etc/hosts.
+type Host struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Ip            string                 `protobuf:"bytes,2,opt,name=ip,proto3" json:"ip,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Host) Reset() {
+	*x = Host{}
+	mi := &file_sandboxd_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Host) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Host) ProtoMessage() {}
+
+func (x *Host) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Host.ProtoReflect.Descriptor instead.
+func (*Host) Descriptor() ([]byte, []int) {
+	return file_sandboxd_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *Host) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Host) GetIp() string {
+	if x != nil {
+		return x.Ip
+	}
+	return ""
 }
 
 // NamespaceKinds is a list that may be absent, which is not the same as empty.
@@ -155,7 +516,7 @@ type NamespaceKinds struct {
 
 func (x *NamespaceKinds) Reset() {
 	*x = NamespaceKinds{}
-	mi := &file_sandboxd_proto_msgTypes[1]
+	mi := &file_sandboxd_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -167,7 +528,7 @@ func (x *NamespaceKinds) String() string {
 func (*NamespaceKinds) ProtoMessage() {}
 
 func (x *NamespaceKinds) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[1]
+	mi := &file_sandboxd_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -180,7 +541,7 @@ func (x *NamespaceKinds) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NamespaceKinds.ProtoReflect.Descriptor instead.
 func (*NamespaceKinds) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{1}
+	return file_sandboxd_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *NamespaceKinds) GetKinds() []string {
@@ -227,7 +588,7 @@ type MemberConfig struct {
 
 func (x *MemberConfig) Reset() {
 	*x = MemberConfig{}
-	mi := &file_sandboxd_proto_msgTypes[2]
+	mi := &file_sandboxd_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -239,7 +600,7 @@ func (x *MemberConfig) String() string {
 func (*MemberConfig) ProtoMessage() {}
 
 func (x *MemberConfig) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[2]
+	mi := &file_sandboxd_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -252,7 +613,7 @@ func (x *MemberConfig) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberConfig.ProtoReflect.Descriptor instead.
 func (*MemberConfig) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{2}
+	return file_sandboxd_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *MemberConfig) GetName() string {
@@ -456,7 +817,7 @@ type Collect struct {
 
 func (x *Collect) Reset() {
 	*x = Collect{}
-	mi := &file_sandboxd_proto_msgTypes[3]
+	mi := &file_sandboxd_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -468,7 +829,7 @@ func (x *Collect) String() string {
 func (*Collect) ProtoMessage() {}
 
 func (x *Collect) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[3]
+	mi := &file_sandboxd_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -481,7 +842,7 @@ func (x *Collect) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Collect.ProtoReflect.Descriptor instead.
 func (*Collect) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{3}
+	return file_sandboxd_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Collect) GetPath() string {
@@ -522,7 +883,7 @@ type Hook struct {
 
 func (x *Hook) Reset() {
 	*x = Hook{}
-	mi := &file_sandboxd_proto_msgTypes[4]
+	mi := &file_sandboxd_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -534,7 +895,7 @@ func (x *Hook) String() string {
 func (*Hook) ProtoMessage() {}
 
 func (x *Hook) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[4]
+	mi := &file_sandboxd_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -547,7 +908,7 @@ func (x *Hook) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hook.ProtoReflect.Descriptor instead.
 func (*Hook) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{4}
+	return file_sandboxd_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Hook) GetStage() string {
@@ -612,7 +973,7 @@ type HookRun struct {
 
 func (x *HookRun) Reset() {
 	*x = HookRun{}
-	mi := &file_sandboxd_proto_msgTypes[5]
+	mi := &file_sandboxd_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -624,7 +985,7 @@ func (x *HookRun) String() string {
 func (*HookRun) ProtoMessage() {}
 
 func (x *HookRun) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[5]
+	mi := &file_sandboxd_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -637,7 +998,7 @@ func (x *HookRun) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HookRun.ProtoReflect.Descriptor instead.
 func (*HookRun) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{5}
+	return file_sandboxd_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *HookRun) GetStage() string {
@@ -729,7 +1090,7 @@ type Volume struct {
 
 func (x *Volume) Reset() {
 	*x = Volume{}
-	mi := &file_sandboxd_proto_msgTypes[6]
+	mi := &file_sandboxd_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -741,7 +1102,7 @@ func (x *Volume) String() string {
 func (*Volume) ProtoMessage() {}
 
 func (x *Volume) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[6]
+	mi := &file_sandboxd_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -754,7 +1115,7 @@ func (x *Volume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Volume.ProtoReflect.Descriptor instead.
 func (*Volume) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{6}
+	return file_sandboxd_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Volume) GetSource() string {
@@ -789,7 +1150,7 @@ type Tmpfs struct {
 
 func (x *Tmpfs) Reset() {
 	*x = Tmpfs{}
-	mi := &file_sandboxd_proto_msgTypes[7]
+	mi := &file_sandboxd_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -801,7 +1162,7 @@ func (x *Tmpfs) String() string {
 func (*Tmpfs) ProtoMessage() {}
 
 func (x *Tmpfs) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[7]
+	mi := &file_sandboxd_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -814,7 +1175,7 @@ func (x *Tmpfs) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tmpfs.ProtoReflect.Descriptor instead.
 func (*Tmpfs) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{7}
+	return file_sandboxd_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Tmpfs) GetTarget() string {
@@ -848,13 +1209,15 @@ type SandboxInfo struct {
 	Reason        string                    `protobuf:"bytes,12,opt,name=reason,proto3" json:"reason,omitempty"`
 	Members       []*MemberInfo             `protobuf:"bytes,13,rep,name=members,proto3" json:"members,omitempty"`
 	Hooks         []*HookRun                `protobuf:"bytes,40,rep,name=hooks,proto3" json:"hooks,omitempty"` // those that have been run
+	Networks      []*NetworkInfo            `protobuf:"bytes,14,rep,name=networks,proto3" json:"networks,omitempty"`
+	Tombstone     *Tombstone                `protobuf:"bytes,15,opt,name=tombstone,proto3" json:"tombstone,omitempty"` // the sandbox is gone and its network is not
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *SandboxInfo) Reset() {
 	*x = SandboxInfo{}
-	mi := &file_sandboxd_proto_msgTypes[8]
+	mi := &file_sandboxd_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -866,7 +1229,7 @@ func (x *SandboxInfo) String() string {
 func (*SandboxInfo) ProtoMessage() {}
 
 func (x *SandboxInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[8]
+	mi := &file_sandboxd_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -879,7 +1242,7 @@ func (x *SandboxInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SandboxInfo.ProtoReflect.Descriptor instead.
 func (*SandboxInfo) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{8}
+	return file_sandboxd_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *SandboxInfo) GetId() string {
@@ -980,6 +1343,251 @@ func (x *SandboxInfo) GetHooks() []*HookRun {
 	return nil
 }
 
+func (x *SandboxInfo) GetNetworks() []*NetworkInfo {
+	if x != nil {
+		return x.Networks
+	}
+	return nil
+}
+
+func (x *SandboxInfo) GetTombstone() *Tombstone {
+	if x != nil {
+		return x.Tombstone
+	}
+	return nil
+}
+
+// NetworkInfo is one network that a sandbox is in.
+type NetworkInfo struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Interface     string                 `protobuf:"bytes,2,opt,name=interface,proto3" json:"interface,omitempty"`
+	Addresses     []string               `protobuf:"bytes,3,rep,name=addresses,proto3" json:"addresses,omitempty"` // with the length of their prefix
+	Mac           string                 `protobuf:"bytes,4,opt,name=mac,proto3" json:"mac,omitempty"`
+	Mtu           int32                  `protobuf:"varint,5,opt,name=mtu,proto3" json:"mtu,omitempty"`
+	Routes        []*Route               `protobuf:"bytes,6,rep,name=routes,proto3" json:"routes,omitempty"`
+	Gateway       []string               `protobuf:"bytes,7,rep,name=gateway,proto3" json:"gateway,omitempty"`
+	Dns           *DNS                   `protobuf:"bytes,8,opt,name=dns,proto3" json:"dns,omitempty"`
+	Ports         []*Port                `protobuf:"bytes,9,rep,name=ports,proto3" json:"ports,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NetworkInfo) Reset() {
+	*x = NetworkInfo{}
+	mi := &file_sandboxd_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NetworkInfo) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NetworkInfo) ProtoMessage() {}
+
+func (x *NetworkInfo) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NetworkInfo.ProtoReflect.Descriptor instead.
+func (*NetworkInfo) Descriptor() ([]byte, []int) {
+	return file_sandboxd_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *NetworkInfo) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *NetworkInfo) GetInterface() string {
+	if x != nil {
+		return x.Interface
+	}
+	return ""
+}
+
+func (x *NetworkInfo) GetAddresses() []string {
+	if x != nil {
+		return x.Addresses
+	}
+	return nil
+}
+
+func (x *NetworkInfo) GetMac() string {
+	if x != nil {
+		return x.Mac
+	}
+	return ""
+}
+
+func (x *NetworkInfo) GetMtu() int32 {
+	if x != nil {
+		return x.Mtu
+	}
+	return 0
+}
+
+func (x *NetworkInfo) GetRoutes() []*Route {
+	if x != nil {
+		return x.Routes
+	}
+	return nil
+}
+
+func (x *NetworkInfo) GetGateway() []string {
+	if x != nil {
+		return x.Gateway
+	}
+	return nil
+}
+
+func (x *NetworkInfo) GetDns() *DNS {
+	if x != nil {
+		return x.Dns
+	}
+	return nil
+}
+
+func (x *NetworkInfo) GetPorts() []*Port {
+	if x != nil {
+		return x.Ports
+	}
+	return nil
+}
+
+// Route is a route in a sandbox.
+type Route struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Dst           string                 `protobuf:"bytes,1,opt,name=dst,proto3" json:"dst,omitempty"`
+	Gw            string                 `protobuf:"bytes,2,opt,name=gw,proto3" json:"gw,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Route) Reset() {
+	*x = Route{}
+	mi := &file_sandboxd_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Route) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Route) ProtoMessage() {}
+
+func (x *Route) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Route.ProtoReflect.Descriptor instead.
+func (*Route) Descriptor() ([]byte, []int) {
+	return file_sandboxd_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *Route) GetDst() string {
+	if x != nil {
+		return x.Dst
+	}
+	return ""
+}
+
+func (x *Route) GetGw() string {
+	if x != nil {
+		return x.Gw
+	}
+	return ""
+}
+
+// Tombstone says how it stands with taking a network down.
+type Tombstone struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Since         *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=since,proto3" json:"since,omitempty"`
+	Attempts      int32                  `protobuf:"varint,2,opt,name=attempts,proto3" json:"attempts,omitempty"`
+	LastError     string                 `protobuf:"bytes,3,opt,name=last_error,json=lastError,proto3" json:"last_error,omitempty"`
+	NextTry       *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=next_try,json=nextTry,proto3" json:"next_try,omitempty"` // absent: it is being tried
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Tombstone) Reset() {
+	*x = Tombstone{}
+	mi := &file_sandboxd_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Tombstone) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Tombstone) ProtoMessage() {}
+
+func (x *Tombstone) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Tombstone.ProtoReflect.Descriptor instead.
+func (*Tombstone) Descriptor() ([]byte, []int) {
+	return file_sandboxd_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *Tombstone) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *Tombstone) GetAttempts() int32 {
+	if x != nil {
+		return x.Attempts
+	}
+	return 0
+}
+
+func (x *Tombstone) GetLastError() string {
+	if x != nil {
+		return x.LastError
+	}
+	return ""
+}
+
+func (x *Tombstone) GetNextTry() *timestamppb.Timestamp {
+	if x != nil {
+		return x.NextTry
+	}
+	return nil
+}
+
 // NamespaceInfo shows one namespace.
 type NamespaceInfo struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -992,7 +1600,7 @@ type NamespaceInfo struct {
 
 func (x *NamespaceInfo) Reset() {
 	*x = NamespaceInfo{}
-	mi := &file_sandboxd_proto_msgTypes[9]
+	mi := &file_sandboxd_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1004,7 +1612,7 @@ func (x *NamespaceInfo) String() string {
 func (*NamespaceInfo) ProtoMessage() {}
 
 func (x *NamespaceInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[9]
+	mi := &file_sandboxd_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1017,7 +1625,7 @@ func (x *NamespaceInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NamespaceInfo.ProtoReflect.Descriptor instead.
 func (*NamespaceInfo) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{9}
+	return file_sandboxd_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *NamespaceInfo) GetSource() string {
@@ -1069,7 +1677,7 @@ type MemberInfo struct {
 
 func (x *MemberInfo) Reset() {
 	*x = MemberInfo{}
-	mi := &file_sandboxd_proto_msgTypes[10]
+	mi := &file_sandboxd_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1081,7 +1689,7 @@ func (x *MemberInfo) String() string {
 func (*MemberInfo) ProtoMessage() {}
 
 func (x *MemberInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[10]
+	mi := &file_sandboxd_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1094,7 +1702,7 @@ func (x *MemberInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberInfo.ProtoReflect.Descriptor instead.
 func (*MemberInfo) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{10}
+	return file_sandboxd_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *MemberInfo) GetId() string {
@@ -1245,7 +1853,7 @@ type CustodyInfo struct {
 
 func (x *CustodyInfo) Reset() {
 	*x = CustodyInfo{}
-	mi := &file_sandboxd_proto_msgTypes[11]
+	mi := &file_sandboxd_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1257,7 +1865,7 @@ func (x *CustodyInfo) String() string {
 func (*CustodyInfo) ProtoMessage() {}
 
 func (x *CustodyInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[11]
+	mi := &file_sandboxd_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1270,7 +1878,7 @@ func (x *CustodyInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CustodyInfo.ProtoReflect.Descriptor instead.
 func (*CustodyInfo) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{11}
+	return file_sandboxd_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *CustodyInfo) GetPolicy() string {
@@ -1326,7 +1934,7 @@ type CustodyRelease struct {
 
 func (x *CustodyRelease) Reset() {
 	*x = CustodyRelease{}
-	mi := &file_sandboxd_proto_msgTypes[12]
+	mi := &file_sandboxd_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1338,7 +1946,7 @@ func (x *CustodyRelease) String() string {
 func (*CustodyRelease) ProtoMessage() {}
 
 func (x *CustodyRelease) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[12]
+	mi := &file_sandboxd_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1351,7 +1959,7 @@ func (x *CustodyRelease) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CustodyRelease.ProtoReflect.Descriptor instead.
 func (*CustodyRelease) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{12}
+	return file_sandboxd_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *CustodyRelease) GetAt() *timestamppb.Timestamp {
@@ -1384,7 +1992,7 @@ type ExitRecord struct {
 
 func (x *ExitRecord) Reset() {
 	*x = ExitRecord{}
-	mi := &file_sandboxd_proto_msgTypes[13]
+	mi := &file_sandboxd_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1396,7 +2004,7 @@ func (x *ExitRecord) String() string {
 func (*ExitRecord) ProtoMessage() {}
 
 func (x *ExitRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[13]
+	mi := &file_sandboxd_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1409,7 +2017,7 @@ func (x *ExitRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExitRecord.ProtoReflect.Descriptor instead.
 func (*ExitRecord) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{13}
+	return file_sandboxd_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ExitRecord) GetKnown() bool {
@@ -1473,7 +2081,7 @@ type Rusage struct {
 
 func (x *Rusage) Reset() {
 	*x = Rusage{}
-	mi := &file_sandboxd_proto_msgTypes[14]
+	mi := &file_sandboxd_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1485,7 +2093,7 @@ func (x *Rusage) String() string {
 func (*Rusage) ProtoMessage() {}
 
 func (x *Rusage) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[14]
+	mi := &file_sandboxd_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1498,7 +2106,7 @@ func (x *Rusage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rusage.ProtoReflect.Descriptor instead.
 func (*Rusage) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{14}
+	return file_sandboxd_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Rusage) GetUserMicros() int64 {
@@ -1533,7 +2141,7 @@ type StartFailure struct {
 
 func (x *StartFailure) Reset() {
 	*x = StartFailure{}
-	mi := &file_sandboxd_proto_msgTypes[15]
+	mi := &file_sandboxd_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1545,7 +2153,7 @@ func (x *StartFailure) String() string {
 func (*StartFailure) ProtoMessage() {}
 
 func (x *StartFailure) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[15]
+	mi := &file_sandboxd_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1558,7 +2166,7 @@ func (x *StartFailure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartFailure.ProtoReflect.Descriptor instead.
 func (*StartFailure) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{15}
+	return file_sandboxd_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *StartFailure) GetText() string {
@@ -1584,7 +2192,7 @@ type CreateSandboxRequest struct {
 
 func (x *CreateSandboxRequest) Reset() {
 	*x = CreateSandboxRequest{}
-	mi := &file_sandboxd_proto_msgTypes[16]
+	mi := &file_sandboxd_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1596,7 +2204,7 @@ func (x *CreateSandboxRequest) String() string {
 func (*CreateSandboxRequest) ProtoMessage() {}
 
 func (x *CreateSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[16]
+	mi := &file_sandboxd_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1609,7 +2217,7 @@ func (x *CreateSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSandboxRequest.ProtoReflect.Descriptor instead.
 func (*CreateSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{16}
+	return file_sandboxd_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *CreateSandboxRequest) GetConfig() *SandboxConfig {
@@ -1628,7 +2236,7 @@ type CreateSandboxResponse struct {
 
 func (x *CreateSandboxResponse) Reset() {
 	*x = CreateSandboxResponse{}
-	mi := &file_sandboxd_proto_msgTypes[17]
+	mi := &file_sandboxd_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1640,7 +2248,7 @@ func (x *CreateSandboxResponse) String() string {
 func (*CreateSandboxResponse) ProtoMessage() {}
 
 func (x *CreateSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[17]
+	mi := &file_sandboxd_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1653,7 +2261,7 @@ func (x *CreateSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSandboxResponse.ProtoReflect.Descriptor instead.
 func (*CreateSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{17}
+	return file_sandboxd_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *CreateSandboxResponse) GetSandbox() *SandboxInfo {
@@ -1673,7 +2281,7 @@ type StopSandboxRequest struct {
 
 func (x *StopSandboxRequest) Reset() {
 	*x = StopSandboxRequest{}
-	mi := &file_sandboxd_proto_msgTypes[18]
+	mi := &file_sandboxd_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1685,7 +2293,7 @@ func (x *StopSandboxRequest) String() string {
 func (*StopSandboxRequest) ProtoMessage() {}
 
 func (x *StopSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[18]
+	mi := &file_sandboxd_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1698,7 +2306,7 @@ func (x *StopSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopSandboxRequest.ProtoReflect.Descriptor instead.
 func (*StopSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{18}
+	return file_sandboxd_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *StopSandboxRequest) GetSandbox() string {
@@ -1723,7 +2331,7 @@ type StopSandboxResponse struct {
 
 func (x *StopSandboxResponse) Reset() {
 	*x = StopSandboxResponse{}
-	mi := &file_sandboxd_proto_msgTypes[19]
+	mi := &file_sandboxd_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1735,7 +2343,7 @@ func (x *StopSandboxResponse) String() string {
 func (*StopSandboxResponse) ProtoMessage() {}
 
 func (x *StopSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[19]
+	mi := &file_sandboxd_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1748,7 +2356,7 @@ func (x *StopSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopSandboxResponse.ProtoReflect.Descriptor instead.
 func (*StopSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{19}
+	return file_sandboxd_proto_rawDescGZIP(), []int{27}
 }
 
 type RemoveSandboxRequest struct {
@@ -1761,7 +2369,7 @@ type RemoveSandboxRequest struct {
 
 func (x *RemoveSandboxRequest) Reset() {
 	*x = RemoveSandboxRequest{}
-	mi := &file_sandboxd_proto_msgTypes[20]
+	mi := &file_sandboxd_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1773,7 +2381,7 @@ func (x *RemoveSandboxRequest) String() string {
 func (*RemoveSandboxRequest) ProtoMessage() {}
 
 func (x *RemoveSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[20]
+	mi := &file_sandboxd_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1786,7 +2394,7 @@ func (x *RemoveSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveSandboxRequest.ProtoReflect.Descriptor instead.
 func (*RemoveSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{20}
+	return file_sandboxd_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *RemoveSandboxRequest) GetSandbox() string {
@@ -1811,7 +2419,7 @@ type RemoveSandboxResponse struct {
 
 func (x *RemoveSandboxResponse) Reset() {
 	*x = RemoveSandboxResponse{}
-	mi := &file_sandboxd_proto_msgTypes[21]
+	mi := &file_sandboxd_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1823,7 +2431,7 @@ func (x *RemoveSandboxResponse) String() string {
 func (*RemoveSandboxResponse) ProtoMessage() {}
 
 func (x *RemoveSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[21]
+	mi := &file_sandboxd_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1836,18 +2444,19 @@ func (x *RemoveSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveSandboxResponse.ProtoReflect.Descriptor instead.
 func (*RemoveSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{21}
+	return file_sandboxd_proto_rawDescGZIP(), []int{29}
 }
 
 type ListSandboxesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
+	All           bool                   `protobuf:"varint,1,opt,name=all,proto3" json:"all,omitempty"` // also those that are gone and whose network is not
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ListSandboxesRequest) Reset() {
 	*x = ListSandboxesRequest{}
-	mi := &file_sandboxd_proto_msgTypes[22]
+	mi := &file_sandboxd_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1859,7 +2468,7 @@ func (x *ListSandboxesRequest) String() string {
 func (*ListSandboxesRequest) ProtoMessage() {}
 
 func (x *ListSandboxesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[22]
+	mi := &file_sandboxd_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1872,7 +2481,14 @@ func (x *ListSandboxesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSandboxesRequest.ProtoReflect.Descriptor instead.
 func (*ListSandboxesRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{22}
+	return file_sandboxd_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *ListSandboxesRequest) GetAll() bool {
+	if x != nil {
+		return x.All
+	}
+	return false
 }
 
 type ListSandboxesResponse struct {
@@ -1884,7 +2500,7 @@ type ListSandboxesResponse struct {
 
 func (x *ListSandboxesResponse) Reset() {
 	*x = ListSandboxesResponse{}
-	mi := &file_sandboxd_proto_msgTypes[23]
+	mi := &file_sandboxd_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1896,7 +2512,7 @@ func (x *ListSandboxesResponse) String() string {
 func (*ListSandboxesResponse) ProtoMessage() {}
 
 func (x *ListSandboxesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[23]
+	mi := &file_sandboxd_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1909,7 +2525,7 @@ func (x *ListSandboxesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSandboxesResponse.ProtoReflect.Descriptor instead.
 func (*ListSandboxesResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{23}
+	return file_sandboxd_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ListSandboxesResponse) GetSandboxes() []*SandboxInfo {
@@ -1928,7 +2544,7 @@ type GetSandboxRequest struct {
 
 func (x *GetSandboxRequest) Reset() {
 	*x = GetSandboxRequest{}
-	mi := &file_sandboxd_proto_msgTypes[24]
+	mi := &file_sandboxd_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1940,7 +2556,7 @@ func (x *GetSandboxRequest) String() string {
 func (*GetSandboxRequest) ProtoMessage() {}
 
 func (x *GetSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[24]
+	mi := &file_sandboxd_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1953,7 +2569,7 @@ func (x *GetSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSandboxRequest.ProtoReflect.Descriptor instead.
 func (*GetSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{24}
+	return file_sandboxd_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *GetSandboxRequest) GetSandbox() string {
@@ -1972,7 +2588,7 @@ type GetSandboxResponse struct {
 
 func (x *GetSandboxResponse) Reset() {
 	*x = GetSandboxResponse{}
-	mi := &file_sandboxd_proto_msgTypes[25]
+	mi := &file_sandboxd_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1984,7 +2600,7 @@ func (x *GetSandboxResponse) String() string {
 func (*GetSandboxResponse) ProtoMessage() {}
 
 func (x *GetSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[25]
+	mi := &file_sandboxd_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1997,7 +2613,7 @@ func (x *GetSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSandboxResponse.ProtoReflect.Descriptor instead.
 func (*GetSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{25}
+	return file_sandboxd_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *GetSandboxResponse) GetSandbox() *SandboxInfo {
@@ -2005,6 +2621,86 @@ func (x *GetSandboxResponse) GetSandbox() *SandboxInfo {
 		return x.Sandbox
 	}
 	return nil
+}
+
+type CheckNetworkRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Sandbox       string                 `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckNetworkRequest) Reset() {
+	*x = CheckNetworkRequest{}
+	mi := &file_sandboxd_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckNetworkRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckNetworkRequest) ProtoMessage() {}
+
+func (x *CheckNetworkRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckNetworkRequest.ProtoReflect.Descriptor instead.
+func (*CheckNetworkRequest) Descriptor() ([]byte, []int) {
+	return file_sandboxd_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *CheckNetworkRequest) GetSandbox() string {
+	if x != nil {
+		return x.Sandbox
+	}
+	return ""
+}
+
+type CheckNetworkResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckNetworkResponse) Reset() {
+	*x = CheckNetworkResponse{}
+	mi := &file_sandboxd_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckNetworkResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckNetworkResponse) ProtoMessage() {}
+
+func (x *CheckNetworkResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckNetworkResponse.ProtoReflect.Descriptor instead.
+func (*CheckNetworkResponse) Descriptor() ([]byte, []int) {
+	return file_sandboxd_proto_rawDescGZIP(), []int{35}
 }
 
 type AddMemberRequest struct {
@@ -2018,7 +2714,7 @@ type AddMemberRequest struct {
 
 func (x *AddMemberRequest) Reset() {
 	*x = AddMemberRequest{}
-	mi := &file_sandboxd_proto_msgTypes[26]
+	mi := &file_sandboxd_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2030,7 +2726,7 @@ func (x *AddMemberRequest) String() string {
 func (*AddMemberRequest) ProtoMessage() {}
 
 func (x *AddMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[26]
+	mi := &file_sandboxd_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2043,7 +2739,7 @@ func (x *AddMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddMemberRequest.ProtoReflect.Descriptor instead.
 func (*AddMemberRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{26}
+	return file_sandboxd_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *AddMemberRequest) GetSandbox() string {
@@ -2076,7 +2772,7 @@ type AddMemberResponse struct {
 
 func (x *AddMemberResponse) Reset() {
 	*x = AddMemberResponse{}
-	mi := &file_sandboxd_proto_msgTypes[27]
+	mi := &file_sandboxd_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2088,7 +2784,7 @@ func (x *AddMemberResponse) String() string {
 func (*AddMemberResponse) ProtoMessage() {}
 
 func (x *AddMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[27]
+	mi := &file_sandboxd_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2101,7 +2797,7 @@ func (x *AddMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddMemberResponse.ProtoReflect.Descriptor instead.
 func (*AddMemberResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{27}
+	return file_sandboxd_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *AddMemberResponse) GetMember() *MemberInfo {
@@ -2120,7 +2816,7 @@ type StartMemberRequest struct {
 
 func (x *StartMemberRequest) Reset() {
 	*x = StartMemberRequest{}
-	mi := &file_sandboxd_proto_msgTypes[28]
+	mi := &file_sandboxd_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2132,7 +2828,7 @@ func (x *StartMemberRequest) String() string {
 func (*StartMemberRequest) ProtoMessage() {}
 
 func (x *StartMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[28]
+	mi := &file_sandboxd_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2145,7 +2841,7 @@ func (x *StartMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartMemberRequest.ProtoReflect.Descriptor instead.
 func (*StartMemberRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{28}
+	return file_sandboxd_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *StartMemberRequest) GetMember() string {
@@ -2164,7 +2860,7 @@ type StartMemberResponse struct {
 
 func (x *StartMemberResponse) Reset() {
 	*x = StartMemberResponse{}
-	mi := &file_sandboxd_proto_msgTypes[29]
+	mi := &file_sandboxd_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2176,7 +2872,7 @@ func (x *StartMemberResponse) String() string {
 func (*StartMemberResponse) ProtoMessage() {}
 
 func (x *StartMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[29]
+	mi := &file_sandboxd_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2189,7 +2885,7 @@ func (x *StartMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartMemberResponse.ProtoReflect.Descriptor instead.
 func (*StartMemberResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{29}
+	return file_sandboxd_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *StartMemberResponse) GetMember() *MemberInfo {
@@ -2209,7 +2905,7 @@ type StopMemberRequest struct {
 
 func (x *StopMemberRequest) Reset() {
 	*x = StopMemberRequest{}
-	mi := &file_sandboxd_proto_msgTypes[30]
+	mi := &file_sandboxd_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2221,7 +2917,7 @@ func (x *StopMemberRequest) String() string {
 func (*StopMemberRequest) ProtoMessage() {}
 
 func (x *StopMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[30]
+	mi := &file_sandboxd_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2234,7 +2930,7 @@ func (x *StopMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopMemberRequest.ProtoReflect.Descriptor instead.
 func (*StopMemberRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{30}
+	return file_sandboxd_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *StopMemberRequest) GetMember() string {
@@ -2259,7 +2955,7 @@ type StopMemberResponse struct {
 
 func (x *StopMemberResponse) Reset() {
 	*x = StopMemberResponse{}
-	mi := &file_sandboxd_proto_msgTypes[31]
+	mi := &file_sandboxd_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2271,7 +2967,7 @@ func (x *StopMemberResponse) String() string {
 func (*StopMemberResponse) ProtoMessage() {}
 
 func (x *StopMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[31]
+	mi := &file_sandboxd_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2284,7 +2980,7 @@ func (x *StopMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopMemberResponse.ProtoReflect.Descriptor instead.
 func (*StopMemberResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{31}
+	return file_sandboxd_proto_rawDescGZIP(), []int{41}
 }
 
 type KillMemberRequest struct {
@@ -2297,7 +2993,7 @@ type KillMemberRequest struct {
 
 func (x *KillMemberRequest) Reset() {
 	*x = KillMemberRequest{}
-	mi := &file_sandboxd_proto_msgTypes[32]
+	mi := &file_sandboxd_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2309,7 +3005,7 @@ func (x *KillMemberRequest) String() string {
 func (*KillMemberRequest) ProtoMessage() {}
 
 func (x *KillMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[32]
+	mi := &file_sandboxd_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2322,7 +3018,7 @@ func (x *KillMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillMemberRequest.ProtoReflect.Descriptor instead.
 func (*KillMemberRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{32}
+	return file_sandboxd_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *KillMemberRequest) GetMember() string {
@@ -2347,7 +3043,7 @@ type KillMemberResponse struct {
 
 func (x *KillMemberResponse) Reset() {
 	*x = KillMemberResponse{}
-	mi := &file_sandboxd_proto_msgTypes[33]
+	mi := &file_sandboxd_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2359,7 +3055,7 @@ func (x *KillMemberResponse) String() string {
 func (*KillMemberResponse) ProtoMessage() {}
 
 func (x *KillMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[33]
+	mi := &file_sandboxd_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2372,7 +3068,7 @@ func (x *KillMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillMemberResponse.ProtoReflect.Descriptor instead.
 func (*KillMemberResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{33}
+	return file_sandboxd_proto_rawDescGZIP(), []int{43}
 }
 
 type RemoveMemberRequest struct {
@@ -2385,7 +3081,7 @@ type RemoveMemberRequest struct {
 
 func (x *RemoveMemberRequest) Reset() {
 	*x = RemoveMemberRequest{}
-	mi := &file_sandboxd_proto_msgTypes[34]
+	mi := &file_sandboxd_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2397,7 +3093,7 @@ func (x *RemoveMemberRequest) String() string {
 func (*RemoveMemberRequest) ProtoMessage() {}
 
 func (x *RemoveMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[34]
+	mi := &file_sandboxd_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2410,7 +3106,7 @@ func (x *RemoveMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveMemberRequest.ProtoReflect.Descriptor instead.
 func (*RemoveMemberRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{34}
+	return file_sandboxd_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *RemoveMemberRequest) GetMember() string {
@@ -2435,7 +3131,7 @@ type RemoveMemberResponse struct {
 
 func (x *RemoveMemberResponse) Reset() {
 	*x = RemoveMemberResponse{}
-	mi := &file_sandboxd_proto_msgTypes[35]
+	mi := &file_sandboxd_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2447,7 +3143,7 @@ func (x *RemoveMemberResponse) String() string {
 func (*RemoveMemberResponse) ProtoMessage() {}
 
 func (x *RemoveMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[35]
+	mi := &file_sandboxd_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2460,7 +3156,7 @@ func (x *RemoveMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveMemberResponse.ProtoReflect.Descriptor instead.
 func (*RemoveMemberResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{35}
+	return file_sandboxd_proto_rawDescGZIP(), []int{45}
 }
 
 type WaitMemberRequest struct {
@@ -2472,7 +3168,7 @@ type WaitMemberRequest struct {
 
 func (x *WaitMemberRequest) Reset() {
 	*x = WaitMemberRequest{}
-	mi := &file_sandboxd_proto_msgTypes[36]
+	mi := &file_sandboxd_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2484,7 +3180,7 @@ func (x *WaitMemberRequest) String() string {
 func (*WaitMemberRequest) ProtoMessage() {}
 
 func (x *WaitMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[36]
+	mi := &file_sandboxd_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2497,7 +3193,7 @@ func (x *WaitMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitMemberRequest.ProtoReflect.Descriptor instead.
 func (*WaitMemberRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{36}
+	return file_sandboxd_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *WaitMemberRequest) GetMember() string {
@@ -2516,7 +3212,7 @@ type WaitMemberResponse struct {
 
 func (x *WaitMemberResponse) Reset() {
 	*x = WaitMemberResponse{}
-	mi := &file_sandboxd_proto_msgTypes[37]
+	mi := &file_sandboxd_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2528,7 +3224,7 @@ func (x *WaitMemberResponse) String() string {
 func (*WaitMemberResponse) ProtoMessage() {}
 
 func (x *WaitMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[37]
+	mi := &file_sandboxd_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2541,7 +3237,7 @@ func (x *WaitMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitMemberResponse.ProtoReflect.Descriptor instead.
 func (*WaitMemberResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{37}
+	return file_sandboxd_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *WaitMemberResponse) GetExit() *ExitRecord {
@@ -2560,7 +3256,7 @@ type ReopenMemberLogRequest struct {
 
 func (x *ReopenMemberLogRequest) Reset() {
 	*x = ReopenMemberLogRequest{}
-	mi := &file_sandboxd_proto_msgTypes[38]
+	mi := &file_sandboxd_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2572,7 +3268,7 @@ func (x *ReopenMemberLogRequest) String() string {
 func (*ReopenMemberLogRequest) ProtoMessage() {}
 
 func (x *ReopenMemberLogRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[38]
+	mi := &file_sandboxd_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2585,7 +3281,7 @@ func (x *ReopenMemberLogRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReopenMemberLogRequest.ProtoReflect.Descriptor instead.
 func (*ReopenMemberLogRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{38}
+	return file_sandboxd_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ReopenMemberLogRequest) GetMember() string {
@@ -2603,7 +3299,7 @@ type ReopenMemberLogResponse struct {
 
 func (x *ReopenMemberLogResponse) Reset() {
 	*x = ReopenMemberLogResponse{}
-	mi := &file_sandboxd_proto_msgTypes[39]
+	mi := &file_sandboxd_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2615,7 +3311,7 @@ func (x *ReopenMemberLogResponse) String() string {
 func (*ReopenMemberLogResponse) ProtoMessage() {}
 
 func (x *ReopenMemberLogResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[39]
+	mi := &file_sandboxd_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2628,7 +3324,7 @@ func (x *ReopenMemberLogResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReopenMemberLogResponse.ProtoReflect.Descriptor instead.
 func (*ReopenMemberLogResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{39}
+	return file_sandboxd_proto_rawDescGZIP(), []int{49}
 }
 
 type GetMemberRequest struct {
@@ -2640,7 +3336,7 @@ type GetMemberRequest struct {
 
 func (x *GetMemberRequest) Reset() {
 	*x = GetMemberRequest{}
-	mi := &file_sandboxd_proto_msgTypes[40]
+	mi := &file_sandboxd_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2652,7 +3348,7 @@ func (x *GetMemberRequest) String() string {
 func (*GetMemberRequest) ProtoMessage() {}
 
 func (x *GetMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[40]
+	mi := &file_sandboxd_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2665,7 +3361,7 @@ func (x *GetMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetMemberRequest.ProtoReflect.Descriptor instead.
 func (*GetMemberRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{40}
+	return file_sandboxd_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *GetMemberRequest) GetMember() string {
@@ -2684,7 +3380,7 @@ type GetMemberResponse struct {
 
 func (x *GetMemberResponse) Reset() {
 	*x = GetMemberResponse{}
-	mi := &file_sandboxd_proto_msgTypes[41]
+	mi := &file_sandboxd_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2696,7 +3392,7 @@ func (x *GetMemberResponse) String() string {
 func (*GetMemberResponse) ProtoMessage() {}
 
 func (x *GetMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[41]
+	mi := &file_sandboxd_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2709,7 +3405,7 @@ func (x *GetMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetMemberResponse.ProtoReflect.Descriptor instead.
 func (*GetMemberResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{41}
+	return file_sandboxd_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *GetMemberResponse) GetMember() *MemberInfo {
@@ -2733,7 +3429,7 @@ type ExecMemberRequest struct {
 
 func (x *ExecMemberRequest) Reset() {
 	*x = ExecMemberRequest{}
-	mi := &file_sandboxd_proto_msgTypes[42]
+	mi := &file_sandboxd_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2745,7 +3441,7 @@ func (x *ExecMemberRequest) String() string {
 func (*ExecMemberRequest) ProtoMessage() {}
 
 func (x *ExecMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[42]
+	mi := &file_sandboxd_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2758,7 +3454,7 @@ func (x *ExecMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecMemberRequest.ProtoReflect.Descriptor instead.
 func (*ExecMemberRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{42}
+	return file_sandboxd_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *ExecMemberRequest) GetMember() string {
@@ -2815,7 +3511,7 @@ type ExecMemberResponse struct {
 
 func (x *ExecMemberResponse) Reset() {
 	*x = ExecMemberResponse{}
-	mi := &file_sandboxd_proto_msgTypes[43]
+	mi := &file_sandboxd_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2827,7 +3523,7 @@ func (x *ExecMemberResponse) String() string {
 func (*ExecMemberResponse) ProtoMessage() {}
 
 func (x *ExecMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[43]
+	mi := &file_sandboxd_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2840,7 +3536,7 @@ func (x *ExecMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecMemberResponse.ProtoReflect.Descriptor instead.
 func (*ExecMemberResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{43}
+	return file_sandboxd_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *ExecMemberResponse) GetExitCode() int32 {
@@ -2871,11 +3567,333 @@ func (x *ExecMemberResponse) GetTruncated() bool {
 	return false
 }
 
+type ReadEventsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	After         *uint64                `protobuf:"varint,1,opt,name=after,proto3,oneof" json:"after,omitempty"` // those with a higher number
+	Since         *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=since,proto3" json:"since,omitempty"`        // those of that time and later
+	New           bool                   `protobuf:"varint,3,opt,name=new,proto3" json:"new,omitempty"`           // only those to come
+	Follow        bool                   `protobuf:"varint,4,opt,name=follow,proto3" json:"follow,omitempty"`     // do not end with the last one
+	Filter        []string               `protobuf:"bytes,5,rep,name=filter,proto3" json:"filter,omitempty"`      // KEY=VALUE
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadEventsRequest) Reset() {
+	*x = ReadEventsRequest{}
+	mi := &file_sandboxd_proto_msgTypes[54]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadEventsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadEventsRequest) ProtoMessage() {}
+
+func (x *ReadEventsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_proto_msgTypes[54]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadEventsRequest.ProtoReflect.Descriptor instead.
+func (*ReadEventsRequest) Descriptor() ([]byte, []int) {
+	return file_sandboxd_proto_rawDescGZIP(), []int{54}
+}
+
+func (x *ReadEventsRequest) GetAfter() uint64 {
+	if x != nil && x.After != nil {
+		return *x.After
+	}
+	return 0
+}
+
+func (x *ReadEventsRequest) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *ReadEventsRequest) GetNew() bool {
+	if x != nil {
+		return x.New
+	}
+	return false
+}
+
+func (x *ReadEventsRequest) GetFollow() bool {
+	if x != nil {
+		return x.Follow
+	}
+	return false
+}
+
+func (x *ReadEventsRequest) GetFilter() []string {
+	if x != nil {
+		return x.Filter
+	}
+	return nil
+}
+
+type ReadEventsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Event         *Event                 `protobuf:"bytes,1,opt,name=event,proto3" json:"event,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadEventsResponse) Reset() {
+	*x = ReadEventsResponse{}
+	mi := &file_sandboxd_proto_msgTypes[55]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadEventsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadEventsResponse) ProtoMessage() {}
+
+func (x *ReadEventsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_proto_msgTypes[55]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadEventsResponse.ProtoReflect.Descriptor instead.
+func (*ReadEventsResponse) Descriptor() ([]byte, []int) {
+	return file_sandboxd_proto_rawDescGZIP(), []int{55}
+}
+
+func (x *ReadEventsResponse) GetEvent() *Event {
+	if x != nil {
+		return x.Event
+	}
+	return nil
+}
+
+// Event is something that has happened.
+type Event struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Seq           uint64                 `protobuf:"varint,1,opt,name=seq,proto3" json:"seq,omitempty"` // only ever grows
+	Time          *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=time,proto3" json:"time,omitempty"`
+	Type          string                 `protobuf:"bytes,3,opt,name=type,proto3" json:"type,omitempty"`
+	Sandbox       string                 `protobuf:"bytes,4,opt,name=sandbox,proto3" json:"sandbox,omitempty"` // id
+	SandboxName   string                 `protobuf:"bytes,5,opt,name=sandbox_name,json=sandboxName,proto3" json:"sandbox_name,omitempty"`
+	Member        string                 `protobuf:"bytes,6,opt,name=member,proto3" json:"member,omitempty"` // id; empty if it is the sandbox's
+	MemberName    string                 `protobuf:"bytes,7,opt,name=member_name,json=memberName,proto3" json:"member_name,omitempty"`
+	Rev           uint64                 `protobuf:"varint,8,opt,name=rev,proto3" json:"rev,omitempty"`  // counts the events of this sandbox or member that are tied to its record
+	From          string                 `protobuf:"bytes,9,opt,name=from,proto3" json:"from,omitempty"` // state; empty if it is the first
+	To            string                 `protobuf:"bytes,10,opt,name=to,proto3" json:"to,omitempty"`    // state; empty if it is gone
+	Reason        string                 `protobuf:"bytes,11,opt,name=reason,proto3" json:"reason,omitempty"`
+	Exit          *ExitRecord            `protobuf:"bytes,12,opt,name=exit,proto3" json:"exit,omitempty"`
+	Attrs         map[string]string      `protobuf:"bytes,13,rep,name=attrs,proto3" json:"attrs,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Event) Reset() {
+	*x = Event{}
+	mi := &file_sandboxd_proto_msgTypes[56]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Event) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Event) ProtoMessage() {}
+
+func (x *Event) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_proto_msgTypes[56]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Event.ProtoReflect.Descriptor instead.
+func (*Event) Descriptor() ([]byte, []int) {
+	return file_sandboxd_proto_rawDescGZIP(), []int{56}
+}
+
+func (x *Event) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
+func (x *Event) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+func (x *Event) GetType() string {
+	if x != nil {
+		return x.Type
+	}
+	return ""
+}
+
+func (x *Event) GetSandbox() string {
+	if x != nil {
+		return x.Sandbox
+	}
+	return ""
+}
+
+func (x *Event) GetSandboxName() string {
+	if x != nil {
+		return x.SandboxName
+	}
+	return ""
+}
+
+func (x *Event) GetMember() string {
+	if x != nil {
+		return x.Member
+	}
+	return ""
+}
+
+func (x *Event) GetMemberName() string {
+	if x != nil {
+		return x.MemberName
+	}
+	return ""
+}
+
+func (x *Event) GetRev() uint64 {
+	if x != nil {
+		return x.Rev
+	}
+	return 0
+}
+
+func (x *Event) GetFrom() string {
+	if x != nil {
+		return x.From
+	}
+	return ""
+}
+
+func (x *Event) GetTo() string {
+	if x != nil {
+		return x.To
+	}
+	return ""
+}
+
+func (x *Event) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *Event) GetExit() *ExitRecord {
+	if x != nil {
+		return x.Exit
+	}
+	return nil
+}
+
+func (x *Event) GetAttrs() map[string]string {
+	if x != nil {
+		return x.Attrs
+	}
+	return nil
+}
+
+// EventGap is a status detail: events that were asked for are not there.
+type EventGap struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	After         uint64                 `protobuf:"varint,1,opt,name=after,proto3" json:"after,omitempty"` // what was asked for
+	First         uint64                 `protobuf:"varint,2,opt,name=first,proto3" json:"first,omitempty"` // the first event that is there
+	Last          uint64                 `protobuf:"varint,3,opt,name=last,proto3" json:"last,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EventGap) Reset() {
+	*x = EventGap{}
+	mi := &file_sandboxd_proto_msgTypes[57]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EventGap) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EventGap) ProtoMessage() {}
+
+func (x *EventGap) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_proto_msgTypes[57]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EventGap.ProtoReflect.Descriptor instead.
+func (*EventGap) Descriptor() ([]byte, []int) {
+	return file_sandboxd_proto_rawDescGZIP(), []int{57}
+}
+
+func (x *EventGap) GetAfter() uint64 {
+	if x != nil {
+		return x.After
+	}
+	return 0
+}
+
+func (x *EventGap) GetFirst() uint64 {
+	if x != nil {
+		return x.First
+	}
+	return 0
+}
+
+func (x *EventGap) GetLast() uint64 {
+	if x != nil {
+		return x.Last
+	}
+	return 0
+}
+
 var File_sandboxd_proto protoreflect.FileDescriptor
 
 const file_sandboxd_proto_rawDesc = "" +
 	"\n" +
-	"\x0esandboxd.proto\x12\vsandboxd.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd9\x04\n" +
+	"\x0esandboxd.proto\x12\vsandboxd.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x87\x05\n" +
 	"\rSandboxConfig\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\bhostname\x18\x02 \x01(\tR\bhostname\x12\x18\n" +
@@ -2884,7 +3902,8 @@ const file_sandboxd_proto_rawDesc = "" +
 	"\asysctls\x18\x05 \x03(\v2'.sandboxd.v1.SandboxConfig.SysctlsEntryR\asysctls\x12>\n" +
 	"\x06labels\x18\x06 \x03(\v2&.sandboxd.v1.SandboxConfig.LabelsEntryR\x06labels\x12M\n" +
 	"\vannotations\x18\a \x03(\v2+.sandboxd.v1.SandboxConfig.AnnotationsEntryR\vannotations\x12\x19\n" +
-	"\bshm_size\x18\b \x01(\x03R\ashmSize\x12'\n" +
+	"\bshm_size\x18\b \x01(\x03R\ashmSize\x12,\n" +
+	"\x03net\x18\t \x01(\v2\x1a.sandboxd.v1.NetworkConfigR\x03net\x12'\n" +
 	"\x05hooks\x18( \x03(\v2\x11.sandboxd.v1.HookR\x05hooks\x1a:\n" +
 	"\fSysctlsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
@@ -2894,7 +3913,34 @@ const file_sandboxd_proto_rawDesc = "" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a>\n" +
 	"\x10AnnotationsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"&\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xd0\x02\n" +
+	"\rNetworkConfig\x120\n" +
+	"\x06attach\x18\x01 \x03(\v2\x18.sandboxd.v1.NetworkNameR\x06attach\x12'\n" +
+	"\x05ports\x18\x02 \x03(\v2\x11.sandboxd.v1.PortR\x05ports\x12\x1c\n" +
+	"\taddresses\x18\x03 \x03(\tR\taddresses\x12\x10\n" +
+	"\x03mac\x18\x04 \x01(\tR\x03mac\x12\"\n" +
+	"\x03dns\x18\x05 \x01(\v2\x10.sandboxd.v1.DNSR\x03dns\x12'\n" +
+	"\x05hosts\x18\x06 \x03(\v2\x11.sandboxd.v1.HostR\x05hosts\x12\x18\n" +
+	"\aingress\x18\a \x01(\x04R\aingress\x12\x16\n" +
+	"\x06egress\x18\b \x01(\x04R\x06egress\x12\x19\n" +
+	"\bcni_args\x18\t \x03(\tR\acniArgs\x12\x1a\n" +
+	"\bisolated\x18\n" +
+	" \x01(\bR\bisolated\"E\n" +
+	"\vNetworkName\x12\x18\n" +
+	"\anetwork\x18\x01 \x01(\tR\anetwork\x12\x1c\n" +
+	"\tinterface\x18\x02 \x01(\tR\tinterface\"l\n" +
+	"\x04Port\x12\x17\n" +
+	"\ahost_ip\x18\x01 \x01(\tR\x06hostIp\x12\x1b\n" +
+	"\thost_port\x18\x02 \x01(\rR\bhostPort\x12\x12\n" +
+	"\x04port\x18\x03 \x01(\rR\x04port\x12\x1a\n" +
+	"\bprotocol\x18\x04 \x01(\tR\bprotocol\"Q\n" +
+	"\x03DNS\x12\x18\n" +
+	"\aservers\x18\x01 \x03(\tR\aservers\x12\x16\n" +
+	"\x06search\x18\x02 \x03(\tR\x06search\x12\x18\n" +
+	"\aoptions\x18\x03 \x03(\tR\aoptions\"*\n" +
+	"\x04Host\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x0e\n" +
+	"\x02ip\x18\x02 \x01(\tR\x02ip\"&\n" +
 	"\x0eNamespaceKinds\x12\x14\n" +
 	"\x05kinds\x18\x01 \x03(\tR\x05kinds\"\xf4\a\n" +
 	"\fMemberConfig\x12\x12\n" +
@@ -2971,7 +4017,7 @@ const file_sandboxd_proto_rawDesc = "" +
 	"\tread_only\x18\x03 \x01(\bR\breadOnly\"3\n" +
 	"\x05Tmpfs\x12\x16\n" +
 	"\x06target\x18\x01 \x01(\tR\x06target\x12\x12\n" +
-	"\x04size\x18\x02 \x01(\x03R\x04size\"\x98\x06\n" +
+	"\x04size\x18\x02 \x01(\x03R\x04size\"\x84\a\n" +
 	"\vSandboxInfo\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x14\n" +
@@ -2990,7 +4036,9 @@ const file_sandboxd_proto_rawDesc = "" +
 	"\x06cgroup\x18\v \x01(\tR\x06cgroup\x12\x16\n" +
 	"\x06reason\x18\f \x01(\tR\x06reason\x121\n" +
 	"\amembers\x18\r \x03(\v2\x17.sandboxd.v1.MemberInfoR\amembers\x12*\n" +
-	"\x05hooks\x18( \x03(\v2\x14.sandboxd.v1.HookRunR\x05hooks\x1aY\n" +
+	"\x05hooks\x18( \x03(\v2\x14.sandboxd.v1.HookRunR\x05hooks\x124\n" +
+	"\bnetworks\x18\x0e \x03(\v2\x18.sandboxd.v1.NetworkInfoR\bnetworks\x124\n" +
+	"\ttombstone\x18\x0f \x01(\v2\x16.sandboxd.v1.TombstoneR\ttombstone\x1aY\n" +
 	"\x0fNamespacesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x120\n" +
 	"\x05value\x18\x02 \x01(\v2\x1a.sandboxd.v1.NamespaceInfoR\x05value:\x028\x01\x1a9\n" +
@@ -2999,7 +4047,26 @@ const file_sandboxd_proto_rawDesc = "" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a>\n" +
 	"\x10AnnotationsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"Q\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x94\x02\n" +
+	"\vNetworkInfo\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
+	"\tinterface\x18\x02 \x01(\tR\tinterface\x12\x1c\n" +
+	"\taddresses\x18\x03 \x03(\tR\taddresses\x12\x10\n" +
+	"\x03mac\x18\x04 \x01(\tR\x03mac\x12\x10\n" +
+	"\x03mtu\x18\x05 \x01(\x05R\x03mtu\x12*\n" +
+	"\x06routes\x18\x06 \x03(\v2\x12.sandboxd.v1.RouteR\x06routes\x12\x18\n" +
+	"\agateway\x18\a \x03(\tR\agateway\x12\"\n" +
+	"\x03dns\x18\b \x01(\v2\x10.sandboxd.v1.DNSR\x03dns\x12'\n" +
+	"\x05ports\x18\t \x03(\v2\x11.sandboxd.v1.PortR\x05ports\")\n" +
+	"\x05Route\x12\x10\n" +
+	"\x03dst\x18\x01 \x01(\tR\x03dst\x12\x0e\n" +
+	"\x02gw\x18\x02 \x01(\tR\x02gw\"\xaf\x01\n" +
+	"\tTombstone\x120\n" +
+	"\x05since\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x1a\n" +
+	"\battempts\x18\x02 \x01(\x05R\battempts\x12\x1d\n" +
+	"\n" +
+	"last_error\x18\x03 \x01(\tR\tlastError\x125\n" +
+	"\bnext_try\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\anextTry\"Q\n" +
 	"\rNamespaceInfo\x12\x16\n" +
 	"\x06source\x18\x01 \x01(\tR\x06source\x12\x14\n" +
 	"\x05inode\x18\x02 \x01(\x04R\x05inode\x12\x12\n" +
@@ -3080,14 +4147,18 @@ const file_sandboxd_proto_rawDesc = "" +
 	"\x14RemoveSandboxRequest\x12\x18\n" +
 	"\asandbox\x18\x01 \x01(\tR\asandbox\x12\x14\n" +
 	"\x05force\x18\x02 \x01(\bR\x05force\"\x17\n" +
-	"\x15RemoveSandboxResponse\"\x16\n" +
-	"\x14ListSandboxesRequest\"O\n" +
+	"\x15RemoveSandboxResponse\"(\n" +
+	"\x14ListSandboxesRequest\x12\x10\n" +
+	"\x03all\x18\x01 \x01(\bR\x03all\"O\n" +
 	"\x15ListSandboxesResponse\x126\n" +
 	"\tsandboxes\x18\x01 \x03(\v2\x18.sandboxd.v1.SandboxInfoR\tsandboxes\"-\n" +
 	"\x11GetSandboxRequest\x12\x18\n" +
 	"\asandbox\x18\x01 \x01(\tR\asandbox\"H\n" +
 	"\x12GetSandboxResponse\x122\n" +
-	"\asandbox\x18\x01 \x01(\v2\x18.sandboxd.v1.SandboxInfoR\asandbox\"u\n" +
+	"\asandbox\x18\x01 \x01(\v2\x18.sandboxd.v1.SandboxInfoR\asandbox\"/\n" +
+	"\x13CheckNetworkRequest\x12\x18\n" +
+	"\asandbox\x18\x01 \x01(\tR\asandbox\"\x16\n" +
+	"\x14CheckNetworkResponse\"u\n" +
 	"\x10AddMemberRequest\x12\x18\n" +
 	"\asandbox\x18\x01 \x01(\tR\asandbox\x121\n" +
 	"\x06config\x18\x02 \x01(\v2\x19.sandboxd.v1.MemberConfigR\x06config\x12\x14\n" +
@@ -3132,14 +4203,49 @@ const file_sandboxd_proto_rawDesc = "" +
 	"\texit_code\x18\x01 \x01(\x05R\bexitCode\x12\x16\n" +
 	"\x06stdout\x18\x02 \x01(\fR\x06stdout\x12\x16\n" +
 	"\x06stderr\x18\x03 \x01(\fR\x06stderr\x12\x1c\n" +
-	"\ttruncated\x18\x04 \x01(\bR\ttruncated2\x8c\t\n" +
+	"\ttruncated\x18\x04 \x01(\bR\ttruncated\"\xac\x01\n" +
+	"\x11ReadEventsRequest\x12\x19\n" +
+	"\x05after\x18\x01 \x01(\x04H\x00R\x05after\x88\x01\x01\x120\n" +
+	"\x05since\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x10\n" +
+	"\x03new\x18\x03 \x01(\bR\x03new\x12\x16\n" +
+	"\x06follow\x18\x04 \x01(\bR\x06follow\x12\x16\n" +
+	"\x06filter\x18\x05 \x03(\tR\x06filterB\b\n" +
+	"\x06_after\">\n" +
+	"\x12ReadEventsResponse\x12(\n" +
+	"\x05event\x18\x01 \x01(\v2\x12.sandboxd.v1.EventR\x05event\"\xbd\x03\n" +
+	"\x05Event\x12\x10\n" +
+	"\x03seq\x18\x01 \x01(\x04R\x03seq\x12.\n" +
+	"\x04time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x12\n" +
+	"\x04type\x18\x03 \x01(\tR\x04type\x12\x18\n" +
+	"\asandbox\x18\x04 \x01(\tR\asandbox\x12!\n" +
+	"\fsandbox_name\x18\x05 \x01(\tR\vsandboxName\x12\x16\n" +
+	"\x06member\x18\x06 \x01(\tR\x06member\x12\x1f\n" +
+	"\vmember_name\x18\a \x01(\tR\n" +
+	"memberName\x12\x10\n" +
+	"\x03rev\x18\b \x01(\x04R\x03rev\x12\x12\n" +
+	"\x04from\x18\t \x01(\tR\x04from\x12\x0e\n" +
+	"\x02to\x18\n" +
+	" \x01(\tR\x02to\x12\x16\n" +
+	"\x06reason\x18\v \x01(\tR\x06reason\x12+\n" +
+	"\x04exit\x18\f \x01(\v2\x17.sandboxd.v1.ExitRecordR\x04exit\x123\n" +
+	"\x05attrs\x18\r \x03(\v2\x1d.sandboxd.v1.Event.AttrsEntryR\x05attrs\x1a8\n" +
+	"\n" +
+	"AttrsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"J\n" +
+	"\bEventGap\x12\x14\n" +
+	"\x05after\x18\x01 \x01(\x04R\x05after\x12\x14\n" +
+	"\x05first\x18\x02 \x01(\x04R\x05first\x12\x12\n" +
+	"\x04last\x18\x03 \x01(\x04R\x04last2\xb2\n" +
+	"\n" +
 	"\bSandboxd\x12V\n" +
 	"\rCreateSandbox\x12!.sandboxd.v1.CreateSandboxRequest\x1a\".sandboxd.v1.CreateSandboxResponse\x12P\n" +
 	"\vStopSandbox\x12\x1f.sandboxd.v1.StopSandboxRequest\x1a .sandboxd.v1.StopSandboxResponse\x12V\n" +
 	"\rRemoveSandbox\x12!.sandboxd.v1.RemoveSandboxRequest\x1a\".sandboxd.v1.RemoveSandboxResponse\x12V\n" +
 	"\rListSandboxes\x12!.sandboxd.v1.ListSandboxesRequest\x1a\".sandboxd.v1.ListSandboxesResponse\x12M\n" +
 	"\n" +
-	"GetSandbox\x12\x1e.sandboxd.v1.GetSandboxRequest\x1a\x1f.sandboxd.v1.GetSandboxResponse\x12J\n" +
+	"GetSandbox\x12\x1e.sandboxd.v1.GetSandboxRequest\x1a\x1f.sandboxd.v1.GetSandboxResponse\x12S\n" +
+	"\fCheckNetwork\x12 .sandboxd.v1.CheckNetworkRequest\x1a!.sandboxd.v1.CheckNetworkResponse\x12J\n" +
 	"\tAddMember\x12\x1d.sandboxd.v1.AddMemberRequest\x1a\x1e.sandboxd.v1.AddMemberResponse\x12P\n" +
 	"\vStartMember\x12\x1f.sandboxd.v1.StartMemberRequest\x1a .sandboxd.v1.StartMemberResponse\x12M\n" +
 	"\n" +
@@ -3152,7 +4258,9 @@ const file_sandboxd_proto_rawDesc = "" +
 	"\x0fReopenMemberLog\x12#.sandboxd.v1.ReopenMemberLogRequest\x1a$.sandboxd.v1.ReopenMemberLogResponse\x12J\n" +
 	"\tGetMember\x12\x1d.sandboxd.v1.GetMemberRequest\x1a\x1e.sandboxd.v1.GetMemberResponse\x12M\n" +
 	"\n" +
-	"ExecMember\x12\x1e.sandboxd.v1.ExecMemberRequest\x1a\x1f.sandboxd.v1.ExecMemberResponseB9Z7github.com/sandboxd/sandboxd/api/sandboxd/v1;sandboxdv1b\x06proto3"
+	"ExecMember\x12\x1e.sandboxd.v1.ExecMemberRequest\x1a\x1f.sandboxd.v1.ExecMemberResponse\x12O\n" +
+	"\n" +
+	"ReadEvents\x12\x1e.sandboxd.v1.ReadEventsRequest\x1a\x1f.sandboxd.v1.ReadEventsResponse0\x01B9Z7github.com/sandboxd/sandboxd/api/sandboxd/v1;sandboxdv1b\x06proto3"
 
 var (
 	file_sandboxd_proto_rawDescOnce sync.Once
@@ -3166,146 +4274,182 @@ func file_sandboxd_proto_rawDescGZIP() []byte {
 	return file_sandboxd_proto_rawDescData
 }
 
-var file_sandboxd_proto_msgTypes = make([]protoimpl.MessageInfo, 54)
+var file_sandboxd_proto_msgTypes = make([]protoimpl.MessageInfo, 69)
 var file_sandboxd_proto_goTypes = []any{
 	(*SandboxConfig)(nil),           // 0: sandboxd.v1.SandboxConfig
-	(*NamespaceKinds)(nil),          // 1: sandboxd.v1.NamespaceKinds
-	(*MemberConfig)(nil),            // 2: sandboxd.v1.MemberConfig
-	(*Collect)(nil),                 // 3: sandboxd.v1.Collect
-	(*Hook)(nil),                    // 4: sandboxd.v1.Hook
-	(*HookRun)(nil),                 // 5: sandboxd.v1.HookRun
-	(*Volume)(nil),                  // 6: sandboxd.v1.Volume
-	(*Tmpfs)(nil),                   // 7: sandboxd.v1.Tmpfs
-	(*SandboxInfo)(nil),             // 8: sandboxd.v1.SandboxInfo
-	(*NamespaceInfo)(nil),           // 9: sandboxd.v1.NamespaceInfo
-	(*MemberInfo)(nil),              // 10: sandboxd.v1.MemberInfo
-	(*CustodyInfo)(nil),             // 11: sandboxd.v1.CustodyInfo
-	(*CustodyRelease)(nil),          // 12: sandboxd.v1.CustodyRelease
-	(*ExitRecord)(nil),              // 13: sandboxd.v1.ExitRecord
-	(*Rusage)(nil),                  // 14: sandboxd.v1.Rusage
-	(*StartFailure)(nil),            // 15: sandboxd.v1.StartFailure
-	(*CreateSandboxRequest)(nil),    // 16: sandboxd.v1.CreateSandboxRequest
-	(*CreateSandboxResponse)(nil),   // 17: sandboxd.v1.CreateSandboxResponse
-	(*StopSandboxRequest)(nil),      // 18: sandboxd.v1.StopSandboxRequest
-	(*StopSandboxResponse)(nil),     // 19: sandboxd.v1.StopSandboxResponse
-	(*RemoveSandboxRequest)(nil),    // 20: sandboxd.v1.RemoveSandboxRequest
-	(*RemoveSandboxResponse)(nil),   // 21: sandboxd.v1.RemoveSandboxResponse
-	(*ListSandboxesRequest)(nil),    // 22: sandboxd.v1.ListSandboxesRequest
-	(*ListSandboxesResponse)(nil),   // 23: sandboxd.v1.ListSandboxesResponse
-	(*GetSandboxRequest)(nil),       // 24: sandboxd.v1.GetSandboxRequest
-	(*GetSandboxResponse)(nil),      // 25: sandboxd.v1.GetSandboxResponse
-	(*AddMemberRequest)(nil),        // 26: sandboxd.v1.AddMemberRequest
-	(*AddMemberResponse)(nil),       // 27: sandboxd.v1.AddMemberResponse
-	(*StartMemberRequest)(nil),      // 28: sandboxd.v1.StartMemberRequest
-	(*StartMemberResponse)(nil),     // 29: sandboxd.v1.StartMemberResponse
-	(*StopMemberRequest)(nil),       // 30: sandboxd.v1.StopMemberRequest
-	(*StopMemberResponse)(nil),      // 31: sandboxd.v1.StopMemberResponse
-	(*KillMemberRequest)(nil),       // 32: sandboxd.v1.KillMemberRequest
-	(*KillMemberResponse)(nil),      // 33: sandboxd.v1.KillMemberResponse
-	(*RemoveMemberRequest)(nil),     // 34: sandboxd.v1.RemoveMemberRequest
-	(*RemoveMemberResponse)(nil),    // 35: sandboxd.v1.RemoveMemberResponse
-	(*WaitMemberRequest)(nil),       // 36: sandboxd.v1.WaitMemberRequest
-	(*WaitMemberResponse)(nil),      // 37: sandboxd.v1.WaitMemberResponse
-	(*ReopenMemberLogRequest)(nil),  // 38: sandboxd.v1.ReopenMemberLogRequest
-	(*ReopenMemberLogResponse)(nil), // 39: sandboxd.v1.ReopenMemberLogResponse
-	(*GetMemberRequest)(nil),        // 40: sandboxd.v1.GetMemberRequest
-	(*GetMemberResponse)(nil),       // 41: sandboxd.v1.GetMemberResponse
-	(*ExecMemberRequest)(nil),       // 42: sandboxd.v1.ExecMemberRequest
-	(*ExecMemberResponse)(nil),      // 43: sandboxd.v1.ExecMemberResponse
-	nil,                             // 44: sandboxd.v1.SandboxConfig.SysctlsEntry
-	nil,                             // 45: sandboxd.v1.SandboxConfig.LabelsEntry
-	nil,                             // 46: sandboxd.v1.SandboxConfig.AnnotationsEntry
-	nil,                             // 47: sandboxd.v1.MemberConfig.NamespacesEntry
-	nil,                             // 48: sandboxd.v1.MemberConfig.LabelsEntry
-	nil,                             // 49: sandboxd.v1.SandboxInfo.NamespacesEntry
-	nil,                             // 50: sandboxd.v1.SandboxInfo.LabelsEntry
-	nil,                             // 51: sandboxd.v1.SandboxInfo.AnnotationsEntry
-	nil,                             // 52: sandboxd.v1.MemberInfo.NamespacesEntry
-	nil,                             // 53: sandboxd.v1.MemberInfo.LabelsEntry
-	(*durationpb.Duration)(nil),     // 54: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),   // 55: google.protobuf.Timestamp
+	(*NetworkConfig)(nil),           // 1: sandboxd.v1.NetworkConfig
+	(*NetworkName)(nil),             // 2: sandboxd.v1.NetworkName
+	(*Port)(nil),                    // 3: sandboxd.v1.Port
+	(*DNS)(nil),                     // 4: sandboxd.v1.DNS
+	(*Host)(nil),                    // 5: sandboxd.v1.Host
+	(*NamespaceKinds)(nil),          // 6: sandboxd.v1.NamespaceKinds
+	(*MemberConfig)(nil),            // 7: sandboxd.v1.MemberConfig
+	(*Collect)(nil),                 // 8: sandboxd.v1.Collect
+	(*Hook)(nil),                    // 9: sandboxd.v1.Hook
+	(*HookRun)(nil),                 // 10: sandboxd.v1.HookRun
+	(*Volume)(nil),                  // 11: sandboxd.v1.Volume
+	(*Tmpfs)(nil),                   // 12: sandboxd.v1.Tmpfs
+	(*SandboxInfo)(nil),             // 13: sandboxd.v1.SandboxInfo
+	(*NetworkInfo)(nil),             // 14: sandboxd.v1.NetworkInfo
+	(*Route)(nil),                   // 15: sandboxd.v1.Route
+	(*Tombstone)(nil),               // 16: sandboxd.v1.Tombstone
+	(*NamespaceInfo)(nil),           // 17: sandboxd.v1.NamespaceInfo
+	(*MemberInfo)(nil),              // 18: sandboxd.v1.MemberInfo
+	(*CustodyInfo)(nil),             // 19: sandboxd.v1.CustodyInfo
+	(*CustodyRelease)(nil),          // 20: sandboxd.v1.CustodyRelease
+	(*ExitRecord)(nil),              // 21: sandboxd.v1.ExitRecord
+	(*Rusage)(nil),                  // 22: sandboxd.v1.Rusage
+	(*StartFailure)(nil),            // 23: sandboxd.v1.StartFailure
+	(*CreateSandboxRequest)(nil),    // 24: sandboxd.v1.CreateSandboxRequest
+	(*CreateSandboxResponse)(nil),   // 25: sandboxd.v1.CreateSandboxResponse
+	(*StopSandboxRequest)(nil),      // 26: sandboxd.v1.StopSandboxRequest
+	(*StopSandboxResponse)(nil),     // 27: sandboxd.v1.StopSandboxResponse
+	(*RemoveSandboxRequest)(nil),    // 28: sandboxd.v1.RemoveSandboxRequest
+	(*RemoveSandboxResponse)(nil),   // 29: sandboxd.v1.RemoveSandboxResponse
+	(*ListSandboxesRequest)(nil),    // 30: sandboxd.v1.ListSandboxesRequest
+	(*ListSandboxesResponse)(nil),   // 31: sandboxd.v1.ListSandboxesResponse
+	(*GetSandboxRequest)(nil),       // 32: sandboxd.v1.GetSandboxRequest
+	(*GetSandboxResponse)(nil),      // 33: sandboxd.v1.GetSandboxResponse
+	(*CheckNetworkRequest)(nil),     // 34: sandboxd.v1.CheckNetworkRequest
+	(*CheckNetworkResponse)(nil),    // 35: sandboxd.v1.CheckNetworkResponse
+	(*AddMemberRequest)(nil),        // 36: sandboxd.v1.AddMemberRequest
+	(*AddMemberResponse)(nil),       // 37: sandboxd.v1.AddMemberResponse
+	(*StartMemberRequest)(nil),      // 38: sandboxd.v1.StartMemberRequest
+	(*StartMemberResponse)(nil),     // 39: sandboxd.v1.StartMemberResponse
+	(*StopMemberRequest)(nil),       // 40: sandboxd.v1.StopMemberRequest
+	(*StopMemberResponse)(nil),      // 41: sandboxd.v1.StopMemberResponse
+	(*KillMemberRequest)(nil),       // 42: sandboxd.v1.KillMemberRequest
+	(*KillMemberResponse)(nil),      // 43: sandboxd.v1.KillMemberResponse
+	(*RemoveMemberRequest)(nil),     // 44: sandboxd.v1.RemoveMemberRequest
+	(*RemoveMemberResponse)(nil),    // 45: sandboxd.v1.RemoveMemberResponse
+	(*WaitMemberRequest)(nil),       // 46: sandboxd.v1.WaitMemberRequest
+	(*WaitMemberResponse)(nil),      // 47: sandboxd.v1.WaitMemberResponse
+	(*ReopenMemberLogRequest)(nil),  // 48: sandboxd.v1.ReopenMemberLogRequest
+	(*ReopenMemberLogResponse)(nil), // 49: sandboxd.v1.ReopenMemberLogResponse
+	(*GetMemberRequest)(nil),        // 50: sandboxd.v1.GetMemberRequest
+	(*GetMemberResponse)(nil),       // 51: sandboxd.v1.GetMemberResponse
+	(*ExecMemberRequest)(nil),       // 52: sandboxd.v1.ExecMemberRequest
+	(*ExecMemberResponse)(nil),      // 53: sandboxd.v1.ExecMemberResponse
+	(*ReadEventsRequest)(nil),       // 54: sandboxd.v1.ReadEventsRequest
+	(*ReadEventsResponse)(nil),      // 55: sandboxd.v1.ReadEventsResponse
+	(*Event)(nil),                   // 56: sandboxd.v1.Event
+	(*EventGap)(nil),                // 57: sandboxd.v1.EventGap
+	nil,                             // 58: sandboxd.v1.SandboxConfig.SysctlsEntry
+	nil,                             // 59: sandboxd.v1.SandboxConfig.LabelsEntry
+	nil,                             // 60: sandboxd.v1.SandboxConfig.AnnotationsEntry
+	nil,                             // 61: sandboxd.v1.MemberConfig.NamespacesEntry
+	nil,                             // 62: sandboxd.v1.MemberConfig.LabelsEntry
+	nil,                             // 63: sandboxd.v1.SandboxInfo.NamespacesEntry
+	nil,                             // 64: sandboxd.v1.SandboxInfo.LabelsEntry
+	nil,                             // 65: sandboxd.v1.SandboxInfo.AnnotationsEntry
+	nil,                             // 66: sandboxd.v1.MemberInfo.NamespacesEntry
+	nil,                             // 67: sandboxd.v1.MemberInfo.LabelsEntry
+	nil,                             // 68: sandboxd.v1.Event.AttrsEntry
+	(*durationpb.Duration)(nil),     // 69: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),   // 70: google.protobuf.Timestamp
 }
 var file_sandboxd_proto_depIdxs = []int32{
-	1,  // 0: sandboxd.v1.SandboxConfig.share:type_name -> sandboxd.v1.NamespaceKinds
-	44, // 1: sandboxd.v1.SandboxConfig.sysctls:type_name -> sandboxd.v1.SandboxConfig.SysctlsEntry
-	45, // 2: sandboxd.v1.SandboxConfig.labels:type_name -> sandboxd.v1.SandboxConfig.LabelsEntry
-	46, // 3: sandboxd.v1.SandboxConfig.annotations:type_name -> sandboxd.v1.SandboxConfig.AnnotationsEntry
-	4,  // 4: sandboxd.v1.SandboxConfig.hooks:type_name -> sandboxd.v1.Hook
-	6,  // 5: sandboxd.v1.MemberConfig.volumes:type_name -> sandboxd.v1.Volume
-	7,  // 6: sandboxd.v1.MemberConfig.tmpfs:type_name -> sandboxd.v1.Tmpfs
-	47, // 7: sandboxd.v1.MemberConfig.namespaces:type_name -> sandboxd.v1.MemberConfig.NamespacesEntry
-	48, // 8: sandboxd.v1.MemberConfig.labels:type_name -> sandboxd.v1.MemberConfig.LabelsEntry
-	3,  // 9: sandboxd.v1.MemberConfig.collect:type_name -> sandboxd.v1.Collect
-	54, // 10: sandboxd.v1.MemberConfig.custody_ttl:type_name -> google.protobuf.Duration
-	4,  // 11: sandboxd.v1.MemberConfig.hooks:type_name -> sandboxd.v1.Hook
-	54, // 12: sandboxd.v1.Hook.timeout:type_name -> google.protobuf.Duration
-	55, // 13: sandboxd.v1.HookRun.started_at:type_name -> google.protobuf.Timestamp
-	54, // 14: sandboxd.v1.HookRun.duration:type_name -> google.protobuf.Duration
-	55, // 15: sandboxd.v1.SandboxInfo.created_at:type_name -> google.protobuf.Timestamp
-	49, // 16: sandboxd.v1.SandboxInfo.namespaces:type_name -> sandboxd.v1.SandboxInfo.NamespacesEntry
-	50, // 17: sandboxd.v1.SandboxInfo.labels:type_name -> sandboxd.v1.SandboxInfo.LabelsEntry
-	51, // 18: sandboxd.v1.SandboxInfo.annotations:type_name -> sandboxd.v1.SandboxInfo.AnnotationsEntry
-	10, // 19: sandboxd.v1.SandboxInfo.members:type_name -> sandboxd.v1.MemberInfo
-	5,  // 20: sandboxd.v1.SandboxInfo.hooks:type_name -> sandboxd.v1.HookRun
-	55, // 21: sandboxd.v1.MemberInfo.created_at:type_name -> google.protobuf.Timestamp
-	55, // 22: sandboxd.v1.MemberInfo.started_at:type_name -> google.protobuf.Timestamp
-	52, // 23: sandboxd.v1.MemberInfo.namespaces:type_name -> sandboxd.v1.MemberInfo.NamespacesEntry
-	11, // 24: sandboxd.v1.MemberInfo.custody:type_name -> sandboxd.v1.CustodyInfo
-	53, // 25: sandboxd.v1.MemberInfo.labels:type_name -> sandboxd.v1.MemberInfo.LabelsEntry
-	13, // 26: sandboxd.v1.MemberInfo.exit:type_name -> sandboxd.v1.ExitRecord
-	5,  // 27: sandboxd.v1.MemberInfo.hooks:type_name -> sandboxd.v1.HookRun
-	55, // 28: sandboxd.v1.CustodyInfo.since:type_name -> google.protobuf.Timestamp
-	55, // 29: sandboxd.v1.CustodyInfo.until:type_name -> google.protobuf.Timestamp
-	12, // 30: sandboxd.v1.CustodyInfo.released:type_name -> sandboxd.v1.CustodyRelease
-	55, // 31: sandboxd.v1.CustodyRelease.at:type_name -> google.protobuf.Timestamp
-	55, // 32: sandboxd.v1.ExitRecord.finished_at:type_name -> google.protobuf.Timestamp
-	14, // 33: sandboxd.v1.ExitRecord.rusage:type_name -> sandboxd.v1.Rusage
-	0,  // 34: sandboxd.v1.CreateSandboxRequest.config:type_name -> sandboxd.v1.SandboxConfig
-	8,  // 35: sandboxd.v1.CreateSandboxResponse.sandbox:type_name -> sandboxd.v1.SandboxInfo
-	54, // 36: sandboxd.v1.StopSandboxRequest.timeout:type_name -> google.protobuf.Duration
-	8,  // 37: sandboxd.v1.ListSandboxesResponse.sandboxes:type_name -> sandboxd.v1.SandboxInfo
-	8,  // 38: sandboxd.v1.GetSandboxResponse.sandbox:type_name -> sandboxd.v1.SandboxInfo
-	2,  // 39: sandboxd.v1.AddMemberRequest.config:type_name -> sandboxd.v1.MemberConfig
-	10, // 40: sandboxd.v1.AddMemberResponse.member:type_name -> sandboxd.v1.MemberInfo
-	10, // 41: sandboxd.v1.StartMemberResponse.member:type_name -> sandboxd.v1.MemberInfo
-	54, // 42: sandboxd.v1.StopMemberRequest.timeout:type_name -> google.protobuf.Duration
-	13, // 43: sandboxd.v1.WaitMemberResponse.exit:type_name -> sandboxd.v1.ExitRecord
-	10, // 44: sandboxd.v1.GetMemberResponse.member:type_name -> sandboxd.v1.MemberInfo
-	9,  // 45: sandboxd.v1.SandboxInfo.NamespacesEntry.value:type_name -> sandboxd.v1.NamespaceInfo
-	9,  // 46: sandboxd.v1.MemberInfo.NamespacesEntry.value:type_name -> sandboxd.v1.NamespaceInfo
-	16, // 47: sandboxd.v1.Sandboxd.CreateSandbox:input_type -> sandboxd.v1.CreateSandboxRequest
-	18, // 48: sandboxd.v1.Sandboxd.StopSandbox:input_type -> sandboxd.v1.StopSandboxRequest
-	20, // 49: sandboxd.v1.Sandboxd.RemoveSandbox:input_type -> sandboxd.v1.RemoveSandboxRequest
-	22, // 50: sandboxd.v1.Sandboxd.ListSandboxes:input_type -> sandboxd.v1.ListSandboxesRequest
-	24, // 51: sandboxd.v1.Sandboxd.GetSandbox:input_type -> sandboxd.v1.GetSandboxRequest
-	26, // 52: sandboxd.v1.Sandboxd.AddMember:input_type -> sandboxd.v1.AddMemberRequest
-	28, // 53: sandboxd.v1.Sandboxd.StartMember:input_type -> sandboxd.v1.StartMemberRequest
-	30, // 54: sandboxd.v1.Sandboxd.StopMember:input_type -> sandboxd.v1.StopMemberRequest
-	32, // 55: sandboxd.v1.Sandboxd.KillMember:input_type -> sandboxd.v1.KillMemberRequest
-	34, // 56: sandboxd.v1.Sandboxd.RemoveMember:input_type -> sandboxd.v1.RemoveMemberRequest
-	36, // 57: sandboxd.v1.Sandboxd.WaitMember:input_type -> sandboxd.v1.WaitMemberRequest
-	38, // 58: sandboxd.v1.Sandboxd.ReopenMemberLog:input_type -> sandboxd.v1.ReopenMemberLogRequest
-	40, // 59: sandboxd.v1.Sandboxd.GetMember:input_type -> sandboxd.v1.GetMemberRequest
-	42, // 60: sandboxd.v1.Sandboxd.ExecMember:input_type -> sandboxd.v1.ExecMemberRequest
-	17, // 61: sandboxd.v1.Sandboxd.CreateSandbox:output_type -> sandboxd.v1.CreateSandboxResponse
-	19, // 62: sandboxd.v1.Sandboxd.StopSandbox:output_type -> sandboxd.v1.StopSandboxResponse
-	21, // 63: sandboxd.v1.Sandboxd.RemoveSandbox:output_type -> sandboxd.v1.RemoveSandboxResponse
-	23, // 64: sandboxd.v1.Sandboxd.ListSandboxes:output_type -> sandboxd.v1.ListSandboxesResponse
-	25, // 65: sandboxd.v1.Sandboxd.GetSandbox:output_type -> sandboxd.v1.GetSandboxResponse
-	27, // 66: sandboxd.v1.Sandboxd.AddMember:output_type -> sandboxd.v1.AddMemberResponse
-	29, // 67: sandboxd.v1.Sandboxd.StartMember:output_type -> sandboxd.v1.StartMemberResponse
-	31, // 68: sandboxd.v1.Sandboxd.StopMember:output_type -> sandboxd.v1.StopMemberResponse
-	33, // 69: sandboxd.v1.Sandboxd.KillMember:output_type -> sandboxd.v1.KillMemberResponse
-	35, // 70: sandboxd.v1.Sandboxd.RemoveMember:output_type -> sandboxd.v1.RemoveMemberResponse
-	37, // 71: sandboxd.v1.Sandboxd.WaitMember:output_type -> sandboxd.v1.WaitMemberResponse
-	39, // 72: sandboxd.v1.Sandboxd.ReopenMemberLog:output_type -> sandboxd.v1.ReopenMemberLogResponse
-	41, // 73: sandboxd.v1.Sandboxd.GetMember:output_type -> sandboxd.v1.GetMemberResponse
-	43, // 74: sandboxd.v1.Sandboxd.ExecMember:output_type -> sandboxd.v1.ExecMemberResponse
-	61, // [61:75] is the sub-list for method output_type
-	47, // [47:61] is the sub-list for method input_type
-	47, // [47:47] is the sub-list for extension type_name
-	47, // [47:47] is the sub-list for extension extendee
-	0,  // [0:47] is the sub-list for field type_name
+	6,  // 0: sandboxd.v1.SandboxConfig.share:type_name -> sandboxd.v1.NamespaceKinds
+	58, // 1: sandboxd.v1.SandboxConfig.sysctls:type_name -> sandboxd.v1.SandboxConfig.SysctlsEntry
+	59, // 2: sandboxd.v1.SandboxConfig.labels:type_name -> sandboxd.v1.SandboxConfig.LabelsEntry
+	60, // 3: sandboxd.v1.SandboxConfig.annotations:type_name -> sandboxd.v1.SandboxConfig.AnnotationsEntry
+	1,  // 4: sandboxd.v1.SandboxConfig.net:type_name -> sandboxd.v1.NetworkConfig
+	9,  // 5: sandboxd.v1.SandboxConfig.hooks:type_name -> sandboxd.v1.Hook
+	2,  // 6: sandboxd.v1.NetworkConfig.attach:type_name -> sandboxd.v1.NetworkName
+	3,  // 7: sandboxd.v1.NetworkConfig.ports:type_name -> sandboxd.v1.Port
+	4,  // 8: sandboxd.v1.NetworkConfig.dns:type_name -> sandboxd.v1.DNS
+	5,  // 9: sandboxd.v1.NetworkConfig.hosts:type_name -> sandboxd.v1.Host
+	11, // 10: sandboxd.v1.MemberConfig.volumes:type_name -> sandboxd.v1.Volume
+	12, // 11: sandboxd.v1.MemberConfig.tmpfs:type_name -> sandboxd.v1.Tmpfs
+	61, // 12: sandboxd.v1.MemberConfig.namespaces:type_name -> sandboxd.v1.MemberConfig.NamespacesEntry
+	62, // 13: sandboxd.v1.MemberConfig.labels:type_name -> sandboxd.v1.MemberConfig.LabelsEntry
+	8,  // 14: sandboxd.v1.MemberConfig.collect:type_name -> sandboxd.v1.Collect
+	69, // 15: sandboxd.v1.MemberConfig.custody_ttl:type_name -> google.protobuf.Duration
+	9,  // 16: sandboxd.v1.MemberConfig.hooks:type_name -> sandboxd.v1.Hook
+	69, // 17: sandboxd.v1.Hook.timeout:type_name -> google.protobuf.Duration
+	70, // 18: sandboxd.v1.HookRun.started_at:type_name -> google.protobuf.Timestamp
+	69, // 19: sandboxd.v1.HookRun.duration:type_name -> google.protobuf.Duration
+	70, // 20: sandboxd.v1.SandboxInfo.created_at:type_name -> google.protobuf.Timestamp
+	63, // 21: sandboxd.v1.SandboxInfo.namespaces:type_name -> sandboxd.v1.SandboxInfo.NamespacesEntry
+	64, // 22: sandboxd.v1.SandboxInfo.labels:type_name -> sandboxd.v1.SandboxInfo.LabelsEntry
+	65, // 23: sandboxd.v1.SandboxInfo.annotations:type_name -> sandboxd.v1.SandboxInfo.AnnotationsEntry
+	18, // 24: sandboxd.v1.SandboxInfo.members:type_name -> sandboxd.v1.MemberInfo
+	10, // 25: sandboxd.v1.SandboxInfo.hooks:type_name -> sandboxd.v1.HookRun
+	14, // 26: sandboxd.v1.SandboxInfo.networks:type_name -> sandboxd.v1.NetworkInfo
+	16, // 27: sandboxd.v1.SandboxInfo.tombstone:type_name -> sandboxd.v1.Tombstone
+	15, // 28: sandboxd.v1.NetworkInfo.routes:type_name -> sandboxd.v1.Route
+	4,  // 29: sandboxd.v1.NetworkInfo.dns:type_name -> sandboxd.v1.DNS
+	3,  // 30: sandboxd.v1.NetworkInfo.ports:type_name -> sandboxd.v1.Port
+	70, // 31: sandboxd.v1.Tombstone.since:type_name -> google.protobuf.Timestamp
+	70, // 32: sandboxd.v1.Tombstone.next_try:type_name -> google.protobuf.Timestamp
+	70, // 33: sandboxd.v1.MemberInfo.created_at:type_name -> google.protobuf.Timestamp
+	70, // 34: sandboxd.v1.MemberInfo.started_at:type_name -> google.protobuf.Timestamp
+	66, // 35: sandboxd.v1.MemberInfo.namespaces:type_name -> sandboxd.v1.MemberInfo.NamespacesEntry
+	19, // 36: sandboxd.v1.MemberInfo.custody:type_name -> sandboxd.v1.CustodyInfo
+	67, // 37: sandboxd.v1.MemberInfo.labels:type_name -> sandboxd.v1.MemberInfo.LabelsEntry
+	21, // 38: sandboxd.v1.MemberInfo.exit:type_name -> sandboxd.v1.ExitRecord
+	10, // 39: sandboxd.v1.MemberInfo.hooks:type_name -> sandboxd.v1.HookRun
+	70, // 40: sandboxd.v1.CustodyInfo.since:type_name -> google.protobuf.Timestamp
+	70, // 41: sandboxd.v1.CustodyInfo.until:type_name -> google.protobuf.Timestamp
+	20, // 42: sandboxd.v1.CustodyInfo.released:type_name -> sandboxd.v1.CustodyRelease
+	70, // 43: sandboxd.v1.CustodyRelease.at:type_name -> google.protobuf.Timestamp
+	70, // 44: sandboxd.v1.ExitRecord.finished_at:type_name -> google.protobuf.Timestamp
+	22, // 45: sandboxd.v1.ExitRecord.rusage:type_name -> sandboxd.v1.Rusage
+	0,  // 46: sandboxd.v1.CreateSandboxRequest.config:type_name -> sandboxd.v1.SandboxConfig
+	13, // 47: sandboxd.v1.CreateSandboxResponse.sandbox:type_name -> sandboxd.v1.SandboxInfo
+	69, // 48: sandboxd.v1.StopSandboxRequest.timeout:type_name -> google.protobuf.Duration
+	13, // 49: sandboxd.v1.ListSandboxesResponse.sandboxes:type_name -> sandboxd.v1.SandboxInfo
+	13, // 50: sandboxd.v1.GetSandboxResponse.sandbox:type_name -> sandboxd.v1.SandboxInfo
+	7,  // 51: sandboxd.v1.AddMemberRequest.config:type_name -> sandboxd.v1.MemberConfig
+	18, // 52: sandboxd.v1.AddMemberResponse.member:type_name -> sandboxd.v1.MemberInfo
+	18, // 53: sandboxd.v1.StartMemberResponse.member:type_name -> sandboxd.v1.MemberInfo
+	69, // 54: sandboxd.v1.StopMemberRequest.timeout:type_name -> google.protobuf.Duration
+	21, // 55: sandboxd.v1.WaitMemberResponse.exit:type_name -> sandboxd.v1.ExitRecord
+	18, // 56: sandboxd.v1.GetMemberResponse.member:type_name -> sandboxd.v1.MemberInfo
+	70, // 57: sandboxd.v1.ReadEventsRequest.since:type_name -> google.protobuf.Timestamp
+	56, // 58: sandboxd.v1.ReadEventsResponse.event:type_name -> sandboxd.v1.Event
+	70, // 59: sandboxd.v1.Event.time:type_name -> google.protobuf.Timestamp
+	21, // 60: sandboxd.v1.Event.exit:type_name -> sandboxd.v1.ExitRecord
+	68, // 61: sandboxd.v1.Event.attrs:type_name -> sandboxd.v1.Event.AttrsEntry
+	17, // 62: sandboxd.v1.SandboxInfo.NamespacesEntry.value:type_name -> sandboxd.v1.NamespaceInfo
+	17, // 63: sandboxd.v1.MemberInfo.NamespacesEntry.value:type_name -> sandboxd.v1.NamespaceInfo
+	24, // 64: sandboxd.v1.Sandboxd.CreateSandbox:input_type -> sandboxd.v1.CreateSandboxRequest
+	26, // 65: sandboxd.v1.Sandboxd.StopSandbox:input_type -> sandboxd.v1.StopSandboxRequest
+	28, // 66: sandboxd.v1.Sandboxd.RemoveSandbox:input_type -> sandboxd.v1.RemoveSandboxRequest
+	30, // 67: sandboxd.v1.Sandboxd.ListSandboxes:input_type -> sandboxd.v1.ListSandboxesRequest
+	32, // 68: sandboxd.v1.Sandboxd.GetSandbox:input_type -> sandboxd.v1.GetSandboxRequest
+	34, // 69: sandboxd.v1.Sandboxd.CheckNetwork:input_type -> sandboxd.v1.CheckNetworkRequest
+	36, // 70: sandboxd.v1.Sandboxd.AddMember:input_type -> sandboxd.v1.AddMemberRequest
+	38, // 71: sandboxd.v1.Sandboxd.StartMember:input_type -> sandboxd.v1.StartMemberRequest
+	40, // 72: sandboxd.v1.Sandboxd.StopMember:input_type -> sandboxd.v1.StopMemberRequest
+	42, // 73: sandboxd.v1.Sandboxd.KillMember:input_type -> sandboxd.v1.KillMemberRequest
+	44, // 74: sandboxd.v1.Sandboxd.RemoveMember:input_type -> sandboxd.v1.RemoveMemberRequest
+	46, // 75: sandboxd.v1.Sandboxd.WaitMember:input_type -> sandboxd.v1.WaitMemberRequest
+	48, // 76: sandboxd.v1.Sandboxd.ReopenMemberLog:input_type -> sandboxd.v1.ReopenMemberLogRequest
+	50, // 77: sandboxd.v1.Sandboxd.GetMember:input_type -> sandboxd.v1.GetMemberRequest
+	52, // 78: sandboxd.v1.Sandboxd.ExecMember:input_type -> sandboxd.v1.ExecMemberRequest
+	54, // 79: sandboxd.v1.Sandboxd.ReadEvents:input_type -> sandboxd.v1.ReadEventsRequest
+	25, // 80: sandboxd.v1.Sandboxd.CreateSandbox:output_type -> sandboxd.v1.CreateSandboxResponse
+	27, // 81: sandboxd.v1.Sandboxd.StopSandbox:output_type -> sandboxd.v1.StopSandboxResponse
+	29, // 82: sandboxd.v1.Sandboxd.RemoveSandbox:output_type -> sandboxd.v1.RemoveSandboxResponse
+	31, // 83: sandboxd.v1.Sandboxd.ListSandboxes:output_type -> sandboxd.v1.ListSandboxesResponse
+	33, // 84: sandboxd.v1.Sandboxd.GetSandbox:output_type -> sandboxd.v1.GetSandboxResponse
+	35, // 85: sandboxd.v1.Sandboxd.CheckNetwork:output_type -> sandboxd.v1.CheckNetworkResponse
+	37, // 86: sandboxd.v1.Sandboxd.AddMember:output_type -> sandboxd.v1.AddMemberResponse
+	39, // 87: sandboxd.v1.Sandboxd.StartMember:output_type -> sandboxd.v1.StartMemberResponse
+	41, // 88: sandboxd.v1.Sandboxd.StopMember:output_type -> sandboxd.v1.StopMemberResponse
+	43, // 89: sandboxd.v1.Sandboxd.KillMember:output_type -> sandboxd.v1.KillMemberResponse
+	45, // 90: sandboxd.v1.Sandboxd.RemoveMember:output_type -> sandboxd.v1.RemoveMemberResponse
+	47, // 91: sandboxd.v1.Sandboxd.WaitMember:output_type -> sandboxd.v1.WaitMemberResponse
+	49, // 92: sandboxd.v1.Sandboxd.ReopenMemberLog:output_type -> sandboxd.v1.ReopenMemberLogResponse
+	51, // 93: sandboxd.v1.Sandboxd.GetMember:output_type -> sandboxd.v1.GetMemberResponse
+	53, // 94: sandboxd.v1.Sandboxd.ExecMember:output_type -> sandboxd.v1.ExecMemberResponse
+	55, // 95: sandboxd.v1.Sandboxd.ReadEvents:output_type -> sandboxd.v1.ReadEventsResponse
+	80, // [80:96] is the sub-list for method output_type
+	64, // [64:80] is the sub-list for method input_type
+	64, // [64:64] is the sub-list for extension type_name
+	64, // [64:64] is the sub-list for extension extendee
+	0,  // [0:64] is the sub-list for field type_name
 }
 
 func init() { file_sandboxd_proto_init() }
@@ -3313,13 +4457,14 @@ func file_sandboxd_proto_init() {
 	if File_sandboxd_proto != nil {
 		return
 	}
+	file_sandboxd_proto_msgTypes[54].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_sandboxd_proto_rawDesc), len(file_sandboxd_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   54,
+			NumMessages:   69,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

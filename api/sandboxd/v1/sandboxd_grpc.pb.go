@@ -36,6 +36,7 @@ const (
 	Sandboxd_RemoveSandbox_FullMethodName   = "/sandboxd.v1.Sandboxd/RemoveSandbox"
 	Sandboxd_ListSandboxes_FullMethodName   = "/sandboxd.v1.Sandboxd/ListSandboxes"
 	Sandboxd_GetSandbox_FullMethodName      = "/sandboxd.v1.Sandboxd/GetSandbox"
+	Sandboxd_CheckNetwork_FullMethodName    = "/sandboxd.v1.Sandboxd/CheckNetwork"
 	Sandboxd_AddMember_FullMethodName       = "/sandboxd.v1.Sandboxd/AddMember"
 	Sandboxd_StartMember_FullMethodName     = "/sandboxd.v1.Sandboxd/StartMember"
 	Sandboxd_StopMember_FullMethodName      = "/sandboxd.v1.Sandboxd/StopMember"
@@ -45,6 +46,7 @@ const (
 	Sandboxd_ReopenMemberLog_FullMethodName = "/sandboxd.v1.Sandboxd/ReopenMemberLog"
 	Sandboxd_GetMember_FullMethodName       = "/sandboxd.v1.Sandboxd/GetMember"
 	Sandboxd_ExecMember_FullMethodName      = "/sandboxd.v1.Sandboxd/ExecMember"
+	Sandboxd_ReadEvents_FullMethodName      = "/sandboxd.v1.Sandboxd/ReadEvents"
 )
 
 // SandboxdClient is the client API for Sandboxd service.
@@ -61,6 +63,8 @@ type SandboxdClient interface {
 	RemoveSandbox(ctx context.Context, in *RemoveSandboxRequest, opts ...grpc.CallOption) (*RemoveSandboxResponse, error)
 	ListSandboxes(ctx context.Context, in *ListSandboxesRequest, opts ...grpc.CallOption) (*ListSandboxesResponse, error)
 	GetSandbox(ctx context.Context, in *GetSandboxRequest, opts ...grpc.CallOption) (*GetSandboxResponse, error)
+	// CheckNetwork fails if a sandbox's network is no longer as it was made.
+	CheckNetwork(ctx context.Context, in *CheckNetworkRequest, opts ...grpc.CallOption) (*CheckNetworkResponse, error)
 	// AddMember creates a member and leaves it blocked before its execve, or starts
 	// it too, as one: if the start fails the member is removed again.
 	AddMember(ctx context.Context, in *AddMemberRequest, opts ...grpc.CallOption) (*AddMemberResponse, error)
@@ -83,6 +87,10 @@ type SandboxdClient interface {
 	// member's, and returns when it has ended: for probes. Whoever wants its stdio
 	// as a stream starts it without the daemon, as the CLI does.
 	ExecMember(ctx context.Context, in *ExecMemberRequest, opts ...grpc.CallOption) (*ExecMemberResponse, error)
+	// ReadEvents sends the events of the journal, see docs/events.md. It fails with
+	// OUT_OF_RANGE and an EventGap among the status's details if events after a
+	// number are asked for that are not there any more.
+	ReadEvents(ctx context.Context, in *ReadEventsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ReadEventsResponse], error)
 }
 
 type sandboxdClient struct {
@@ -137,6 +145,16 @@ func (c *sandboxdClient) GetSandbox(ctx context.Context, in *GetSandboxRequest, 
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(GetSandboxResponse)
 	err := c.cc.Invoke(ctx, Sandboxd_GetSandbox_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *sandboxdClient) CheckNetwork(ctx context.Context, in *CheckNetworkRequest, opts ...grpc.CallOption) (*CheckNetworkResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CheckNetworkResponse)
+	err := c.cc.Invoke(ctx, Sandboxd_CheckNetwork_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -233,6 +251,25 @@ func (c *sandboxdClient) ExecMember(ctx context.Context, in *ExecMemberRequest, 
 	return out, nil
 }
 
+func (c *sandboxdClient) ReadEvents(ctx context.Context, in *ReadEventsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ReadEventsResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Sandboxd_ServiceDesc.Streams[0], Sandboxd_ReadEvents_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[ReadEventsRequest, ReadEventsResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Sandboxd_ReadEventsClient = grpc.ServerStreamingClient[ReadEventsResponse]
+
 // SandboxdServer is the server API for Sandboxd service.
 // All implementations must embed UnimplementedSandboxdServer
 // for forward compatibility.
@@ -247,6 +284,8 @@ type SandboxdServer interface {
 	RemoveSandbox(context.Context, *RemoveSandboxRequest) (*RemoveSandboxResponse, error)
 	ListSandboxes(context.Context, *ListSandboxesRequest) (*ListSandboxesResponse, error)
 	GetSandbox(context.Context, *GetSandboxRequest) (*GetSandboxResponse, error)
+	// CheckNetwork fails if a sandbox's network is no longer as it was made.
+	CheckNetwork(context.Context, *CheckNetworkRequest) (*CheckNetworkResponse, error)
 	// AddMember creates a member and leaves it blocked before its execve, or starts
 	// it too, as one: if the start fails the member is removed again.
 	AddMember(context.Context, *AddMemberRequest) (*AddMemberResponse, error)
@@ -269,6 +308,10 @@ type SandboxdServer interface {
 	// member's, and returns when it has ended: for probes. Whoever wants its stdio
 	// as a stream starts it without the daemon, as the CLI does.
 	ExecMember(context.Context, *ExecMemberRequest) (*ExecMemberResponse, error)
+	// ReadEvents sends the events of the journal, see docs/events.md. It fails with
+	// OUT_OF_RANGE and an EventGap among the status's details if events after a
+	// number are asked for that are not there any more.
+	ReadEvents(*ReadEventsRequest, grpc.ServerStreamingServer[ReadEventsResponse]) error
 	mustEmbedUnimplementedSandboxdServer()
 }
 
@@ -293,6 +336,9 @@ func (UnimplementedSandboxdServer) ListSandboxes(context.Context, *ListSandboxes
 }
 func (UnimplementedSandboxdServer) GetSandbox(context.Context, *GetSandboxRequest) (*GetSandboxResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetSandbox not implemented")
+}
+func (UnimplementedSandboxdServer) CheckNetwork(context.Context, *CheckNetworkRequest) (*CheckNetworkResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method CheckNetwork not implemented")
 }
 func (UnimplementedSandboxdServer) AddMember(context.Context, *AddMemberRequest) (*AddMemberResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method AddMember not implemented")
@@ -320,6 +366,9 @@ func (UnimplementedSandboxdServer) GetMember(context.Context, *GetMemberRequest)
 }
 func (UnimplementedSandboxdServer) ExecMember(context.Context, *ExecMemberRequest) (*ExecMemberResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ExecMember not implemented")
+}
+func (UnimplementedSandboxdServer) ReadEvents(*ReadEventsRequest, grpc.ServerStreamingServer[ReadEventsResponse]) error {
+	return status.Error(codes.Unimplemented, "method ReadEvents not implemented")
 }
 func (UnimplementedSandboxdServer) mustEmbedUnimplementedSandboxdServer() {}
 func (UnimplementedSandboxdServer) testEmbeddedByValue()                  {}
@@ -428,6 +477,24 @@ func _Sandboxd_GetSandbox_Handler(srv interface{}, ctx context.Context, dec func
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(SandboxdServer).GetSandbox(ctx, req.(*GetSandboxRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Sandboxd_CheckNetwork_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CheckNetworkRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SandboxdServer).CheckNetwork(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Sandboxd_CheckNetwork_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SandboxdServer).CheckNetwork(ctx, req.(*CheckNetworkRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -594,6 +661,17 @@ func _Sandboxd_ExecMember_Handler(srv interface{}, ctx context.Context, dec func
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Sandboxd_ReadEvents_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(ReadEventsRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(SandboxdServer).ReadEvents(m, &grpc.GenericServerStream[ReadEventsRequest, ReadEventsResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Sandboxd_ReadEventsServer = grpc.ServerStreamingServer[ReadEventsResponse]
+
 // Sandboxd_ServiceDesc is the grpc.ServiceDesc for Sandboxd service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -620,6 +698,10 @@ var Sandboxd_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "GetSandbox",
 			Handler:    _Sandboxd_GetSandbox_Handler,
+		},
+		{
+			MethodName: "CheckNetwork",
+			Handler:    _Sandboxd_CheckNetwork_Handler,
 		},
 		{
 			MethodName: "AddMember",
@@ -658,6 +740,12 @@ var Sandboxd_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _Sandboxd_ExecMember_Handler,
 		},
 	},
-	Streams:  []grpc.StreamDesc{},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "ReadEvents",
+			Handler:       _Sandboxd_ReadEvents_Handler,
+			ServerStreams: true,
+		},
+	},
 	Metadata: "sandboxd.proto",
 }

@@ -1,0 +1,165 @@
+package main
+
+import (
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+
+	"github.com/sandboxd/sandboxd/internal/etc"
+	"github.com/sandboxd/sandboxd/internal/namespace"
+	"github.com/sandboxd/sandboxd/internal/network"
+	"github.com/sandboxd/sandboxd/sandbox"
+)
+
+// hosted keeps the files of sandboxes that tell their members names: hosts,
+// hostname and resolv.conf. There is one set for each sandbox, in a directory that
+// no member sees, and members have the files mounted.
+type hosted struct {
+	root string // the root directory
+
+	mu  sync.Mutex
+	all map[string]*etcFiles // by sandbox; guarded by mu
+}
+
+// etcFiles are those of one sandbox. Members that are added at the same time
+// change them one after the other.
+type etcFiles struct {
+	mu    sync.Mutex
+	names map[string]string // of members who share the network, by id; guarded by mu
+}
+
+func newHosted(root string) *hosted { return &hosted{root: root, all: map[string]*etcFiles{}} }
+
+func (h *hosted) dir(id string) string { return filepath.Join(h.root, "sandboxes", id, "etc") }
+
+// forget drops a member, or with an empty member a whole sandbox. The files change
+// with the next member.
+func (h *hosted) forget(id, member string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if member == "" {
+		delete(h.all, id)
+		return
+	}
+	if f := h.all[id]; f != nil {
+		f.mu.Lock()
+		delete(f.names, member)
+		f.mu.Unlock()
+	}
+}
+
+// update makes the files of r what they should be once m is a member, and returns
+// their paths by what they are called in a member. They are only for members that
+// have the sandbox's network, be it the host's.
+func (h *hosted) update(r *sandbox.Record, m *sandbox.MemberRecord, siblings []*sandbox.MemberRecord) (map[string]string, error) {
+	if !sharesNetwork(r, m.Namespaces) {
+		return nil, nil
+	}
+	h.mu.Lock()
+	f := h.all[r.ID]
+	if f == nil {
+		f = &etcFiles{names: map[string]string{}}
+		h.all[r.ID] = f
+	}
+	h.mu.Unlock()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, s := range siblings {
+		if sharesNetwork(r, s.Namespaces) {
+			f.names[s.ID] = s.Config.Name
+		}
+	}
+	f.names[m.ID] = m.Config.Name
+	dir := h.dir(r.ID)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, err
+	}
+	paths := map[string]string{}
+	for name, content := range etcContents(r, f.names) {
+		if err := etc.Update(dir, name, content); err != nil {
+			return nil, err
+		}
+		paths["/etc/"+name] = filepath.Join(dir, name)
+	}
+	return paths, nil
+}
+
+// sharesNetwork reports whether a member with the namespaces sel has the network
+// of its sandbox r.
+func sharesNetwork(r *sandbox.Record, sel namespace.Selection) bool {
+	switch sel[namespace.Net].From {
+	case namespace.Sandbox:
+		return true
+	case namespace.Host:
+		return r.Config.Network == network.ModeHost
+	}
+	return false
+}
+
+// etcContents makes the contents of the files. names are those of members.
+func etcContents(r *sandbox.Record, names map[string]string) map[string][]byte {
+	var addrs []netip.Addr
+	var dns []network.DNS
+	for _, a := range r.Networks {
+		dns = append(dns, a.DNS)
+		for _, p := range a.Addresses {
+			addrs = append(addrs, p.Addr())
+		}
+	}
+	hostname := r.Config.Hostname
+	asked := r.Config.Net.Hosts
+	if r.Config.Network == network.ModeHost {
+		if hostname == "" {
+			hostname, _ = os.Hostname() // a hosts file without it does as well
+		}
+	}
+	members := make([]string, 0, len(names))
+	for id, name := range names {
+		if name != id {
+			members = append(members, name)
+		}
+	}
+	slices.Sort(members)
+	files := map[string][]byte{"hosts": etc.Hosts(hostname, addrs, asked, members)}
+	if hostname != "" {
+		files["hostname"] = []byte(hostname + "\n")
+	}
+	d := etc.Merge(r.Config.Net.DNS, dns...)
+	switch r.Config.Network {
+	case network.ModeNone:
+		if len(d.Servers)+len(d.Search)+len(d.Options) == 0 {
+			return files // there is nobody to ask
+		}
+	case network.ModeHost:
+		d = etc.Merge(d, hostDNS(true))
+	default:
+		d = etc.Merge(d, hostDNS(false))
+	}
+	files["resolv.conf"] = etc.Resolv(d)
+	return files
+}
+
+// hostDNS is the host's configuration. Unless local is set, servers that only the
+// host can ask are left out; where there are no others, a stub of systemd-resolved
+// is, whose own servers are in another file.
+func hostDNS(local bool) network.DNS {
+	read := func(name string) network.DNS {
+		f, err := os.Open(name)
+		if err != nil {
+			return network.DNS{} // as a resolver does, but for asking the host itself
+		}
+		defer f.Close()
+		return etc.ParseResolv(f)
+	}
+	d := read("/etc/resolv.conf")
+	if local {
+		return d
+	}
+	asked := len(d.Servers)
+	if d.Servers = etc.Reachable(d.Servers); len(d.Servers) == 0 && asked > 0 {
+		d.Servers = etc.Reachable(read("/run/systemd/resolve/resolv.conf").Servers)
+	}
+	return d
+}

@@ -1,0 +1,438 @@
+package journal
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// DefaultMax is how many bytes the segments may have together. An event has about 300.
+	DefaultMax = 64 << 20
+	// segmentMax is when a segment is full. [Open] reads one.
+	segmentMax = 1 << 20
+	// bootGap is more than the events of the half minute that a power cut can cost.
+	bootGap = 1_000_000
+	// pendingMax bounds the events that wait for space on the disk.
+	pendingMax = 10_000
+	// retryAfter is how long events wait for space on the disk before they are tried again.
+	retryAfter = time.Second
+)
+
+// Options are the parts of a [Journal] that have a sensible default.
+type Options struct {
+	Max  int64  // bytes of all segments together, at least two segments; default: DefaultMax
+	Boot string // of the host; default: what the kernel says
+
+	segment int64 // bytes of a segment; default: segmentMax
+}
+
+// Journal is the writing side. One process has a directory open; it is safe for
+// concurrent use. A nil Journal keeps nothing.
+type Journal struct {
+	o    Options
+	dir  *os.Root
+	full atomic.Bool  // the next Hold begins a segment
+	held sync.RWMutex // for reading by those in Hold; before mu
+
+	mu      sync.Mutex
+	f       *os.File // the last segment; nil if one has to be begun; guarded by mu, as is all that follows
+	off     int64    // where its next line goes
+	last    uint64   // number of the last event
+	sizes   []size   // of the other segments, the oldest first
+	first   uint64   // of the last segment
+	pending []Event  // that could not be written
+	lost    int      // events that there was no room for in pending
+	retry   *time.Timer
+	closed  bool
+	changed chan struct{} // closed when there is a new event; nil if nobody waits
+
+	tail      map[string]Tail // of what was in the last segment when the journal was opened
+	tailFirst uint64          // the first event of that one
+}
+
+type size struct {
+	first uint64
+	bytes int64
+}
+
+// Tail is what the last segment says of a sandbox or member.
+type Tail struct {
+	Rev     uint64 // of the last event that has one
+	State   string // what the last change of state led to
+	Removed bool
+}
+
+// Open opens the journal in the directory dir, which is made if need be. The
+// caller makes sure that no other process has it open.
+func Open(dir string, o Options) (*Journal, error) {
+	o.segment = cmp.Or(o.segment, segmentMax)
+	o.Max = max(cmp.Or(o.Max, DefaultMax), 2*o.segment)
+	if o.Boot == "" {
+		b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+		if err != nil {
+			return nil, err
+		}
+		o.Boot = strings.TrimSpace(string(b))
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("journal: %w", err)
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return nil, fmt.Errorf("journal: %w", err)
+	}
+	j := &Journal{o: o, dir: root, tail: map[string]Tail{}}
+	if err := j.load(); err != nil {
+		return nil, errors.Join(fmt.Errorf("journal: %w", err), j.Close())
+	}
+	return j, nil
+}
+
+// load finds out where the journal ends.
+func (j *Journal) load() error {
+	firsts, err := segments(j.dir)
+	if err != nil {
+		return err
+	}
+	for _, first := range firsts {
+		fi, err := j.dir.Lstat(segmentName(first))
+		if err != nil {
+			return err
+		}
+		j.sizes = append(j.sizes, size{first, fi.Size()})
+	}
+	damaged := false
+	for len(j.sizes) > 0 {
+		s := j.sizes[len(j.sizes)-1]
+		j.sizes = j.sizes[:len(j.sizes)-1]
+		f, err := openSegment(j.dir, s.first, os.O_RDWR)
+		if err != nil {
+			return err
+		}
+		sc, err := scan(f, s.first, j.note)
+		if err != nil {
+			f.Close()
+			return err
+		}
+		if sc.end == 0 { // damaged from the first line to the last
+			damaged = true
+			f.Close()
+			if err := j.dir.Remove(segmentName(s.first)); err != nil {
+				return err
+			}
+			continue
+		}
+		if err := f.Truncate(sc.end); err != nil {
+			f.Close()
+			return err
+		}
+		j.first, j.last, j.off = s.first, sc.last, sc.end
+		j.tailFirst = s.first
+		if sc.header.Boot != j.o.Boot || damaged {
+			j.sizes = append(j.sizes, size{s.first, sc.end})
+			return f.Close()
+		}
+		j.f = f
+		j.full.Store(j.off >= j.o.segment)
+		return nil
+	}
+	return nil
+}
+
+// note keeps what an event says about what it is about.
+func (j *Journal) note(e *Event) {
+	if e.Rev == 0 && e.Type != Removed {
+		return
+	}
+	t := j.tail[e.Object()]
+	t.Rev = max(t.Rev, e.Rev)
+	switch e.Type {
+	case State, Exit:
+		t.State = e.To
+	case Removed:
+		t.State, t.Removed = "", true
+	}
+	j.tail[e.Object()] = t
+}
+
+// Tail returns what the last segment, as it was when the journal was opened,
+// says of the sandbox or member with that id.
+func (j *Journal) Tail(id string) (t Tail, ok bool) {
+	if j == nil {
+		return Tail{}, false
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	t, ok = j.tail[id]
+	return t, ok
+}
+
+// Written reports whether an earlier process has written the event rev of the
+// sandbox or member with that id. It was to do so under a [Journal.Hold] that
+// returned after.
+func (j *Journal) Written(id string, rev, after uint64) bool {
+	if j == nil {
+		return true
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return after+1 < j.tailFirst || j.tail[id].Rev >= rev
+}
+
+// Recovered says that [Journal.Tail] and [Journal.Written] will not be called any more.
+func (j *Journal) Recovered() {
+	if j == nil {
+		return
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.tail, j.tailFirst = nil, 0
+}
+
+// Close makes the journal durable and closes it. Events that found no space are lost.
+func (j *Journal) Close() error {
+	if j == nil {
+		return nil
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.closed = true
+	if j.retry != nil {
+		j.retry.Stop()
+	}
+	var err error
+	if j.f != nil {
+		err = errors.Join(j.f.Sync(), j.f.Close())
+		j.f = nil
+	}
+	return errors.Join(err, j.dir.Close())
+}
+
+// Hold keeps the segment from being changed for another until release is
+// called, and returns the number of the last event.
+func (j *Journal) Hold() (after uint64, release func()) {
+	if j == nil {
+		return 0, func() {}
+	}
+	if j.full.Load() {
+		j.held.Lock() // those who hold it do so for a moment
+		j.mu.Lock()
+		// What waits belongs to the segment that it was to be written to.
+		if j.full.Load() && len(j.pending) == 0 {
+			j.begin() // if it cannot be, the segment grows
+		}
+		j.mu.Unlock()
+		j.held.Unlock()
+	}
+	j.held.RLock()
+	return j.Last(), j.held.RUnlock
+}
+
+// Append gives events their numbers and writes them, in one write.
+// Preconditions: the caller is between Hold and its release.
+//
+// If that cannot be done they are the journal's all the same, and are written as
+// soon as it can; the error is only to be reported. [Journal.Behind] says when
+// they have been.
+func (j *Journal) Append(events ...Event) error {
+	if j == nil || len(events) == 0 {
+		return nil
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.pending = append(j.pending, events...)
+	if n := len(j.pending) - pendingMax; n > 0 {
+		j.lost += n
+		j.pending = j.pending[n:]
+	}
+	if err := j.flush(); err != nil {
+		return fmt.Errorf("journal: %d events wait for being written, %d are lost: %w", len(j.pending), j.lost, err)
+	}
+	return nil
+}
+
+// Behind reports whether events wait for being written.
+func (j *Journal) Behind() bool {
+	if j == nil {
+		return false
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return len(j.pending) > 0
+}
+
+// flush writes what is pending, now or later. Preconditions: j.mu is held.
+func (j *Journal) flush() error {
+	last, err := j.write(j.pending)
+	if err != nil {
+		if j.retry == nil {
+			j.retry = time.AfterFunc(retryAfter, j.tryAgain)
+		} else {
+			j.retry.Reset(retryAfter)
+		}
+		return err
+	}
+	j.last, j.pending = last, nil
+	if j.changed != nil {
+		close(j.changed)
+		j.changed = nil
+	}
+	return nil
+}
+
+func (j *Journal) tryAgain() {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if !j.closed && len(j.pending) > 0 {
+		j.flush() // it has been reported
+	}
+}
+
+// write writes events behind the last one and returns the number of the last.
+func (j *Journal) write(events []Event) (last uint64, err error) {
+	if j.f == nil {
+		if err := j.begin(); err != nil {
+			return 0, err
+		}
+	}
+	var b bytes.Buffer
+	last = j.last
+	for i := range events {
+		last++
+		events[i].Seq = last
+		line, err := encode(&events[i])
+		if err != nil {
+			return 0, err
+		}
+		b.Write(line)
+	}
+	_, err = j.f.WriteAt(b.Bytes(), j.off)
+	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+		// The past makes room for the present.
+		for len(j.sizes) > 0 && err != nil {
+			if derr := j.drop(); derr != nil {
+				break
+			}
+			_, err = j.f.WriteAt(b.Bytes(), j.off)
+		}
+	}
+	if err != nil {
+		return 0, errors.Join(err, j.f.Truncate(j.off))
+	}
+	j.off += int64(b.Len())
+	if j.off >= j.o.segment {
+		j.full.Store(true)
+	}
+	return last, nil
+}
+
+// encode returns e's line. What is too long loses the parts that can be long.
+func encode(e *Event) ([]byte, error) {
+	b, err := json.Marshal(e)
+	if err == nil && len(b) >= maxLine {
+		short := *e
+		short.Attrs = map[string]string{"truncated": "true"}
+		short.Reason = strings.ToValidUTF8(short.Reason[:min(len(short.Reason), 1024)], "")
+		b, err = json.Marshal(&short)
+	}
+	return append(b, '\n'), err
+}
+
+// begin begins a segment, and drops the oldest while there is too much.
+// Preconditions: j.mu is held; nobody holds the journal, or there is no segment
+// that anybody could hold.
+func (j *Journal) begin() error {
+	h := header{Version: formatVersion, First: j.last + 1, Prev: j.last, Boot: j.o.Boot}
+	if j.f == nil && j.last > 0 {
+		h.First += bootGap
+	}
+	line, err := json.Marshal(h)
+	if err != nil {
+		return err
+	}
+	line = append(line, '\n')
+	f, err := j.dir.OpenFile(tempName, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	if _, err = f.WriteAt(line, 0); err == nil {
+		err = j.dir.Rename(tempName, segmentName(h.First))
+	}
+	if err != nil {
+		f.Close()
+		return err
+	}
+	if j.f != nil {
+		j.sizes = append(j.sizes, size{j.first, j.off})
+		j.f.Close() // nothing is in it that could still be lost
+	}
+	j.f, j.first, j.last, j.off = f, h.First, h.First-1, int64(len(line))
+	j.full.Store(false)
+	total := j.o.segment // the new one will have that
+	for _, s := range j.sizes {
+		total += s.bytes
+	}
+	for total > j.o.Max && len(j.sizes) > 0 {
+		total -= j.sizes[0].bytes
+		if err := j.drop(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// drop removes the oldest segment.
+func (j *Journal) drop() error {
+	err := j.dir.Remove(segmentName(j.sizes[0].first))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	j.sizes = j.sizes[1:]
+	return nil
+}
+
+// Last is the number of the last event; 0 if there has been none.
+func (j *Journal) Last() uint64 {
+	if j == nil {
+		return 0
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.last
+}
+
+// Wait waits until there is an event with a number above after, or ctx ends.
+func (j *Journal) Wait(ctx context.Context, after uint64) error {
+	for {
+		j.mu.Lock()
+		if j.last > after {
+			j.mu.Unlock()
+			return nil
+		}
+		if j.changed == nil {
+			j.changed = make(chan struct{})
+		}
+		changed := j.changed
+		j.mu.Unlock()
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// Path is the directory.
+func (j *Journal) Path() string { return j.dir.Name() }
