@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -70,6 +71,7 @@ const (
 	IDMap      Feature = "idmap"      // mount_setattr (5.12); the file system under it must support it too
 	PIDFDInfo  Feature = "pidfdinfo"  // PIDFD_GET_INFO with the exit status (6.15)
 	Seccomp    Feature = "seccomp"    // seccomp filters
+	IPVLAN     Feature = "ipvlan"     // links of kind ipvlan
 )
 
 // Kernel needs feature f. It is tried, never derived from a version.
@@ -110,6 +112,14 @@ func probe(f Feature) error {
 	case Seccomp:
 		_, err := os.Stat("/proc/sys/kernel/seccomp/actions_avail")
 		return err
+	case IPVLAN:
+		// Without a parent none is made. A kind that the kernel does not know, and
+		// finds no module for, is EOPNOTSUPP.
+		err := netlink.LinkAdd(&netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Name: "sandboxd-probe"}, LinkType: "ipvlan"})
+		if !errors.Is(err, unix.EOPNOTSUPP) {
+			return nil
+		}
+		return fmt.Errorf("link of kind ipvlan: %w", err)
 	default:
 		return fmt.Errorf("no such feature: %q", f)
 	}

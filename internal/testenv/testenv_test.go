@@ -132,7 +132,7 @@ func TestCapability(t *testing.T) {
 
 func TestProbe(t *testing.T) {
 	Root(t)
-	for _, f := range []Feature{Overlay, TimeNS, UserNS, CgroupKill, IDMap, PIDFDInfo, Seccomp} {
+	for _, f := range []Feature{Overlay, TimeNS, UserNS, CgroupKill, IDMap, PIDFDInfo, Seccomp, IPVLAN} {
 		t.Logf("%s: %v", f, probe(f))
 	}
 	// Older than the oldest kernel that is supported.

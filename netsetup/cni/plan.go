@@ -115,6 +115,9 @@ func newPlan(c *config, req *network.Request) (*plan, error) {
 		if err != nil {
 			return nil, invalid("network %s: %w", n.Name, err)
 		}
+		if names[i] == "lo" && l.Plugins[0].Network.Type != "loopback" {
+			return nil, invalid("interface \"lo\": the sandbox has one of that name already")
+		}
 		lists = append(lists, l)
 		p.Networks = append(p.Networks, attachment{Network: n.Name, Interface: names[i], Config: n.raw, Args: args, Capabilities: map[string]any{}})
 	}
@@ -131,7 +134,7 @@ func interfaces(asked []network.Attach) ([]string, error) {
 		if err := utils.ValidateInterfaceName(a.Interface); err != nil {
 			return nil, invalid("interface %q: %w", a.Interface, err)
 		}
-		if a.Interface == "lo" || slices.Contains(names, a.Interface) {
+		if slices.Contains(names, a.Interface) {
 			return nil, invalid("interface %q: the sandbox has one of that name already", a.Interface)
 		}
 		names[i] = a.Interface
