@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -113,9 +114,9 @@ func probe(f Feature) error {
 		_, err := os.Stat("/proc/sys/kernel/seccomp/actions_avail")
 		return err
 	case IPVLAN:
-		// Without a parent none is made. A kind that the kernel does not know, and
-		// finds no module for, is EOPNOTSUPP.
-		err := netlink.LinkAdd(&netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Name: "sandboxd-probe"}, LinkType: "ipvlan"})
+		// None is made of a parent that is not there. A kind that the kernel does
+		// not know, and finds no module for, is EOPNOTSUPP.
+		err := netlink.LinkAdd(&netlink.IPVlan{LinkAttrs: netlink.LinkAttrs{Name: "sandboxd-probe", ParentIndex: math.MaxInt32}})
 		if !errors.Is(err, unix.EOPNOTSUPP) {
 			return nil
 		}
