@@ -204,6 +204,7 @@ type daemon struct {
 	state, root, parent string
 	binary              string   // what start runs
 	env                 []string // what start adds to the environment
+	flags               []string // and to the command line of serve
 	cmd                 *exec.Cmd
 	exited              chan struct{} // closed when cmd has ended and was waited for
 	log                 lockedBuffer  // what it and its predecessors wrote to stderr
@@ -386,8 +387,9 @@ func (d *daemon) end(t *testing.T, sig unix.Signal) {
 }
 
 func (d *daemon) serveArgs() []string {
-	return []string{"serve", "--state", d.state, "--root", d.root, "--cgroup-parent", d.parent, "--address", d.address(),
-		"--network-default", "none"} // what is not about networks leaves the machine's alone
+	return append([]string{"serve", "--state", d.state, "--root", d.root, "--cgroup-parent", d.parent, "--address", d.address(),
+		"--network-default", "none", // what is not about networks leaves the machine's alone
+	}, d.flags...)
 }
 
 func (d *daemon) socket() string { return filepath.Join(d.state, "sandboxd.sock") }

@@ -36,6 +36,12 @@ type Options struct {
 	Now func() time.Time // default: time.Now
 	// Output reads what a member's monitor has counted.
 	Output func(dir string) (Output, error)
+	// HeldTmpfs reads how many bytes the file systems in memory of a member in
+	// custody hold.
+	HeldTmpfs func(r *sandbox.MemberRecord, dir string) int64
+	// Events returns the number of the last event, and whether some wait for
+	// being written to the journal.
+	Events func() (last uint64, behind bool)
 	// Usage reads what a sandbox uses now.
 	Usage func(*sandbox.Record) (Usage, error)
 	// PerSandbox is of how many sandboxes at most Usage is shown; 0 is off. The

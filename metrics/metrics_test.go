@@ -212,12 +212,16 @@ func TestState(t *testing.T) {
 		&sandbox.MemberRecord{ID: "b", State: sandbox.MemberStarting},
 		&sandbox.MemberRecord{ID: "c", State: sandbox.MemberExited, Exit: &sandbox.Exit{}, HeldSince: now.Add(-time.Hour), Monitor: alive(t)},
 		&sandbox.MemberRecord{ID: "d", State: sandbox.MemberExited, Exit: &sandbox.Exit{}, HeldSince: now.Add(-2 * time.Hour), Monitor: procid.ID{PID: 1 << 24, Start: 1}})
+	src.members["1"] = append(src.members["1"], &sandbox.MemberRecord{ID: "e", State: sandbox.MemberExited, Exit: &sandbox.Exit{},
+		HeldSince: now.Add(-3 * time.Hour), Monitor: alive(t), Released: &sandbox.CustodyRelease{}}) // it is about to be killed
 	src.add("2", sandbox.Unclean)
-	m := New(Options{Now: func() time.Time { return now }})
+	tmpfs := func(r *sandbox.MemberRecord, dir string) int64 { return map[string]int64{"c": 4096}[dir] }
+	m := New(Options{Now: func() time.Time { return now }, HeldTmpfs: tmpfs, Events: func() (uint64, bool) { return 7, true }})
 	m.Attach(src)
 	for family, want := range map[string]float64{
+		"sandboxd_custody_held_tmpfs_bytes": 4096, "sandboxd_event_sequence": 7, "sandboxd_events_behind": 1,
 		"sandboxd_sandboxes state=Ready": 1, "sandboxd_sandboxes state=Unclean": 1, "sandboxd_sandboxes state=NotReady": 0,
-		"sandboxd_members state=Running": 1, "sandboxd_members state=Created": 1, "sandboxd_members state=Exited": 2,
+		"sandboxd_members state=Running": 1, "sandboxd_members state=Created": 1, "sandboxd_members state=Exited": 3,
 		"sandboxd_custody_held_members": 1, "sandboxd_custody_oldest_age_seconds": 3600,
 	} {
 		f := strings.Fields(family)
@@ -356,6 +360,7 @@ func full(t testing.TB, sandboxes int) *Metrics {
 	second, n := time.Second, uint64(1)
 	m := New(Options{
 		Version: "v1", Commit: "c", Go: "go1.26", Output: read, PerSandbox: 10,
+		HeldTmpfs: func(*sandbox.MemberRecord, string) int64 { return 1 }, Events: func() (uint64, bool) { return 7, true },
 		Usage: func(*sandbox.Record) (Usage, error) {
 			return Usage{CPU: &second, Memory: &n, PIDs: &n, Network: &Traffic{}}, nil
 		},

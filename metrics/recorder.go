@@ -73,8 +73,9 @@ func hookStages() []request.Stage {
 	return slices.Compact(stages)
 }
 
-// Why custody is released without a removal.
-var releaseReasons = []string{"ttl", "members", "tmpfs"}
+// releaseReasons are why custody is released without a removal: its time is over,
+// --custody-max, --custody-max-tmpfs, or nobody had asked for it.
+var releaseReasons = []string{"ttl", "max", "tmpfs", "policy"}
 
 var garbageKinds = []garbage.Kind{
 	garbage.Record, garbage.Pause, garbage.Monitor, garbage.Cgroup, garbage.Layer, garbage.Mount, garbage.Link,
@@ -163,7 +164,7 @@ func newRecorder(reg prometheus.Registerer, now func() time.Time) *recorder {
 		collections: counters("collections_total",
 			"Attempts to collect what a member left. For error see the log, the space under the collection directory, and the manifest.", "outcome"),
 		releases: counters("custody_releases_total",
-			"Members whose root was let go before anybody removed them. For members and tmpfs raise the bound, or remove members sooner.", "reason"),
+			"Members whose root was let go before anybody removed them. For max and tmpfs raise --custody-max or --custody-max-tmpfs, or remove members sooner; ttl and policy are as somebody wanted it.", "reason"),
 		found: counters("garbage_found_total",
 			"Things of ours that belonged to nobody. A rate that stays above zero is a leak: report what gc --dry-run says.", "kind"),
 		removed: counters("garbage_removed_total",

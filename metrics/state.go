@@ -17,6 +17,12 @@ var (
 		"Exited members whose root and namespaces are held. Remove them, or set --custody-ttl or --custody-max, if they are too many.", nil, nil)
 	heldOldest = prometheus.NewDesc("sandboxd_custody_oldest_age_seconds",
 		"For how long the oldest of them has been held, 0 if there is none.", nil, nil)
+	heldTmpfs = prometheus.NewDesc("sandboxd_custody_held_tmpfs_bytes",
+		"Memory that the tmpfs of exited members hold; sandboxd ps shows whose. Remove them, or set --custody-max-tmpfs, if it is too much.", nil, nil)
+	eventSequence = prometheus.NewDesc("sandboxd_event_sequence",
+		"Number of the last event in the journal. One that stands still while things happen means that the journal cannot be written.", nil, nil)
+	eventsBehind = prometheus.NewDesc("sandboxd_events_behind",
+		"1 if events wait for being written to the journal: make space under the root directory, or they will be lost.", nil, nil)
 	logBytes = prometheus.NewDesc("sandboxd_log_bytes_total",
 		"Bytes that monitors have read from their members' stdout and stderr since this daemon began.", nil, nil)
 	logDrops = prometheus.NewDesc("sandboxd_log_lines_dropped_total",
@@ -46,6 +52,13 @@ func (s *state) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{sandboxes, members, held, heldOldest} {
 		ch <- d
 	}
+	if s.o.HeldTmpfs != nil {
+		ch <- heldTmpfs
+	}
+	if s.o.Events != nil {
+		ch <- eventSequence
+		ch <- eventsBehind
+	}
 	if s.o.Output != nil {
 		ch <- logBytes
 		ch <- logDrops
@@ -59,6 +72,7 @@ func (s *state) Collect(ch chan<- prometheus.Metric) {
 		ofSandboxes = map[sandbox.State]int{}
 		ofMembers   = map[sandbox.MemberState]int{}
 		nHeld       int
+		tmpfs       int64
 		oldest      time.Time
 	)
 	s.output.mu.Lock()
@@ -70,8 +84,11 @@ func (s *state) Collect(ch chan<- prometheus.Metric) {
 				st = sandbox.MemberCreated
 			}
 			ofMembers[st]++
-			if m.Exit != nil && !m.HeldSince.IsZero() && m.Monitor.Alive() {
+			if m.Exit != nil && !m.HeldSince.IsZero() && m.Released == nil && m.Monitor.Alive() {
 				nHeld++
+				if s.o.HeldTmpfs != nil {
+					tmpfs += s.o.HeldTmpfs(m, s.src.MemberDir(m))
+				}
 				if oldest.IsZero() || m.HeldSince.Before(oldest) {
 					oldest = m.HeldSince
 				}
@@ -100,6 +117,18 @@ func (s *state) Collect(ch chan<- prometheus.Metric) {
 		age = max(0, s.o.Now().Sub(oldest).Seconds())
 	}
 	gauge(heldOldest, age)
+	if s.o.HeldTmpfs != nil {
+		gauge(heldTmpfs, float64(tmpfs))
+	}
+	if s.o.Events != nil {
+		last, behind := s.o.Events()
+		gauge(eventSequence, float64(last))
+		waits := 0.0
+		if behind {
+			waits = 1
+		}
+		gauge(eventsBehind, waits)
+	}
 	if s.o.Output != nil {
 		counter := func(d *prometheus.Desc, v uint64) {
 			ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(v))

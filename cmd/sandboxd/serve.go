@@ -149,9 +149,9 @@ func (a *app) serve(ctx context.Context, o serveOptions) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, rd.Close()) }()
-	mt := newMetrics(node, o.web)
+	mt := newMetrics(node, o.web, rd.journal)
 	// Before the recovery, so that one that hangs can be seen.
-	page, err := startWeb(ctx, o.web, mt, log)
+	page, err := startWeb(ctx, o.web, mt, rd.journal.Path(), log)
 	if err != nil {
 		return err
 	}
@@ -174,7 +174,7 @@ func (a *app) serve(ctx context.Context, o serveOptions) (err error) {
 	}
 	mt.Attach(m)
 	page.Recovered(m)
-	return serveAPI(ctx, m, execer{&app{state: state}}, socket, log)
+	return serveAPI(ctx, m, countedExecer{execer{&app{state: state}}, mt}, socket, log)
 }
 
 // serveAPI answers calls on socket until ctx ends. m is lent and has recovered.

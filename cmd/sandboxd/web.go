@@ -9,11 +9,13 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
 
 	"github.com/sandboxd/sandboxd/api/server"
+	"github.com/sandboxd/sandboxd/internal/journal"
 	"github.com/sandboxd/sandboxd/internal/namespace"
 	"github.com/sandboxd/sandboxd/member"
 	"github.com/sandboxd/sandboxd/metrics"
@@ -33,7 +35,7 @@ const perSandboxDefault = 100
 
 // startWeb listens and serves until stopWeb. With an empty address it returns nil,
 // which both take for a server that nobody asks.
-func startWeb(ctx context.Context, o webOptions, mt *metrics.Metrics, log *slog.Logger) (*web.Server, error) {
+func startWeb(ctx context.Context, o webOptions, mt *metrics.Metrics, journal string, log *slog.Logger) (*web.Server, error) {
 	if o.address == "" {
 		return nil, nil
 	}
@@ -44,7 +46,34 @@ func startWeb(ctx context.Context, o webOptions, mt *metrics.Metrics, log *slog.
 	log.Info("Metrics served", "address", l.Addr().String())
 	return web.Serve(l, web.Options{
 		Log: log, Metrics: mt.Handler(), Pprof: o.pprof, Version: readVersion().Version, Waiting: mt.Waiting,
+		Exits: func(ctx context.Context, since time.Time) ([]web.Exit, error) { return exitsSince(ctx, journal, since) },
 	}), nil
+}
+
+// maxExits bounds what the page shows.
+const maxExits = 200
+
+// exitsSince reads the last exits from the journal in the directory dir.
+func exitsSince(ctx context.Context, dir string, since time.Time) ([]web.Exit, error) {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	filter, err := journal.ParseFilter([]string{"type=" + string(journal.Exit)})
+	if err != nil {
+		return nil, err
+	}
+	var exits []web.Exit
+	for e, err := range journal.Read(ctx, dir, journal.Query{Since: since, Filter: filter}, nil) {
+		if err != nil {
+			return exits, fmt.Errorf("exits from the journal: %w", err)
+		}
+		if e.Exit == nil {
+			continue
+		}
+		if exits = append(exits, web.Exit{Sandbox: e.SandboxName, Member: e.MemberName, Exit: *e.Exit}); len(exits) == 2*maxExits {
+			exits = slices.Delete(exits, 0, maxExits)
+		}
+	}
+	return exits[max(0, len(exits)-maxExits):], nil
 }
 
 func stopWeb(s *web.Server) error {
@@ -75,7 +104,7 @@ func listenWeb(ctx context.Context, address string) (net.Listener, error) {
 }
 
 // newMetrics makes the metrics of n.
-func newMetrics(n *node, o webOptions) *metrics.Metrics {
+func newMetrics(n *node, o webOptions, j *journal.Journal) *metrics.Metrics {
 	v := readVersion()
 	return metrics.New(metrics.Options{
 		Version: v.Version, Commit: v.Commit, Go: v.Go,
@@ -83,6 +112,8 @@ func newMetrics(n *node, o webOptions) *metrics.Metrics {
 			out, err := member.ReadOutput(dir)
 			return metrics.Output{Bytes: out.Bytes, LinesDropped: out.LogErrors, ClientsDropped: out.ClientsDropped}, err
 		},
+		HeldTmpfs:  n.HeldTmpfs,
+		Events:     func() (uint64, bool) { return j.Last(), j.Behind() },
 		PerSandbox: o.perSandbox, Usage: n.sandboxUsage,
 	})
 }
@@ -146,4 +177,18 @@ func parseNetDev(r io.Reader) (metrics.Traffic, error) {
 		t.Received += received
 		t.Sent += sent
 	}
+}
+
+// countedExecer tells the metrics of commands that clients of the API run.
+type countedExecer struct {
+	server.Execer
+	o sandbox.Observer
+}
+
+// Exec implements [server.Execer].
+func (c countedExecer) Exec(ctx context.Context, ref string, r sandbox.ExecRequest) (sandbox.ExecResult, error) {
+	done := c.o.Operation("exec")
+	res, err := c.Execer.Exec(ctx, ref, r)
+	done(err)
+	return res, err
 }
