@@ -248,6 +248,9 @@ func statfs(root *os.File, target string) (*unix.Statfs_t, uint64, error) {
 	return &st, uint64(is.Dev), nil
 }
 
+// mqueueMagic is the kernel's MQUEUE_MAGIC (ipc/mqueue.c).
+const mqueueMagic = 0x19800202
+
 func typeName(magic int64) string {
 	switch magic {
 	case unix.TMPFS_MAGIC:
@@ -270,6 +273,8 @@ func typeName(magic int64) string {
 		return "cgroup2"
 	case unix.DEVPTS_SUPER_MAGIC:
 		return "devpts"
+	case mqueueMagic:
+		return "mqueue"
 	case unix.NFS_SUPER_MAGIC:
 		return "nfs"
 	case unix.FUSE_SUPER_MAGIC:

@@ -242,7 +242,11 @@ func shown(ms []Mount) []Mount {
 	var out []Mount
 	for _, m := range ms {
 		switch m.Type {
-		case "proc", "sysfs", "cgroup", "cgroup2", "devpts":
+		case "proc", "sysfs", "cgroup", "cgroup2", "devpts", "mqueue":
+			continue
+		}
+		// The first is where cgroups are mounted, the second has nodes and links.
+		if m.Memory && m.Used == 0 && (m.Target == "/sys/fs/cgroup" || m.Target == "/dev") {
 			continue
 		}
 		out = append(out, m)

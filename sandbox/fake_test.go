@@ -65,7 +65,9 @@ type fakeNode struct {
 	hooks     map[string]*fakeHook // by what they are called, see hooks_test.go
 	collects  map[string]int       // how often a member was collected, SID/MID
 	collected map[string]bool      // and that this succeeded
-	tmpfs     map[string]int64     // bytes in memory, by member
+
+	collectedHeld bool             // the last one's monitor was alive
+	tmpfs         map[string]int64 // bytes in memory, by member
 
 	state      string // the state directory, for the copy
 	countdown  int    // calls until the crash; 0: none is planned

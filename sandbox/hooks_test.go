@@ -63,6 +63,7 @@ func (n *fakeNode) Collects(m *MemberRecord) bool { return len(m.Config.Collect)
 func (n *fakeNode) Collect(ctx context.Context, r *Record, m *MemberRecord, _ string) (string, error) {
 	return m.Config.Name + "-1", n.call(ctx, "Collect", func() error {
 		n.collects[key(m)]++
+		n.collectedHeld = n.procs[m.Monitor]
 		n.collected[key(m)] = true
 		return nil
 	})

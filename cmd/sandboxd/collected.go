@@ -23,6 +23,8 @@ is that directory below the daemon's --collect-dir: manifest.json, and
 files.tar.zst, which tar --zstd reads.
 
 Works without the daemon, on the directory itself.`,
+		Example: `  sandboxd collected ls
+  sandboxd collected export web/redis-1 redis.tar`,
 		Args: cobra.ArbitraryArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if len(args) > 0 {

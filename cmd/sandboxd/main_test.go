@@ -34,6 +34,11 @@ func TestHelp(t *testing.T) {
 	a := &app{in: strings.NewReader(""), out: io.Discard, err: io.Discard, lookupEnv: os.LookupEnv}
 	root := a.rootCommand()
 	cmds := append([]*cobra.Command{root}, root.Commands()...)
+	for _, c := range root.Commands() {
+		if c.Name() != "completion" {
+			cmds = append(cmds, c.Commands()...)
+		}
+	}
 	var b strings.Builder
 	for _, c := range cmds {
 		if c.Name() == "help" || c.Name() == "completion" {
