@@ -162,7 +162,7 @@ func memberEvents(t *told, old, r *MemberRecord) []Event {
 	if old.Released == nil && r.Released != nil {
 		es = append(es, custodyEvent("released", r.Released.Reason))
 	}
-	if !old.CollectDone && r.CollectDone {
+	if !old.CollectDone && r.CollectDone && (r.Collection != "" || r.CollectError != "") {
 		es = append(es, Event{Type: journal.Collection, Reason: r.CollectError, Attrs: map[string]string{"collection": r.Collection}})
 	}
 	return append(es, r.taken()...)
