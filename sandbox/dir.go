@@ -128,22 +128,8 @@ func ids(root *os.Root, dir string) []string {
 
 func (d *Dir) memberInfo(b dirBox, m dirMember) MemberInfo {
 	i := d.view.member(b.rec, m.rec, m.dir)
-	i.Hooks = d.hooks(m.dir, len(m.rec.Hooks))
+	i.Hooks = withOutputs(m.rec.HookRuns, m.dir)
 	return i
-}
-
-// hooks reads what became of the n hooks of what is in dir.
-func (d *Dir) hooks(dir string, n int) []HookRun {
-	if n == 0 {
-		return nil
-	}
-	root, err := os.OpenRoot(dir)
-	if err != nil {
-		return nil
-	}
-	defer root.Close()
-	runs, _ := readHooks(root, ".") // what cannot be read is not shown
-	return hookRuns(runs)
 }
 
 func (d *Dir) info(b dirBox) Info {
@@ -152,7 +138,7 @@ func (d *Dir) info(b dirBox) Info {
 		ms = append(ms, d.memberInfo(b, m))
 	}
 	i := d.view.sandbox(b.rec, ms)
-	i.Hooks = d.hooks(filepath.Join(d.path, sandboxesDir, b.rec.ID), len(b.rec.Hooks))
+	i.Hooks = withOutputs(b.rec.HookRuns, filepath.Join(d.path, sandboxesDir, b.rec.ID))
 	return i
 }
 

@@ -4,21 +4,22 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
 	"github.com/sandboxd/sandboxd/internal/crash"
+	"github.com/sandboxd/sandboxd/internal/journal"
 	"github.com/sandboxd/sandboxd/internal/procid"
 	"github.com/sandboxd/sandboxd/internal/request"
 	"github.com/sandboxd/sandboxd/internal/statefile"
 )
 
-// hooksFile is beside a sandbox's or member's record. What hooks have printed
+// outputsFile is beside a sandbox's or member's record. What hooks have printed
 // is much, and records are written often.
-const hooksFile = "hooks.json"
+const outputsFile = "hooks.json"
 
 // HookState says how far a hook has come.
 type HookState string
@@ -32,6 +33,8 @@ const (
 )
 
 // HookRun is what became of one hook of a sandbox or member: its latest attempt.
+// In a record there is one for each hook, and a State of "" stands for one that has
+// not been run.
 type HookRun struct {
 	Stage     request.Stage `json:"stage"`
 	Path      string        `json:"path"`
@@ -39,17 +42,23 @@ type HookRun struct {
 	Attempt   int           `json:"attempt"`  // from 1; attempts that were cut off count
 	Failures  int           `json:"failures"` // of these attempts
 	StartedAt time.Time     `json:"startedAt"`
-	Duration  time.Duration `json:"duration"` // nanoseconds; 0 while it runs
-	Code      int           `json:"code"`     // exit code, or 128+signal; -1 if it could not be run or did not end in time
-	Output    string        `json:"output"`   // the end of what it wrote to stdout and stderr
+	Duration  time.Duration `json:"duration"`         // nanoseconds; 0 while it runs
+	Code      int           `json:"code"`             // exit code, or 128+signal; -1 if it could not be run or did not end in time
+	Output    string        `json:"output,omitempty"` // the end of what it wrote to stdout and stderr; not in records and lists
 	Truncated bool          `json:"truncated,omitempty"`
 	Error     string        `json:"error,omitempty"`
 }
 
-// hookFile is what is on disk.
-type hookFile struct {
-	Version int       `json:"version"`
-	Runs    []HookRun `json:"runs"` // by the hook's index; a State of "" stands for one that has not been run
+// hookOutputs is what is on disk of what hooks have printed.
+type hookOutputs struct {
+	Version int          `json:"version"`
+	Outputs []hookOutput `json:"outputs"` // by the hook's index
+}
+
+// hookOutput is what one attempt has printed.
+type hookOutput struct {
+	Attempt int    `json:"attempt"`
+	Text    string `json:"text"`
 }
 
 // HookCall is one attempt to run a hook.
@@ -96,70 +105,82 @@ func (s subject) dir() string {
 
 // runs returns what is known of the hooks, one for each; it is the caller's.
 func (s subject) runs() []HookRun {
-	p := s.b.hooks.Load()
+	runs := s.b.rec.Load().HookRuns
 	if s.mb != nil {
-		p = s.mb.hooks.Load()
+		runs = s.mb.rec.Load().HookRuns
 	}
-	var runs []HookRun
-	if p != nil {
-		runs = slices.Clone(*p)
-	}
-	if n := len(s.hooks()); len(runs) != n {
-		runs = append(runs, make([]HookRun, max(0, n-len(runs)))...)[:n]
-	}
-	return runs
+	full := make([]HookRun, len(s.hooks()))
+	copy(full, runs)
+	return full
 }
 
-func (s subject) store(runs []HookRun) {
-	if s.mb != nil {
-		s.mb.hooks.Store(&runs)
-	} else {
-		s.b.hooks.Store(&runs)
-	}
-}
-
-// hookRuns drops those that have not been run from what is shown.
-func hookRuns(runs []HookRun) []HookRun {
+// shownRuns are those of a record that have been run.
+func shownRuns(runs []HookRun) []HookRun {
 	return slices.DeleteFunc(slices.Clone(runs), func(r HookRun) bool { return r.State == "" })
 }
 
-// readHooks reads what an earlier daemon has noted in dir. What cannot be read is
-// as if it had not been run.
-func readHooks(root *os.Root, dir string) ([]HookRun, error) {
-	var f hookFile
-	err := statefile.Read(root, dir+"/"+hooksFile, &f)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
+// withOutputs are shownRuns with what is in dir of their output.
+func withOutputs(runs []HookRun, dir string) []HookRun {
+	if len(runs) == 0 {
+		return nil
 	}
-	if err == nil && f.Version != recordVersion {
-		err = fmt.Errorf("%w %d", errVersion, f.Version)
+	runs = slices.Clone(runs)
+	if root, err := os.OpenRoot(dir); err == nil {
+		defer root.Close()
+		for i, o := range readOutputs(root, ".", len(runs)) {
+			if runs[i].Attempt == o.Attempt {
+				runs[i].Output = o.Text
+			}
+		}
 	}
-	return f.Runs, err
+	return shownRuns(runs)
 }
 
-// loadHooks is readHooks at the start of a daemon.
-func (m *Manager) loadHooks(s subject) {
-	m.removeTemp(s.dir() + "/" + hooksFile)
-	if len(s.hooks()) == 0 {
-		return
+// readOutputs reads what n hooks have printed. What cannot be read is not there.
+func readOutputs(root *os.Root, dir string, n int) []hookOutput {
+	var f hookOutputs
+	out := make([]hookOutput, n)
+	if statefile.Read(root, dir+"/"+outputsFile, &f) == nil && f.Version == recordVersion {
+		copy(out, f.Outputs)
 	}
-	runs, err := readHooks(m.root, s.dir())
-	if err != nil {
-		m.o.Log.Warn("Hook results cannot be read", "path", s.dir(), "err", err)
-	}
-	s.store(runs)
+	return out
 }
 
-// noteHook records how far a hook has come.
-func (m *Manager) noteHook(s subject, i int, run HookRun) error {
+// noteRun makes run what is on record of hook i. done says that an attempt is over,
+// which is a fact, and told of.
+func (m *Manager) noteRun(s subject, i int, run HookRun, done bool) error {
 	runs := s.runs()
 	runs[i] = run
-	err := statefile.Write(m.root, s.dir()+"/"+hooksFile, &hookFile{recordVersion, runs})
-	if err != nil {
-		return fmt.Errorf("write hook results: %w", err)
+	return m.noteRuns(s, runs, func(t *Telling) {
+		if !done {
+			return
+		}
+		attrs := map[string]string{
+			"stage": string(run.Stage), "hook": run.Path, "state": string(run.State), "attempt": strconv.Itoa(run.Attempt),
+			"code": strconv.Itoa(run.Code), "duration": run.Duration.String(),
+		}
+		t.Tell(journal.Hook, run.Error, attrs)
+	}, done)
+}
+
+// noteRuns puts runs on record, with what tell makes of it.
+func (m *Manager) noteRuns(s subject, runs []HookRun, tell func(*Telling), fact bool) error {
+	if s.mb != nil {
+		return m.changeMember(s.mb, fact, func(r *MemberRecord) { r.HookRuns = runs; tell(&r.Telling) })
 	}
-	s.store(runs)
-	return nil
+	return m.change(s.b, fact, func(r *Record) { r.HookRuns = runs; tell(&r.Telling) })
+}
+
+// keepOutput keeps what an attempt has printed, until the next one.
+func (m *Manager) keepOutput(s subject, i, attempt int, text string) {
+	outputs := readOutputs(m.root, s.dir(), len(s.hooks()))
+	if text == "" && outputs[i].Text == "" {
+		return
+	}
+	outputs[i] = hookOutput{attempt, text}
+	if err := statefile.Write(m.root, s.dir()+"/"+outputsFile, &hookOutputs{recordVersion, outputs}); err != nil {
+		m.o.Log.Warn("Output of a hook not kept", "path", s.dir(), "err", err)
+	}
 }
 
 // stops reports whether the failure of one hook of the stage is the end of the
@@ -199,11 +220,7 @@ func (m *Manager) anew(s subject, stages ...request.Stage) error {
 			runs[i] = HookRun{}
 		}
 	}
-	if err := statefile.Write(m.root, s.dir()+"/"+hooksFile, &hookFile{recordVersion, runs}); err != nil {
-		return fmt.Errorf("write hook results: %w", err)
-	}
-	s.store(runs)
-	return nil
+	return m.noteRuns(s, runs, func(*Telling) {}, false)
 }
 
 // runHooks runs the hooks of a stage one after the other. One that has succeeded
@@ -265,7 +282,7 @@ func (m *Manager) attempt(ctx context.Context, s subject, i int, h request.Hook,
 	}
 	op := "hook " + string(h.Stage)
 	crash.Point(op + " record before")
-	if err := m.noteHook(s, i, run); err != nil {
+	if err := m.noteRun(s, i, run, false); err != nil {
 		return run, err
 	}
 	call := &HookCall{Hook: h, Attempt: run.Attempt, Sandbox: s.b.rec.Load(), Dir: m.path + "/" + s.dir(), Init: init}
@@ -283,10 +300,11 @@ func (m *Manager) attempt(ctx context.Context, s subject, i int, h request.Hook,
 		return run, ctx.Err()
 	}
 	crash.Point(op + " result before")
-	run.Duration, run.Code, run.Output, run.Truncated = out.Took, out.Code, strings.ToValidUTF8(string(out.Output), "\uFFFD"), out.Truncated
+	text := strings.ToValidUTF8(string(out.Output), "\uFFFD")
+	run.Duration, run.Code, run.Truncated = out.Took, out.Code, out.Truncated
 	run.State = HookSucceeded
 	if out.Err != nil {
-		run.Error = out.Err.Error()
+		run.Error = failure(out.Err.Error(), text)
 		run.Failures++
 		run.State = HookFailed
 		if run.Failures <= h.Retries {
@@ -294,12 +312,10 @@ func (m *Manager) attempt(ctx context.Context, s subject, i int, h request.Hook,
 		}
 	}
 	m.o.Observer.Hook(string(h.Stage), out.Took, out.Err)
-	if err := m.noteHook(s, i, run); err != nil {
-		// It has run, whether or not that can be written down; the next daemon
-		// takes it for one that was cut off.
-		runs := s.runs()
-		runs[i] = run
-		s.store(runs)
+	m.keepOutput(s, i, run.Attempt, text)
+	crash.Point(op + " output after")
+	if err := m.noteRun(s, i, run, true); err != nil {
+		// It has run all the same; the next daemon takes it for one that was cut off.
 		m.o.Log.Warn("Hook result not written", "path", s.dir(), "err", err)
 	}
 	crash.Point(op + " result after")
@@ -320,14 +336,18 @@ func (m *Manager) hookDone(s subject, run HookRun) {
 	m.o.Log.Info("Hook run", attrs...)
 }
 
-// hookError makes an error of a hook that failed, with the last line that it wrote.
+// hookError makes an error of a hook that failed.
 func hookError(run HookRun) error {
-	text := fmt.Sprintf("%s hook %s: %s", run.Stage, quotePath(run.Path), run.Error)
-	lines := strings.Split(strings.TrimSpace(run.Output), "\n")
+	return &kindError{fmt.Sprintf("%s hook %s: %s", run.Stage, quotePath(run.Path), run.Error), ErrState}
+}
+
+// failure is why a hook failed, with the last line that it wrote.
+func failure(why, output string) string {
+	lines := strings.Split(strings.TrimSpace(output), "\n")
 	if last := strings.TrimSpace(lines[len(lines)-1]); last != "" {
-		text += ": " + quoteLine(last)
+		why += ": " + quoteLine(last)
 	}
-	return &kindError{text, ErrState}
+	return why
 }
 
 // quotePath quotes a path only if it needs it.

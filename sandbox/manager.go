@@ -86,11 +86,10 @@ type Manager struct {
 // replaced, never changed, so that whoever shows them needs no lock at all.
 type box struct {
 	op     lock
-	rec    atomic.Pointer[Record]    // stored under op
-	hooks  atomic.Pointer[[]HookRun] // stored under op; replaced, never changed
-	broken bool                      // its record could not be read; set before the box is shared
-	gone   bool                      // guarded by op
-	told   told                      // guarded by op
+	rec    atomic.Pointer[Record] // stored under op
+	broken bool                   // its record could not be read; set before the box is shared
+	gone   bool                   // guarded by op
+	told   told                   // guarded by op
 
 	created chan struct{} // closed when the creation has ended
 	ctx     context.Context
@@ -105,7 +104,6 @@ type box struct {
 type memb struct {
 	op     lock
 	rec    atomic.Pointer[MemberRecord] // stored under op
-	hooks  atomic.Pointer[[]HookRun]    // stored under op; replaced, never changed
 	broken bool
 	gone   bool          // guarded by op
 	in     string        // the sandbox's name
@@ -452,7 +450,7 @@ func (m *Manager) info(b *box) Info {
 		ms = append(ms, m.memberInfo(b, mb))
 	}
 	i := m.view().sandbox(r, ms)
-	i.Hooks = hookRuns(subject{b: b}.runs())
+	i.Hooks = withOutputs(r.HookRuns, m.path+"/"+b.dir())
 	return i
 }
 
@@ -487,7 +485,7 @@ func (m *Manager) InspectMember(ref string) (MemberInfo, error) {
 
 func (m *Manager) memberInfo(b *box, mb *memb) MemberInfo {
 	i := m.view().member(b.rec.Load(), mb.rec.Load(), m.memberPath(mb))
-	i.Hooks = hookRuns(subject{b, mb}.runs())
+	i.Hooks = withOutputs(mb.rec.Load().HookRuns, m.memberPath(mb))
 	return i
 }
 

@@ -28,6 +28,7 @@ type Record struct {
 	Pause     procid.ID                 `json:"pause,omitzero"`
 	Inodes    map[namespace.Kind]uint64 `json:"inodes,omitempty"`   // of the namespaces that pause holds
 	Hooks     []request.Hook            `json:"hooks,omitempty"`    // all that apply, in the order in which they are run
+	HookRuns  []HookRun                 `json:"hookRuns,omitempty"` // what became of them, by their index
 	Complete  bool                      `json:"complete,omitempty"` // it has been Ready once
 	Networks  []network.Attachment      `json:"networks,omitempty"` // what came of Config.Net
 	Reason    string                    `json:"reason,omitempty"`   // why it is NotReady or Unclean
@@ -68,6 +69,7 @@ type MemberRecord struct {
 	Released   *CustodyRelease           `json:"released,omitempty"`   // custody has been ended, or is about to be
 	Collection string                    `json:"collection,omitempty"` // what was taken at the exit
 	Hooks      []request.Hook            `json:"hooks,omitempty"`      // all that apply, in the order in which they are run
+	HookRuns   []HookRun                 `json:"hookRuns,omitempty"`   // what became of them, by their index
 	Complete   bool                      `json:"complete,omitempty"`   // it has been Created once
 	// CollectDone says that what is collected after an exit has been, or that it
 	// was given up, for the reason CollectError.

@@ -90,8 +90,8 @@ func (m *Manager) load(e fs.DirEntry) *box {
 		b.told = t
 	}
 	close(b.created)
-	m.loadHooks(subject{b: b})
 	m.removeTemp(dir + "/" + sandboxFile)
+	m.removeTemp(dir + "/" + outputsFile)
 	ents, err := fs.ReadDir(m.root.FS(), dir+"/"+membersDir)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		b.broken = true
@@ -122,6 +122,7 @@ func (m *Manager) loadMember(b *box, e fs.DirEntry) *memb {
 	}
 	m.removeTemp(dir + "/" + memberFile)
 	m.removeTemp(dir + "/" + specFile)
+	m.removeTemp(dir + "/" + outputsFile)
 	r, err := readMemberRecord(m.root, dir)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
@@ -139,7 +140,6 @@ func (m *Manager) loadMember(b *box, e fs.DirEntry) *memb {
 	t := m.recall(r.ID, r.State.String(), &r.Telling)
 	mb := newMemb(b.name(), r)
 	mb.told = t
-	m.loadHooks(subject{b, mb})
 	if r.Exit != nil {
 		mb.setOver()
 	}
