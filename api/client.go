@@ -24,6 +24,7 @@ import (
 
 	"github.com/sandboxd/sandboxd/api/internal/wire"
 	pb "github.com/sandboxd/sandboxd/api/sandboxd/v1"
+	"github.com/sandboxd/sandboxd/internal/garbage"
 	"github.com/sandboxd/sandboxd/sandbox"
 )
 
@@ -208,6 +209,18 @@ func (c *Client) Events(ctx context.Context, q sandbox.EventQuery) iter.Seq2[san
 			yield(sandbox.Event{}, c.err(err))
 		}
 	}
+}
+
+// GC is [sandbox.Manager.GC].
+func (c *Client) GC(ctx context.Context, dryRun bool) ([]garbage.Finding, error) {
+	r, err := c.rpc.CollectGarbage(ctx, &pb.CollectGarbageRequest{DryRun: dryRun})
+	if err != nil {
+		return nil, c.err(err)
+	}
+	if text := r.GetError(); text != "" {
+		err = errors.New(text)
+	}
+	return wire.ToFindings(r.GetFindings()), err
 }
 
 // ReopenLog is [sandbox.Manager.ReopenLog].

@@ -18,6 +18,7 @@ import (
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
+	"github.com/sandboxd/sandboxd/internal/garbage"
 	"github.com/sandboxd/sandboxd/internal/namespace"
 	"github.com/sandboxd/sandboxd/internal/network"
 	"github.com/sandboxd/sandboxd/internal/procid"
@@ -188,6 +189,28 @@ func (n *fakeNode) CheckSandbox(c *Config) error {
 		}
 	}
 	return nil
+}
+
+// GC removes what live does not name.
+func (n *fakeNode) GC(ctx context.Context, live func() Live, dryRun bool) (found []garbage.Finding, err error) {
+	err = n.call(ctx, "GC", func() error {
+		var seen []string
+		for k := range n.cgroups {
+			seen = append(seen, k)
+		}
+		l := live()
+		for _, k := range seen {
+			if l.Sandboxes[k] || l.Members[k] {
+				continue
+			}
+			found = append(found, garbage.Finding{Kind: garbage.Cgroup, Name: k, Reason: "nobody's", Action: garbage.Removed})
+			if !dryRun {
+				delete(n.cgroups, k)
+			}
+		}
+		return nil
+	})
+	return found, err
 }
 
 func (n *fakeNode) MakeCgroup(ctx context.Context, r *Record) error {

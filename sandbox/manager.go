@@ -19,6 +19,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/sandboxd/sandboxd/internal/garbage"
 	"github.com/sandboxd/sandboxd/internal/journal"
 	"github.com/sandboxd/sandboxd/internal/procid"
 	"github.com/sandboxd/sandboxd/internal/statefile"
@@ -77,6 +78,9 @@ type Manager struct {
 	mu    sync.Mutex
 	boxes map[string]*box // by id; guarded by mu
 	past  past            // guarded by mu
+
+	gc          lock                     // held for a whole garbage collection
+	keptGarbage map[garbage.Finding]bool // what the last one did not remove; guarded by gc
 }
 
 // box is the entry of one sandbox.
@@ -214,7 +218,7 @@ func Open(ctx context.Context, state string, node Node, o Options) (*Manager, er
 	if err != nil {
 		return nil, fmt.Errorf("state directory: %w", err)
 	}
-	m := &Manager{node: node, o: o, path: path, root: root, boxes: map[string]*box{}, custody: make(chan struct{}, 1)}
+	m := &Manager{node: node, o: o, path: path, root: root, boxes: map[string]*box{}, gc: newLock(), custody: make(chan struct{}, 1)}
 	m.ctx, m.cancel = context.WithCancel(context.Background())
 	m.lock, err = Lock(root, "state directory "+path)
 	if err == nil {

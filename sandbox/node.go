@@ -26,6 +26,7 @@ type Node interface {
 	PauseNode
 	NetworkNode
 	MemberNode
+	GarbageNode
 	HookNode
 	CollectNode
 }

@@ -20,6 +20,7 @@ import (
 
 	"github.com/sandboxd/sandboxd/api/internal/wire"
 	pb "github.com/sandboxd/sandboxd/api/sandboxd/v1"
+	"github.com/sandboxd/sandboxd/internal/garbage"
 	"github.com/sandboxd/sandboxd/sandbox"
 )
 
@@ -44,6 +45,7 @@ type Manager interface {
 	InspectMember(ref string) (sandbox.MemberInfo, error)
 
 	Events(ctx context.Context, q sandbox.EventQuery) iter.Seq2[sandbox.Event, error]
+	GC(ctx context.Context, dryRun bool) ([]garbage.Finding, error)
 }
 
 // Execer runs commands in members. Package cmd/sandboxd has the real one.
@@ -244,6 +246,18 @@ func (s *service) ReadEvents(r *pb.ReadEventsRequest, stream grpc.ServerStreamin
 		}
 	}
 	return nil
+}
+
+func (s *service) CollectGarbage(ctx context.Context, r *pb.CollectGarbageRequest) (*pb.CollectGarbageResponse, error) {
+	found, err := s.m.GC(ctx, r.GetDryRun())
+	if err != nil && found == nil {
+		return nil, wire.ToStatus(err)
+	}
+	out := &pb.CollectGarbageResponse{Findings: wire.FromFindings(found)}
+	if err != nil {
+		out.Error = err.Error()
+	}
+	return out, nil
 }
 
 // timeout returns what d says, or the default if it is absent.

@@ -182,6 +182,9 @@ func (n *node) MakeCgroup(_ context.Context, r *sandbox.Record) error {
 	if err := n.cg.MakeSandbox(r.Cgroup); err != nil {
 		return err
 	}
+	if err := n.cg.Mark(r.Cgroup, n.mark); err != nil {
+		return err
+	}
 	return n.cg.MakeLeaf(filepath.Join(r.Cgroup, pauseLeaf))
 }
 

@@ -119,7 +119,7 @@ ended it; 125 if sandboxd itself failed; 126 if the command cannot be executed,
 		{groupMember, []*cobra.Command{a.runCommand(), a.addCommand(), a.startCommand(), a.attachCommand(), a.waitCommand(), a.killCommand()}},
 		{groupInside, []*cobra.Command{a.execCommand(), a.joinCommand(), a.cpCommand(), a.logsCommand()}},
 		{groupShow, []*cobra.Command{a.lsCommand(), a.psCommand(), a.inspectCommand(), a.eventsCommand(), a.postmortemCommand(), a.collectedCommand()}},
-		{groupHost, []*cobra.Command{a.serveCommand(), a.checkCommand(), a.versionCommand()}},
+		{groupHost, []*cobra.Command{a.serveCommand(), a.checkCommand(), a.gcCommand(), a.versionCommand()}},
 	} {
 		for _, c := range g.cmds {
 			c.GroupID = g.id

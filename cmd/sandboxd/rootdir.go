@@ -2,6 +2,7 @@ package main
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -21,23 +22,34 @@ const rootLink = "root"
 
 // rootDir is what the daemon keeps open of its root directory.
 type rootDir struct {
+	path    string // without links in it: logs are opened without following any
 	lock    *os.File
 	journal *journal.Journal
 }
 
-// openRootDir makes this process the only one that uses the root directory, which
-// exists, and opens the journal in it.
-func openRootDir(path string, eventsMax int64) (*rootDir, error) {
+// openRootDir makes the root directory, if need be, and this process the only
+// one that uses it, together with the state directory, and opens the journal in it.
+func openRootDir(path, state string, eventsMax int64) (*rootDir, error) {
+	if err := os.MkdirAll(path, 0o700); err != nil {
+		return nil, fmt.Errorf("root directory: %w", err)
+	}
+	path, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		return nil, fmt.Errorf("root directory: %w", err)
+	}
 	dir, err := os.OpenRoot(path)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("root directory: %w", err)
 	}
 	defer dir.Close()
-	r := new(rootDir)
+	r := &rootDir{path: path}
 	if r.lock, err = sandbox.Lock(dir, "root directory "+path); err != nil {
 		return nil, err
 	}
-	if r.journal, err = journal.Open(filepath.Join(path, eventsDir), journal.Options{Max: eventsMax}); err != nil {
+	if err = enterState(path, state); err == nil {
+		r.journal, err = journal.Open(filepath.Join(path, eventsDir), journal.Options{Max: eventsMax})
+	}
+	if err != nil {
 		return nil, errors.Join(err, r.lock.Close())
 	}
 	return r, nil
@@ -60,4 +72,52 @@ func linkRoot(state, root string) error {
 		return err
 	}
 	return os.Rename(tmp, link)
+}
+
+// statesDir has, under the root directory, a link to every state directory that
+// it has been used with, by mark: what lies there can belong to a sandbox of another.
+const statesDir = "states"
+
+// enterState notes that the root directory is used with the state directory.
+func enterState(root, state string) error {
+	if err := os.Mkdir(filepath.Join(root, statesDir), 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	err := os.Symlink(state, filepath.Join(root, statesDir, installationMark(state)))
+	if errors.Is(err, fs.ErrExist) {
+		return nil
+	}
+	return err
+}
+
+// otherStates returns the state directories that the root directory has been
+// used with, except one.
+func otherStates(root, except string) ([]string, error) {
+	dir := filepath.Join(root, statesDir)
+	ents, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	var states []string
+	for _, e := range ents {
+		to, err := os.Readlink(filepath.Join(dir, e.Name()))
+		if err != nil {
+			return nil, err
+		}
+		if to != except {
+			states = append(states, to)
+		}
+	}
+	return states, nil
+}
+
+// knownElsewhere reports whether one of the state directories has a sandbox with
+// that id. Where that cannot be told, it does.
+func knownElsewhere(states []string, id string) bool {
+	for _, s := range states {
+		if _, err := os.Lstat(filepath.Join(s, "sandboxes", id)); !errors.Is(err, fs.ErrNotExist) {
+			return true
+		}
+	}
+	return false
 }

@@ -34,6 +34,7 @@ type serveOptions struct {
 	cgroupParent string
 	eventsMax    int64
 	hooksDirs    []string
+	gcInterval   time.Duration
 	level        slog.Level
 	json         bool
 	web          webOptions
@@ -70,6 +71,8 @@ go on, and so do their logs.`,
 	f.Var(&value[int64]{p: &o.custodyTmpfs, typ: "size", parse: parseSize}, "custody-max-tmpfs", "how much exited members hold in memory at most; custody of the oldest ends (default 0: no limit)")
 	f.Var(&value[int64]{p: &o.eventsMax, typ: "size", parse: parseSize}, "events-max", "how large the journal of events may become (default 64m)")
 	networkFlags(cmd, &o.networks)
+	o.gcInterval = gcInterval
+	f.Var(&value[time.Duration]{p: &o.gcInterval, text: "5m", typ: "duration", parse: parseTTL}, "gc-interval", "how often to look for what belongs to nobody any more; 0: only at the start")
 	f.StringVar(&o.web.address, "metrics-address", "", "`address` for metrics, health and a page, by HTTP: HOST:PORT such as 127.0.0.1:9477, or unix://PATH (default: none)")
 	f.IntVar(&o.web.perSandbox, "metrics-per-sandbox", 0, "metrics of each sandbox too, of the `N` oldest at most (100 without a number)")
 	f.Lookup("metrics-per-sandbox").NoOptDefVal = strconv.Itoa(perSandboxDefault)
@@ -134,21 +137,18 @@ func (a *app) serve(ctx context.Context, o serveOptions) (err error) {
 	if err := server.Free(socket); err != nil {
 		return err
 	}
+	rd, err := openRootDir(root, state, o.eventsMax)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, rd.Close()) }()
+	root = rd.path
 	log := newLogger(a.err, o.level, o.json)
 	node, err := newNode(nodeOptions{State: state, Root: root, CgroupParent: o.cgroupParent, HooksDirs: o.hooksDirs, Networks: o.networks, Log: log, collectOptions: o.collect})
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, node.Close()) }()
-	// Logs are opened without following links. The directory exists now.
-	if root, err = filepath.EvalSymlinks(root); err != nil {
-		return err
-	}
-	rd, err := openRootDir(root, o.eventsMax)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, rd.Close()) }()
 	mt := newMetrics(node, o.web, rd.journal)
 	// Before the recovery, so that one that hangs can be seen.
 	page, err := startWeb(ctx, o.web, mt, rd.journal.Path(), log)
@@ -172,6 +172,11 @@ func (a *app) serve(ctx context.Context, o serveOptions) (err error) {
 	if err := linkRoot(state, root); err != nil {
 		return err
 	}
+	var clean sync.WaitGroup
+	defer clean.Wait()
+	cleanCtx, stopCleaning := context.WithCancel(ctx)
+	defer stopCleaning()
+	clean.Go(func() { keepClean(cleanCtx, m, o.gcInterval, log) })
 	mt.Attach(m)
 	page.Recovered(m)
 	return serveAPI(ctx, m, countedExecer{execer{&app{state: state}}, mt}, socket, log)

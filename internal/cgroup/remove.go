@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -34,7 +35,8 @@ func (h *Host) Remove(ctx context.Context, path string) error {
 		return err
 	}
 	var errs []error
-	for _, m := range h.mounts() {
+	// The tracking hierarchy has the mark, so it is the last.
+	for _, m := range slices.Backward(h.mounts()) {
 		errs = append(errs, h.remove(ctx, m, path))
 	}
 	return errors.Join(errs...)

@@ -32,6 +32,23 @@ type Finding struct {
 	Name   string    `json:"name"`            // what a person needs to find it: a path, an id, an address
 	Since  time.Time `json:"since,omitzero"`  // the zero value: unknown
 	Reason string    `json:"reason"`          // why it belongs to nobody
-	Action string    `json:"action"`          // removed, would remove, retried, would retry, kept
+	Action string    `json:"action"`          // one of those below
 	Err    string    `json:"error,omitempty"` // why the action failed
+}
+
+// What is done about a finding.
+const (
+	Removed     = "removed"
+	WouldRemove = "would remove"
+	Retried     = "retried"
+	WouldRetry  = "would retry"
+	Kept        = "kept" // for somebody to look at, or because it could not be removed
+)
+
+// Done sets what came of an attempt to remove the thing.
+func (f *Finding) Done(err error) {
+	f.Action = Removed
+	if err != nil {
+		f.Action, f.Err = Kept, err.Error()
+	}
 }

@@ -7,6 +7,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	pb "github.com/sandboxd/sandboxd/api/sandboxd/v1"
+	"github.com/sandboxd/sandboxd/internal/garbage"
 	"github.com/sandboxd/sandboxd/internal/journal"
 	"github.com/sandboxd/sandboxd/sandbox"
 )
@@ -36,6 +37,32 @@ func ToEvent(m *pb.Event) sandbox.Event {
 		e.Exit = &x
 	}
 	return e
+}
+
+// FromFindings makes messages of what a garbage collection has found.
+func FromFindings(fs []garbage.Finding) []*pb.GarbageFinding {
+	var out []*pb.GarbageFinding
+	for _, f := range fs {
+		m := &pb.GarbageFinding{Kind: string(f.Kind), Name: f.Name, Reason: f.Reason, Action: f.Action, Error: f.Err}
+		if !f.Since.IsZero() {
+			m.Since = timestamppb.New(f.Since)
+		}
+		out = append(out, m)
+	}
+	return out
+}
+
+// ToFindings is the inverse of [FromFindings].
+func ToFindings(ms []*pb.GarbageFinding) []garbage.Finding {
+	fs := []garbage.Finding{}
+	for _, m := range ms {
+		f := garbage.Finding{Kind: garbage.Kind(m.GetKind()), Name: m.GetName(), Reason: m.GetReason(), Action: m.GetAction(), Err: m.GetError()}
+		if m.GetSince() != nil {
+			f.Since = m.GetSince().AsTime()
+		}
+		fs = append(fs, f)
+	}
+	return fs
 }
 
 // FromEventQuery makes a message of what is asked of the journal.

@@ -3889,6 +3889,187 @@ func (x *EventGap) GetLast() uint64 {
 	return 0
 }
 
+type CollectGarbageRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	DryRun        bool                   `protobuf:"varint,1,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CollectGarbageRequest) Reset() {
+	*x = CollectGarbageRequest{}
+	mi := &file_sandboxd_proto_msgTypes[58]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CollectGarbageRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CollectGarbageRequest) ProtoMessage() {}
+
+func (x *CollectGarbageRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_proto_msgTypes[58]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CollectGarbageRequest.ProtoReflect.Descriptor instead.
+func (*CollectGarbageRequest) Descriptor() ([]byte, []int) {
+	return file_sandboxd_proto_rawDescGZIP(), []int{58}
+}
+
+func (x *CollectGarbageRequest) GetDryRun() bool {
+	if x != nil {
+		return x.DryRun
+	}
+	return false
+}
+
+type CollectGarbageResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Findings      []*GarbageFinding      `protobuf:"bytes,1,rep,name=findings,proto3" json:"findings,omitempty"`
+	Error         string                 `protobuf:"bytes,2,opt,name=error,proto3" json:"error,omitempty"` // what could not be looked at; the findings are valid all the same
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CollectGarbageResponse) Reset() {
+	*x = CollectGarbageResponse{}
+	mi := &file_sandboxd_proto_msgTypes[59]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CollectGarbageResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CollectGarbageResponse) ProtoMessage() {}
+
+func (x *CollectGarbageResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_proto_msgTypes[59]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CollectGarbageResponse.ProtoReflect.Descriptor instead.
+func (*CollectGarbageResponse) Descriptor() ([]byte, []int) {
+	return file_sandboxd_proto_rawDescGZIP(), []int{59}
+}
+
+func (x *CollectGarbageResponse) GetFindings() []*GarbageFinding {
+	if x != nil {
+		return x.Findings
+	}
+	return nil
+}
+
+func (x *CollectGarbageResponse) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+// GarbageFinding is one thing that belongs to nobody.
+type GarbageFinding struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Kind          string                 `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Since         *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=since,proto3" json:"since,omitempty"` // absent: not known
+	Reason        string                 `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"`
+	Action        string                 `protobuf:"bytes,5,opt,name=action,proto3" json:"action,omitempty"` // removed, would remove, retried, would retry, kept
+	Error         string                 `protobuf:"bytes,6,opt,name=error,proto3" json:"error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GarbageFinding) Reset() {
+	*x = GarbageFinding{}
+	mi := &file_sandboxd_proto_msgTypes[60]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GarbageFinding) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GarbageFinding) ProtoMessage() {}
+
+func (x *GarbageFinding) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_proto_msgTypes[60]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GarbageFinding.ProtoReflect.Descriptor instead.
+func (*GarbageFinding) Descriptor() ([]byte, []int) {
+	return file_sandboxd_proto_rawDescGZIP(), []int{60}
+}
+
+func (x *GarbageFinding) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *GarbageFinding) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *GarbageFinding) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *GarbageFinding) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *GarbageFinding) GetAction() string {
+	if x != nil {
+		return x.Action
+	}
+	return ""
+}
+
+func (x *GarbageFinding) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
 var File_sandboxd_proto protoreflect.FileDescriptor
 
 const file_sandboxd_proto_rawDesc = "" +
@@ -4236,8 +4417,19 @@ const file_sandboxd_proto_rawDesc = "" +
 	"\bEventGap\x12\x14\n" +
 	"\x05after\x18\x01 \x01(\x04R\x05after\x12\x14\n" +
 	"\x05first\x18\x02 \x01(\x04R\x05first\x12\x12\n" +
-	"\x04last\x18\x03 \x01(\x04R\x04last2\xb2\n" +
-	"\n" +
+	"\x04last\x18\x03 \x01(\x04R\x04last\"0\n" +
+	"\x15CollectGarbageRequest\x12\x17\n" +
+	"\adry_run\x18\x01 \x01(\bR\x06dryRun\"g\n" +
+	"\x16CollectGarbageResponse\x127\n" +
+	"\bfindings\x18\x01 \x03(\v2\x1b.sandboxd.v1.GarbageFindingR\bfindings\x12\x14\n" +
+	"\x05error\x18\x02 \x01(\tR\x05error\"\xb0\x01\n" +
+	"\x0eGarbageFinding\x12\x12\n" +
+	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x120\n" +
+	"\x05since\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x16\n" +
+	"\x06reason\x18\x04 \x01(\tR\x06reason\x12\x16\n" +
+	"\x06action\x18\x05 \x01(\tR\x06action\x12\x14\n" +
+	"\x05error\x18\x06 \x01(\tR\x05error2\x8d\v\n" +
 	"\bSandboxd\x12V\n" +
 	"\rCreateSandbox\x12!.sandboxd.v1.CreateSandboxRequest\x1a\".sandboxd.v1.CreateSandboxResponse\x12P\n" +
 	"\vStopSandbox\x12\x1f.sandboxd.v1.StopSandboxRequest\x1a .sandboxd.v1.StopSandboxResponse\x12V\n" +
@@ -4260,7 +4452,8 @@ const file_sandboxd_proto_rawDesc = "" +
 	"\n" +
 	"ExecMember\x12\x1e.sandboxd.v1.ExecMemberRequest\x1a\x1f.sandboxd.v1.ExecMemberResponse\x12O\n" +
 	"\n" +
-	"ReadEvents\x12\x1e.sandboxd.v1.ReadEventsRequest\x1a\x1f.sandboxd.v1.ReadEventsResponse0\x01B9Z7github.com/sandboxd/sandboxd/api/sandboxd/v1;sandboxdv1b\x06proto3"
+	"ReadEvents\x12\x1e.sandboxd.v1.ReadEventsRequest\x1a\x1f.sandboxd.v1.ReadEventsResponse0\x01\x12Y\n" +
+	"\x0eCollectGarbage\x12\".sandboxd.v1.CollectGarbageRequest\x1a#.sandboxd.v1.CollectGarbageResponseB9Z7github.com/sandboxd/sandboxd/api/sandboxd/v1;sandboxdv1b\x06proto3"
 
 var (
 	file_sandboxd_proto_rawDescOnce sync.Once
@@ -4274,7 +4467,7 @@ func file_sandboxd_proto_rawDescGZIP() []byte {
 	return file_sandboxd_proto_rawDescData
 }
 
-var file_sandboxd_proto_msgTypes = make([]protoimpl.MessageInfo, 69)
+var file_sandboxd_proto_msgTypes = make([]protoimpl.MessageInfo, 72)
 var file_sandboxd_proto_goTypes = []any{
 	(*SandboxConfig)(nil),           // 0: sandboxd.v1.SandboxConfig
 	(*NetworkConfig)(nil),           // 1: sandboxd.v1.NetworkConfig
@@ -4334,25 +4527,28 @@ var file_sandboxd_proto_goTypes = []any{
 	(*ReadEventsResponse)(nil),      // 55: sandboxd.v1.ReadEventsResponse
 	(*Event)(nil),                   // 56: sandboxd.v1.Event
 	(*EventGap)(nil),                // 57: sandboxd.v1.EventGap
-	nil,                             // 58: sandboxd.v1.SandboxConfig.SysctlsEntry
-	nil,                             // 59: sandboxd.v1.SandboxConfig.LabelsEntry
-	nil,                             // 60: sandboxd.v1.SandboxConfig.AnnotationsEntry
-	nil,                             // 61: sandboxd.v1.MemberConfig.NamespacesEntry
-	nil,                             // 62: sandboxd.v1.MemberConfig.LabelsEntry
-	nil,                             // 63: sandboxd.v1.SandboxInfo.NamespacesEntry
-	nil,                             // 64: sandboxd.v1.SandboxInfo.LabelsEntry
-	nil,                             // 65: sandboxd.v1.SandboxInfo.AnnotationsEntry
-	nil,                             // 66: sandboxd.v1.MemberInfo.NamespacesEntry
-	nil,                             // 67: sandboxd.v1.MemberInfo.LabelsEntry
-	nil,                             // 68: sandboxd.v1.Event.AttrsEntry
-	(*durationpb.Duration)(nil),     // 69: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),   // 70: google.protobuf.Timestamp
+	(*CollectGarbageRequest)(nil),   // 58: sandboxd.v1.CollectGarbageRequest
+	(*CollectGarbageResponse)(nil),  // 59: sandboxd.v1.CollectGarbageResponse
+	(*GarbageFinding)(nil),          // 60: sandboxd.v1.GarbageFinding
+	nil,                             // 61: sandboxd.v1.SandboxConfig.SysctlsEntry
+	nil,                             // 62: sandboxd.v1.SandboxConfig.LabelsEntry
+	nil,                             // 63: sandboxd.v1.SandboxConfig.AnnotationsEntry
+	nil,                             // 64: sandboxd.v1.MemberConfig.NamespacesEntry
+	nil,                             // 65: sandboxd.v1.MemberConfig.LabelsEntry
+	nil,                             // 66: sandboxd.v1.SandboxInfo.NamespacesEntry
+	nil,                             // 67: sandboxd.v1.SandboxInfo.LabelsEntry
+	nil,                             // 68: sandboxd.v1.SandboxInfo.AnnotationsEntry
+	nil,                             // 69: sandboxd.v1.MemberInfo.NamespacesEntry
+	nil,                             // 70: sandboxd.v1.MemberInfo.LabelsEntry
+	nil,                             // 71: sandboxd.v1.Event.AttrsEntry
+	(*durationpb.Duration)(nil),     // 72: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),   // 73: google.protobuf.Timestamp
 }
 var file_sandboxd_proto_depIdxs = []int32{
 	6,  // 0: sandboxd.v1.SandboxConfig.share:type_name -> sandboxd.v1.NamespaceKinds
-	58, // 1: sandboxd.v1.SandboxConfig.sysctls:type_name -> sandboxd.v1.SandboxConfig.SysctlsEntry
-	59, // 2: sandboxd.v1.SandboxConfig.labels:type_name -> sandboxd.v1.SandboxConfig.LabelsEntry
-	60, // 3: sandboxd.v1.SandboxConfig.annotations:type_name -> sandboxd.v1.SandboxConfig.AnnotationsEntry
+	61, // 1: sandboxd.v1.SandboxConfig.sysctls:type_name -> sandboxd.v1.SandboxConfig.SysctlsEntry
+	62, // 2: sandboxd.v1.SandboxConfig.labels:type_name -> sandboxd.v1.SandboxConfig.LabelsEntry
+	63, // 3: sandboxd.v1.SandboxConfig.annotations:type_name -> sandboxd.v1.SandboxConfig.AnnotationsEntry
 	1,  // 4: sandboxd.v1.SandboxConfig.net:type_name -> sandboxd.v1.NetworkConfig
 	9,  // 5: sandboxd.v1.SandboxConfig.hooks:type_name -> sandboxd.v1.Hook
 	2,  // 6: sandboxd.v1.NetworkConfig.attach:type_name -> sandboxd.v1.NetworkName
@@ -4361,18 +4557,18 @@ var file_sandboxd_proto_depIdxs = []int32{
 	5,  // 9: sandboxd.v1.NetworkConfig.hosts:type_name -> sandboxd.v1.Host
 	11, // 10: sandboxd.v1.MemberConfig.volumes:type_name -> sandboxd.v1.Volume
 	12, // 11: sandboxd.v1.MemberConfig.tmpfs:type_name -> sandboxd.v1.Tmpfs
-	61, // 12: sandboxd.v1.MemberConfig.namespaces:type_name -> sandboxd.v1.MemberConfig.NamespacesEntry
-	62, // 13: sandboxd.v1.MemberConfig.labels:type_name -> sandboxd.v1.MemberConfig.LabelsEntry
+	64, // 12: sandboxd.v1.MemberConfig.namespaces:type_name -> sandboxd.v1.MemberConfig.NamespacesEntry
+	65, // 13: sandboxd.v1.MemberConfig.labels:type_name -> sandboxd.v1.MemberConfig.LabelsEntry
 	8,  // 14: sandboxd.v1.MemberConfig.collect:type_name -> sandboxd.v1.Collect
-	69, // 15: sandboxd.v1.MemberConfig.custody_ttl:type_name -> google.protobuf.Duration
+	72, // 15: sandboxd.v1.MemberConfig.custody_ttl:type_name -> google.protobuf.Duration
 	9,  // 16: sandboxd.v1.MemberConfig.hooks:type_name -> sandboxd.v1.Hook
-	69, // 17: sandboxd.v1.Hook.timeout:type_name -> google.protobuf.Duration
-	70, // 18: sandboxd.v1.HookRun.started_at:type_name -> google.protobuf.Timestamp
-	69, // 19: sandboxd.v1.HookRun.duration:type_name -> google.protobuf.Duration
-	70, // 20: sandboxd.v1.SandboxInfo.created_at:type_name -> google.protobuf.Timestamp
-	63, // 21: sandboxd.v1.SandboxInfo.namespaces:type_name -> sandboxd.v1.SandboxInfo.NamespacesEntry
-	64, // 22: sandboxd.v1.SandboxInfo.labels:type_name -> sandboxd.v1.SandboxInfo.LabelsEntry
-	65, // 23: sandboxd.v1.SandboxInfo.annotations:type_name -> sandboxd.v1.SandboxInfo.AnnotationsEntry
+	72, // 17: sandboxd.v1.Hook.timeout:type_name -> google.protobuf.Duration
+	73, // 18: sandboxd.v1.HookRun.started_at:type_name -> google.protobuf.Timestamp
+	72, // 19: sandboxd.v1.HookRun.duration:type_name -> google.protobuf.Duration
+	73, // 20: sandboxd.v1.SandboxInfo.created_at:type_name -> google.protobuf.Timestamp
+	66, // 21: sandboxd.v1.SandboxInfo.namespaces:type_name -> sandboxd.v1.SandboxInfo.NamespacesEntry
+	67, // 22: sandboxd.v1.SandboxInfo.labels:type_name -> sandboxd.v1.SandboxInfo.LabelsEntry
+	68, // 23: sandboxd.v1.SandboxInfo.annotations:type_name -> sandboxd.v1.SandboxInfo.AnnotationsEntry
 	18, // 24: sandboxd.v1.SandboxInfo.members:type_name -> sandboxd.v1.MemberInfo
 	10, // 25: sandboxd.v1.SandboxInfo.hooks:type_name -> sandboxd.v1.HookRun
 	14, // 26: sandboxd.v1.SandboxInfo.networks:type_name -> sandboxd.v1.NetworkInfo
@@ -4380,76 +4576,80 @@ var file_sandboxd_proto_depIdxs = []int32{
 	15, // 28: sandboxd.v1.NetworkInfo.routes:type_name -> sandboxd.v1.Route
 	4,  // 29: sandboxd.v1.NetworkInfo.dns:type_name -> sandboxd.v1.DNS
 	3,  // 30: sandboxd.v1.NetworkInfo.ports:type_name -> sandboxd.v1.Port
-	70, // 31: sandboxd.v1.Tombstone.since:type_name -> google.protobuf.Timestamp
-	70, // 32: sandboxd.v1.Tombstone.next_try:type_name -> google.protobuf.Timestamp
-	70, // 33: sandboxd.v1.MemberInfo.created_at:type_name -> google.protobuf.Timestamp
-	70, // 34: sandboxd.v1.MemberInfo.started_at:type_name -> google.protobuf.Timestamp
-	66, // 35: sandboxd.v1.MemberInfo.namespaces:type_name -> sandboxd.v1.MemberInfo.NamespacesEntry
+	73, // 31: sandboxd.v1.Tombstone.since:type_name -> google.protobuf.Timestamp
+	73, // 32: sandboxd.v1.Tombstone.next_try:type_name -> google.protobuf.Timestamp
+	73, // 33: sandboxd.v1.MemberInfo.created_at:type_name -> google.protobuf.Timestamp
+	73, // 34: sandboxd.v1.MemberInfo.started_at:type_name -> google.protobuf.Timestamp
+	69, // 35: sandboxd.v1.MemberInfo.namespaces:type_name -> sandboxd.v1.MemberInfo.NamespacesEntry
 	19, // 36: sandboxd.v1.MemberInfo.custody:type_name -> sandboxd.v1.CustodyInfo
-	67, // 37: sandboxd.v1.MemberInfo.labels:type_name -> sandboxd.v1.MemberInfo.LabelsEntry
+	70, // 37: sandboxd.v1.MemberInfo.labels:type_name -> sandboxd.v1.MemberInfo.LabelsEntry
 	21, // 38: sandboxd.v1.MemberInfo.exit:type_name -> sandboxd.v1.ExitRecord
 	10, // 39: sandboxd.v1.MemberInfo.hooks:type_name -> sandboxd.v1.HookRun
-	70, // 40: sandboxd.v1.CustodyInfo.since:type_name -> google.protobuf.Timestamp
-	70, // 41: sandboxd.v1.CustodyInfo.until:type_name -> google.protobuf.Timestamp
+	73, // 40: sandboxd.v1.CustodyInfo.since:type_name -> google.protobuf.Timestamp
+	73, // 41: sandboxd.v1.CustodyInfo.until:type_name -> google.protobuf.Timestamp
 	20, // 42: sandboxd.v1.CustodyInfo.released:type_name -> sandboxd.v1.CustodyRelease
-	70, // 43: sandboxd.v1.CustodyRelease.at:type_name -> google.protobuf.Timestamp
-	70, // 44: sandboxd.v1.ExitRecord.finished_at:type_name -> google.protobuf.Timestamp
+	73, // 43: sandboxd.v1.CustodyRelease.at:type_name -> google.protobuf.Timestamp
+	73, // 44: sandboxd.v1.ExitRecord.finished_at:type_name -> google.protobuf.Timestamp
 	22, // 45: sandboxd.v1.ExitRecord.rusage:type_name -> sandboxd.v1.Rusage
 	0,  // 46: sandboxd.v1.CreateSandboxRequest.config:type_name -> sandboxd.v1.SandboxConfig
 	13, // 47: sandboxd.v1.CreateSandboxResponse.sandbox:type_name -> sandboxd.v1.SandboxInfo
-	69, // 48: sandboxd.v1.StopSandboxRequest.timeout:type_name -> google.protobuf.Duration
+	72, // 48: sandboxd.v1.StopSandboxRequest.timeout:type_name -> google.protobuf.Duration
 	13, // 49: sandboxd.v1.ListSandboxesResponse.sandboxes:type_name -> sandboxd.v1.SandboxInfo
 	13, // 50: sandboxd.v1.GetSandboxResponse.sandbox:type_name -> sandboxd.v1.SandboxInfo
 	7,  // 51: sandboxd.v1.AddMemberRequest.config:type_name -> sandboxd.v1.MemberConfig
 	18, // 52: sandboxd.v1.AddMemberResponse.member:type_name -> sandboxd.v1.MemberInfo
 	18, // 53: sandboxd.v1.StartMemberResponse.member:type_name -> sandboxd.v1.MemberInfo
-	69, // 54: sandboxd.v1.StopMemberRequest.timeout:type_name -> google.protobuf.Duration
+	72, // 54: sandboxd.v1.StopMemberRequest.timeout:type_name -> google.protobuf.Duration
 	21, // 55: sandboxd.v1.WaitMemberResponse.exit:type_name -> sandboxd.v1.ExitRecord
 	18, // 56: sandboxd.v1.GetMemberResponse.member:type_name -> sandboxd.v1.MemberInfo
-	70, // 57: sandboxd.v1.ReadEventsRequest.since:type_name -> google.protobuf.Timestamp
+	73, // 57: sandboxd.v1.ReadEventsRequest.since:type_name -> google.protobuf.Timestamp
 	56, // 58: sandboxd.v1.ReadEventsResponse.event:type_name -> sandboxd.v1.Event
-	70, // 59: sandboxd.v1.Event.time:type_name -> google.protobuf.Timestamp
+	73, // 59: sandboxd.v1.Event.time:type_name -> google.protobuf.Timestamp
 	21, // 60: sandboxd.v1.Event.exit:type_name -> sandboxd.v1.ExitRecord
-	68, // 61: sandboxd.v1.Event.attrs:type_name -> sandboxd.v1.Event.AttrsEntry
-	17, // 62: sandboxd.v1.SandboxInfo.NamespacesEntry.value:type_name -> sandboxd.v1.NamespaceInfo
-	17, // 63: sandboxd.v1.MemberInfo.NamespacesEntry.value:type_name -> sandboxd.v1.NamespaceInfo
-	24, // 64: sandboxd.v1.Sandboxd.CreateSandbox:input_type -> sandboxd.v1.CreateSandboxRequest
-	26, // 65: sandboxd.v1.Sandboxd.StopSandbox:input_type -> sandboxd.v1.StopSandboxRequest
-	28, // 66: sandboxd.v1.Sandboxd.RemoveSandbox:input_type -> sandboxd.v1.RemoveSandboxRequest
-	30, // 67: sandboxd.v1.Sandboxd.ListSandboxes:input_type -> sandboxd.v1.ListSandboxesRequest
-	32, // 68: sandboxd.v1.Sandboxd.GetSandbox:input_type -> sandboxd.v1.GetSandboxRequest
-	34, // 69: sandboxd.v1.Sandboxd.CheckNetwork:input_type -> sandboxd.v1.CheckNetworkRequest
-	36, // 70: sandboxd.v1.Sandboxd.AddMember:input_type -> sandboxd.v1.AddMemberRequest
-	38, // 71: sandboxd.v1.Sandboxd.StartMember:input_type -> sandboxd.v1.StartMemberRequest
-	40, // 72: sandboxd.v1.Sandboxd.StopMember:input_type -> sandboxd.v1.StopMemberRequest
-	42, // 73: sandboxd.v1.Sandboxd.KillMember:input_type -> sandboxd.v1.KillMemberRequest
-	44, // 74: sandboxd.v1.Sandboxd.RemoveMember:input_type -> sandboxd.v1.RemoveMemberRequest
-	46, // 75: sandboxd.v1.Sandboxd.WaitMember:input_type -> sandboxd.v1.WaitMemberRequest
-	48, // 76: sandboxd.v1.Sandboxd.ReopenMemberLog:input_type -> sandboxd.v1.ReopenMemberLogRequest
-	50, // 77: sandboxd.v1.Sandboxd.GetMember:input_type -> sandboxd.v1.GetMemberRequest
-	52, // 78: sandboxd.v1.Sandboxd.ExecMember:input_type -> sandboxd.v1.ExecMemberRequest
-	54, // 79: sandboxd.v1.Sandboxd.ReadEvents:input_type -> sandboxd.v1.ReadEventsRequest
-	25, // 80: sandboxd.v1.Sandboxd.CreateSandbox:output_type -> sandboxd.v1.CreateSandboxResponse
-	27, // 81: sandboxd.v1.Sandboxd.StopSandbox:output_type -> sandboxd.v1.StopSandboxResponse
-	29, // 82: sandboxd.v1.Sandboxd.RemoveSandbox:output_type -> sandboxd.v1.RemoveSandboxResponse
-	31, // 83: sandboxd.v1.Sandboxd.ListSandboxes:output_type -> sandboxd.v1.ListSandboxesResponse
-	33, // 84: sandboxd.v1.Sandboxd.GetSandbox:output_type -> sandboxd.v1.GetSandboxResponse
-	35, // 85: sandboxd.v1.Sandboxd.CheckNetwork:output_type -> sandboxd.v1.CheckNetworkResponse
-	37, // 86: sandboxd.v1.Sandboxd.AddMember:output_type -> sandboxd.v1.AddMemberResponse
-	39, // 87: sandboxd.v1.Sandboxd.StartMember:output_type -> sandboxd.v1.StartMemberResponse
-	41, // 88: sandboxd.v1.Sandboxd.StopMember:output_type -> sandboxd.v1.StopMemberResponse
-	43, // 89: sandboxd.v1.Sandboxd.KillMember:output_type -> sandboxd.v1.KillMemberResponse
-	45, // 90: sandboxd.v1.Sandboxd.RemoveMember:output_type -> sandboxd.v1.RemoveMemberResponse
-	47, // 91: sandboxd.v1.Sandboxd.WaitMember:output_type -> sandboxd.v1.WaitMemberResponse
-	49, // 92: sandboxd.v1.Sandboxd.ReopenMemberLog:output_type -> sandboxd.v1.ReopenMemberLogResponse
-	51, // 93: sandboxd.v1.Sandboxd.GetMember:output_type -> sandboxd.v1.GetMemberResponse
-	53, // 94: sandboxd.v1.Sandboxd.ExecMember:output_type -> sandboxd.v1.ExecMemberResponse
-	55, // 95: sandboxd.v1.Sandboxd.ReadEvents:output_type -> sandboxd.v1.ReadEventsResponse
-	80, // [80:96] is the sub-list for method output_type
-	64, // [64:80] is the sub-list for method input_type
-	64, // [64:64] is the sub-list for extension type_name
-	64, // [64:64] is the sub-list for extension extendee
-	0,  // [0:64] is the sub-list for field type_name
+	71, // 61: sandboxd.v1.Event.attrs:type_name -> sandboxd.v1.Event.AttrsEntry
+	60, // 62: sandboxd.v1.CollectGarbageResponse.findings:type_name -> sandboxd.v1.GarbageFinding
+	73, // 63: sandboxd.v1.GarbageFinding.since:type_name -> google.protobuf.Timestamp
+	17, // 64: sandboxd.v1.SandboxInfo.NamespacesEntry.value:type_name -> sandboxd.v1.NamespaceInfo
+	17, // 65: sandboxd.v1.MemberInfo.NamespacesEntry.value:type_name -> sandboxd.v1.NamespaceInfo
+	24, // 66: sandboxd.v1.Sandboxd.CreateSandbox:input_type -> sandboxd.v1.CreateSandboxRequest
+	26, // 67: sandboxd.v1.Sandboxd.StopSandbox:input_type -> sandboxd.v1.StopSandboxRequest
+	28, // 68: sandboxd.v1.Sandboxd.RemoveSandbox:input_type -> sandboxd.v1.RemoveSandboxRequest
+	30, // 69: sandboxd.v1.Sandboxd.ListSandboxes:input_type -> sandboxd.v1.ListSandboxesRequest
+	32, // 70: sandboxd.v1.Sandboxd.GetSandbox:input_type -> sandboxd.v1.GetSandboxRequest
+	34, // 71: sandboxd.v1.Sandboxd.CheckNetwork:input_type -> sandboxd.v1.CheckNetworkRequest
+	36, // 72: sandboxd.v1.Sandboxd.AddMember:input_type -> sandboxd.v1.AddMemberRequest
+	38, // 73: sandboxd.v1.Sandboxd.StartMember:input_type -> sandboxd.v1.StartMemberRequest
+	40, // 74: sandboxd.v1.Sandboxd.StopMember:input_type -> sandboxd.v1.StopMemberRequest
+	42, // 75: sandboxd.v1.Sandboxd.KillMember:input_type -> sandboxd.v1.KillMemberRequest
+	44, // 76: sandboxd.v1.Sandboxd.RemoveMember:input_type -> sandboxd.v1.RemoveMemberRequest
+	46, // 77: sandboxd.v1.Sandboxd.WaitMember:input_type -> sandboxd.v1.WaitMemberRequest
+	48, // 78: sandboxd.v1.Sandboxd.ReopenMemberLog:input_type -> sandboxd.v1.ReopenMemberLogRequest
+	50, // 79: sandboxd.v1.Sandboxd.GetMember:input_type -> sandboxd.v1.GetMemberRequest
+	52, // 80: sandboxd.v1.Sandboxd.ExecMember:input_type -> sandboxd.v1.ExecMemberRequest
+	54, // 81: sandboxd.v1.Sandboxd.ReadEvents:input_type -> sandboxd.v1.ReadEventsRequest
+	58, // 82: sandboxd.v1.Sandboxd.CollectGarbage:input_type -> sandboxd.v1.CollectGarbageRequest
+	25, // 83: sandboxd.v1.Sandboxd.CreateSandbox:output_type -> sandboxd.v1.CreateSandboxResponse
+	27, // 84: sandboxd.v1.Sandboxd.StopSandbox:output_type -> sandboxd.v1.StopSandboxResponse
+	29, // 85: sandboxd.v1.Sandboxd.RemoveSandbox:output_type -> sandboxd.v1.RemoveSandboxResponse
+	31, // 86: sandboxd.v1.Sandboxd.ListSandboxes:output_type -> sandboxd.v1.ListSandboxesResponse
+	33, // 87: sandboxd.v1.Sandboxd.GetSandbox:output_type -> sandboxd.v1.GetSandboxResponse
+	35, // 88: sandboxd.v1.Sandboxd.CheckNetwork:output_type -> sandboxd.v1.CheckNetworkResponse
+	37, // 89: sandboxd.v1.Sandboxd.AddMember:output_type -> sandboxd.v1.AddMemberResponse
+	39, // 90: sandboxd.v1.Sandboxd.StartMember:output_type -> sandboxd.v1.StartMemberResponse
+	41, // 91: sandboxd.v1.Sandboxd.StopMember:output_type -> sandboxd.v1.StopMemberResponse
+	43, // 92: sandboxd.v1.Sandboxd.KillMember:output_type -> sandboxd.v1.KillMemberResponse
+	45, // 93: sandboxd.v1.Sandboxd.RemoveMember:output_type -> sandboxd.v1.RemoveMemberResponse
+	47, // 94: sandboxd.v1.Sandboxd.WaitMember:output_type -> sandboxd.v1.WaitMemberResponse
+	49, // 95: sandboxd.v1.Sandboxd.ReopenMemberLog:output_type -> sandboxd.v1.ReopenMemberLogResponse
+	51, // 96: sandboxd.v1.Sandboxd.GetMember:output_type -> sandboxd.v1.GetMemberResponse
+	53, // 97: sandboxd.v1.Sandboxd.ExecMember:output_type -> sandboxd.v1.ExecMemberResponse
+	55, // 98: sandboxd.v1.Sandboxd.ReadEvents:output_type -> sandboxd.v1.ReadEventsResponse
+	59, // 99: sandboxd.v1.Sandboxd.CollectGarbage:output_type -> sandboxd.v1.CollectGarbageResponse
+	83, // [83:100] is the sub-list for method output_type
+	66, // [66:83] is the sub-list for method input_type
+	66, // [66:66] is the sub-list for extension type_name
+	66, // [66:66] is the sub-list for extension extendee
+	0,  // [0:66] is the sub-list for field type_name
 }
 
 func init() { file_sandboxd_proto_init() }
@@ -4464,7 +4664,7 @@ func file_sandboxd_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_sandboxd_proto_rawDesc), len(file_sandboxd_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   69,
+			NumMessages:   72,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -47,6 +47,7 @@ const (
 	Sandboxd_GetMember_FullMethodName       = "/sandboxd.v1.Sandboxd/GetMember"
 	Sandboxd_ExecMember_FullMethodName      = "/sandboxd.v1.Sandboxd/ExecMember"
 	Sandboxd_ReadEvents_FullMethodName      = "/sandboxd.v1.Sandboxd/ReadEvents"
+	Sandboxd_CollectGarbage_FullMethodName  = "/sandboxd.v1.Sandboxd/CollectGarbage"
 )
 
 // SandboxdClient is the client API for Sandboxd service.
@@ -91,6 +92,9 @@ type SandboxdClient interface {
 	// OUT_OF_RANGE and an EventGap among the status's details if events after a
 	// number are asked for that are not there any more.
 	ReadEvents(ctx context.Context, in *ReadEventsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ReadEventsResponse], error)
+	// CollectGarbage finds what belongs to nobody any more and, unless dry_run is
+	// set, removes it.
+	CollectGarbage(ctx context.Context, in *CollectGarbageRequest, opts ...grpc.CallOption) (*CollectGarbageResponse, error)
 }
 
 type sandboxdClient struct {
@@ -270,6 +274,16 @@ func (c *sandboxdClient) ReadEvents(ctx context.Context, in *ReadEventsRequest, 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Sandboxd_ReadEventsClient = grpc.ServerStreamingClient[ReadEventsResponse]
 
+func (c *sandboxdClient) CollectGarbage(ctx context.Context, in *CollectGarbageRequest, opts ...grpc.CallOption) (*CollectGarbageResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CollectGarbageResponse)
+	err := c.cc.Invoke(ctx, Sandboxd_CollectGarbage_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // SandboxdServer is the server API for Sandboxd service.
 // All implementations must embed UnimplementedSandboxdServer
 // for forward compatibility.
@@ -312,6 +326,9 @@ type SandboxdServer interface {
 	// OUT_OF_RANGE and an EventGap among the status's details if events after a
 	// number are asked for that are not there any more.
 	ReadEvents(*ReadEventsRequest, grpc.ServerStreamingServer[ReadEventsResponse]) error
+	// CollectGarbage finds what belongs to nobody any more and, unless dry_run is
+	// set, removes it.
+	CollectGarbage(context.Context, *CollectGarbageRequest) (*CollectGarbageResponse, error)
 	mustEmbedUnimplementedSandboxdServer()
 }
 
@@ -369,6 +386,9 @@ func (UnimplementedSandboxdServer) ExecMember(context.Context, *ExecMemberReques
 }
 func (UnimplementedSandboxdServer) ReadEvents(*ReadEventsRequest, grpc.ServerStreamingServer[ReadEventsResponse]) error {
 	return status.Error(codes.Unimplemented, "method ReadEvents not implemented")
+}
+func (UnimplementedSandboxdServer) CollectGarbage(context.Context, *CollectGarbageRequest) (*CollectGarbageResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method CollectGarbage not implemented")
 }
 func (UnimplementedSandboxdServer) mustEmbedUnimplementedSandboxdServer() {}
 func (UnimplementedSandboxdServer) testEmbeddedByValue()                  {}
@@ -672,6 +692,24 @@ func _Sandboxd_ReadEvents_Handler(srv interface{}, stream grpc.ServerStream) err
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Sandboxd_ReadEventsServer = grpc.ServerStreamingServer[ReadEventsResponse]
 
+func _Sandboxd_CollectGarbage_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CollectGarbageRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SandboxdServer).CollectGarbage(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Sandboxd_CollectGarbage_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SandboxdServer).CollectGarbage(ctx, req.(*CollectGarbageRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Sandboxd_ServiceDesc is the grpc.ServiceDesc for Sandboxd service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -738,6 +776,10 @@ var Sandboxd_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ExecMember",
 			Handler:    _Sandboxd_ExecMember_Handler,
+		},
+		{
+			MethodName: "CollectGarbage",
+			Handler:    _Sandboxd_CollectGarbage_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{
