@@ -29,11 +29,15 @@ type Source interface {
 	MemberDir(*sandbox.MemberRecord) string
 }
 
-// Options say where the rest is read from. What is nil is not shown.
+// Options are what is known from the beginning.
 type Options struct {
-	Version, Commit, Go string // of build_info
+	Version, Commit, Go string           // of build_info
+	Now                 func() time.Time // default: time.Now
+}
 
-	Now func() time.Time // default: time.Now
+// Readers are where the rest is read from, whenever somebody scrapes. What is nil
+// is not shown.
+type Readers struct {
 	// Output reads what a member's monitor has counted.
 	Output func(dir string) (Output, error)
 	// HeldTmpfs reads how many bytes the file systems in memory of a member in
@@ -42,6 +46,10 @@ type Options struct {
 	// Events returns the number of the last event, and whether some wait for
 	// being written to the journal.
 	Events func() (last uint64, behind bool)
+	// Networks returns what there is of each network driver.
+	Networks func() []Network
+	// Leases returns how many addresses the builtin network has given out, and has.
+	Leases func() []Leases
 	// Usage reads what a sandbox uses now.
 	Usage func(*sandbox.Record) (Usage, error)
 	// PerSandbox is of how many sandboxes at most Usage is shown; 0 is off. The
@@ -54,6 +62,20 @@ type Output struct {
 	Bytes          uint64 // read from stdout and stderr
 	LinesDropped   uint64 // that could not be written to the log
 	ClientsDropped uint64 // attached, and too slow
+}
+
+// Network is what there is of one network driver.
+type Network struct {
+	Driver     string
+	Attached   int       // sandboxes that have a network of it
+	Tombstones int       // networks of sandboxes that are gone, which could not be taken down yet
+	Oldest     time.Time // since when the oldest of these waits; the zero time if there is none
+}
+
+// Leases counts the addresses of one family.
+type Leases struct {
+	Family      string // ipv4, ipv6
+	InUse, Free float64
 }
 
 // Usage is what the processes of a sandbox use together. A nil part could not
@@ -86,7 +108,7 @@ func New(o Options) *Metrics {
 	}
 	m := &Metrics{o: o, reg: prometheus.NewRegistry()}
 	m.recorder = newRecorder(m.reg, o.Now)
-	m.output = &outputs{read: o.Output, seen: map[string]seen{}}
+	m.output = &outputs{seen: map[string]seen{}}
 	m.exited = m.output.ended
 	info := prometheus.NewGauge(prometheus.GaugeOpts{
 		Name: "sandboxd_build_info", Help: "1; the labels say what is running. Two versions at once for long mean an upgrade that stopped half way.",
@@ -99,11 +121,11 @@ func New(o Options) *Metrics {
 
 // Attach adds what is read from src when somebody scrapes. Call it once, when
 // src has recovered; before, only what has happened is shown.
-func (m *Metrics) Attach(src Source) {
-	m.output.prime(src)
-	m.reg.MustRegister(&state{src: src, o: m.o, output: m.output})
-	if m.o.PerSandbox > 0 && m.o.Usage != nil {
-		m.reg.MustRegister(&usage{src: src, read: m.o.Usage, max: m.o.PerSandbox})
+func (m *Metrics) Attach(src Source, r Readers) {
+	m.output.prime(src, r.Output)
+	m.reg.MustRegister(&state{src: src, r: r, now: m.o.Now, output: m.output})
+	if r.PerSandbox > 0 && r.Usage != nil {
+		m.reg.MustRegister(&usage{src: src, read: r.Usage, max: r.PerSandbox})
 	}
 }
 

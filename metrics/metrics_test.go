@@ -216,10 +216,19 @@ func TestState(t *testing.T) {
 		HeldSince: now.Add(-3 * time.Hour), Monitor: alive(t), Released: &sandbox.CustodyRelease{}}) // it is about to be killed
 	src.add("2", sandbox.Unclean)
 	tmpfs := func(r *sandbox.MemberRecord, dir string) int64 { return map[string]int64{"c": 4096}[dir] }
-	m := New(Options{Now: func() time.Time { return now }, HeldTmpfs: tmpfs, Events: func() (uint64, bool) { return 7, true }})
-	m.Attach(src)
+	m := New(Options{Now: func() time.Time { return now }})
+	m.Attach(src, Readers{
+		HeldTmpfs: tmpfs, Events: func() (uint64, bool) { return 7, true },
+		Networks: func() []Network {
+			return []Network{{Driver: "cni", Attached: 3, Tombstones: 2, Oldest: now.Add(-time.Minute)}, {Driver: "builtin"}}
+		},
+		Leases: func() []Leases { return []Leases{{"ipv4", 3, 250}} },
+	})
 	for family, want := range map[string]float64{
 		"sandboxd_custody_held_tmpfs_bytes": 4096, "sandboxd_event_sequence": 7, "sandboxd_events_behind": 1,
+		"sandboxd_network_attachments driver=cni": 3, "sandboxd_network_tombstones driver=cni": 2, "sandboxd_network_tombstones driver=builtin": 0,
+		"sandboxd_network_tombstone_oldest_age_seconds driver=cni": 60, "sandboxd_network_tombstone_oldest_age_seconds driver=builtin": 0,
+		"sandboxd_network_leases_in_use family=ipv4": 3, "sandboxd_network_leases_free family=ipv4": 250,
 		"sandboxd_sandboxes state=Ready": 1, "sandboxd_sandboxes state=Unclean": 1, "sandboxd_sandboxes state=NotReady": 0,
 		"sandboxd_members state=Running": 1, "sandboxd_members state=Created": 1, "sandboxd_members state=Exited": 3,
 		"sandboxd_custody_held_members": 1, "sandboxd_custody_oldest_age_seconds": 3600,
@@ -239,8 +248,8 @@ func TestOutput(t *testing.T) {
 	old := &sandbox.MemberRecord{ID: "old", State: sandbox.MemberRunning}
 	done := &sandbox.MemberRecord{ID: "done", State: sandbox.MemberExited, Exit: &sandbox.Exit{}}
 	src.add("1", sandbox.Ready, old, done)
-	m := New(Options{Output: c.read})
-	m.Attach(src)
+	m := New(Options{})
+	m.Attach(src, Readers{Output: c.read})
 	check := func(bytes, lines, clients float64) {
 		t.Helper()
 		for name, want := range map[string]float64{
@@ -291,8 +300,8 @@ func TestPerSandboxIsBounded(t *testing.T) {
 		}
 		return Usage{Memory: &mem, Network: &Traffic{Received: 1, Sent: 2}}, nil
 	}
-	m := New(Options{Usage: read, PerSandbox: 3})
-	m.Attach(src)
+	m := New(Options{})
+	m.Attach(src, Readers{Usage: read, PerSandbox: 3})
 	expect(t, m, `
 # HELP sandboxd_sandbox_memory_bytes Memory charged to the sandbox, page cache and the tmpfs of exited members included. Limit members with --memory.
 # TYPE sandboxd_sandbox_memory_bytes gauge
@@ -358,15 +367,28 @@ func full(t testing.TB, sandboxes int) *Metrics {
 		return Output{out.Bytes, out.LogErrors, out.ClientsDropped}, err
 	}
 	second, n := time.Second, uint64(1)
-	m := New(Options{
-		Version: "v1", Commit: "c", Go: "go1.26", Output: read, PerSandbox: 10,
-		HeldTmpfs: func(*sandbox.MemberRecord, string) int64 { return 1 }, Events: func() (uint64, bool) { return 7, true },
+	m := New(Options{Version: "v1", Commit: "c", Go: "go1.26"})
+	m.Recovered(time.Second)
+	m.Attach(src, Readers{
+		Output: read, HeldTmpfs: func(*sandbox.MemberRecord, string) int64 { return 1 },
+		Events:   func() (uint64, bool) { return 7, true },
+		Networks: func() []Network { return []Network{{Driver: "builtin"}, {Driver: "cni"}} },
+		Leases:   func() []Leases { return []Leases{{"ipv4", 1, 2}, {"ipv6", 1, 2}} },
 		Usage: func(*sandbox.Record) (Usage, error) {
 			return Usage{CPU: &second, Memory: &n, PIDs: &n, Network: &Traffic{}}, nil
 		},
+		PerSandbox: 10,
 	})
-	m.Recovered(time.Second)
-	m.Attach(src)
+	for _, d := range networkDrivers {
+		for _, op := range networkOperations {
+			m.Network(d, op, time.Second, nil)
+		}
+	}
+	for _, p := range []string{"bridge", "host-local", "portmap"} {
+		for _, c := range []string{"ADD", "DEL"} {
+			m.Plugin(p, c, time.Second, errors.New("x"))
+		}
+	}
 	for _, op := range operations {
 		for _, err := range []error{nil, errors.New("x"), sandbox.ErrState, context.Canceled, context.DeadlineExceeded} {
 			m.Operation(op)(err)

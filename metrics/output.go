@@ -10,11 +10,10 @@ import (
 // a total must not, so each is looked at whenever somebody scrapes, and a last
 // time when the member has exited.
 type outputs struct {
-	read func(dir string) (Output, error) // nil: nothing is counted
-
 	mu    sync.Mutex
-	seen  map[string]seen // by directory; of members that have not exited
-	round int             // of looking at all members
+	read  func(dir string) (Output, error) // nil: nothing is counted
+	seen  map[string]seen                  // by directory; of members that have not exited
+	round int                              // of looking at all members
 	total Output
 }
 
@@ -27,12 +26,12 @@ type seen struct {
 
 // prime takes note of what has been counted before this daemon began: it is not
 // part of its total, which begins with 0.
-func (o *outputs) prime(src Source) {
-	if o.read == nil {
-		return
-	}
+func (o *outputs) prime(src Source, read func(dir string) (Output, error)) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	if o.read = read; read == nil {
+		return
+	}
 	for _, ms := range src.Records() {
 		for _, m := range ms {
 			if m.Exit != nil || m.State == sandbox.MemberCreating {

@@ -12,6 +12,7 @@ import (
 
 	"github.com/sandboxd/sandboxd/internal/exit"
 	"github.com/sandboxd/sandboxd/internal/garbage"
+	"github.com/sandboxd/sandboxd/internal/network"
 	"github.com/sandboxd/sandboxd/internal/request"
 	"github.com/sandboxd/sandboxd/sandbox"
 )
@@ -77,6 +78,13 @@ func hookStages() []request.Stage {
 // --custody-max, --custody-max-tmpfs, or nobody had asked for it.
 var releaseReasons = []string{"ttl", "max", "tmpfs", "policy"}
 
+// Drivers, what they do, and how that ends.
+var (
+	networkDrivers    = []string{string(network.ModeBuiltin), string(network.ModeCNI)}
+	networkOperations = []string{"attach", "detach", "verify", "restore"}
+	networkOutcomes   = []string{outcomeOK, outcomeCanceled, outcomeTimeout, outcomeError}
+)
+
 var garbageKinds = []garbage.Kind{
 	garbage.Record, garbage.Pause, garbage.Monitor, garbage.Cgroup, garbage.Layer, garbage.Mount, garbage.Link,
 	garbage.Nft, garbage.Lease, garbage.CNI, garbage.Tombstone, garbage.Temp, garbage.Memfd, garbage.Collection,
@@ -107,6 +115,10 @@ type recorder struct {
 	collections *prometheus.CounterVec
 	collectTime prometheus.Histogram
 	releases    *prometheus.CounterVec
+	networks    *prometheus.CounterVec
+	networkTime *prometheus.HistogramVec
+	plugins     *prometheus.CounterVec
+	pluginTime  *prometheus.HistogramVec
 	found       *prometheus.CounterVec
 	removed     *prometheus.CounterVec
 	waiting     *prometheus.GaugeVec
@@ -165,6 +177,18 @@ func newRecorder(reg prometheus.Registerer, now func() time.Time) *recorder {
 			"Attempts to collect what a member left. For error see the log, the space under the collection directory, and the manifest.", "outcome"),
 		releases: counters("custody_releases_total",
 			"Members whose root was let go before anybody removed them. For max and tmpfs raise --custody-max or --custody-max-tmpfs, or remove members sooner; ttl and policy are as somebody wanted it.", "reason"),
+		networks: counters("network_operations_total",
+			"Operations of network drivers that have ended. For error and timeout see the daemon's log, and for cni the plugins' own counts.",
+			"driver", "operation", "outcome"),
+		networkTime: histograms("network_operation_duration_seconds",
+			"How long operations of network drivers took. A create waits for attach, and a removal for detach.",
+			workBuckets, "driver", "operation"),
+		plugins: counters("network_plugin_runs_total",
+			"CNI plugins that were run. For error and timeout see what the plugin has said, in the daemon's log.",
+			"plugin", "command", "outcome"),
+		pluginTime: histograms("network_plugin_duration_seconds",
+			"How long CNI plugins took. Each plugin of a chain adds to the time of a create.",
+			workBuckets, "plugin", "command"),
 		found: counters("garbage_found_total",
 			"Things of ours that belonged to nobody. A rate that stays above zero is a leak: report what gc --dry-run says.", "kind"),
 		removed: counters("garbage_removed_total",
@@ -201,6 +225,13 @@ func newRecorder(reg prometheus.Registerer, now func() time.Time) *recorder {
 	}
 	for _, why := range releaseReasons {
 		r.releases.WithLabelValues(why)
+	}
+	for _, d := range networkDrivers {
+		for _, op := range networkOperations {
+			for _, o := range networkOutcomes {
+				r.networks.WithLabelValues(d, op, o)
+			}
+		}
 	}
 	for _, k := range garbageKinds {
 		r.found.WithLabelValues(string(k))
@@ -266,6 +297,27 @@ func (r *recorder) Hook(stage string, took time.Duration, err error) {
 func (r *recorder) Collection(took time.Duration, err error) {
 	r.collections.WithLabelValues(workOutcome(err)).Inc()
 	r.collectTime.Observe(took.Seconds())
+}
+
+// Network counts an operation of a network driver.
+func (r *recorder) Network(driver, operation string, took time.Duration, err error) {
+	r.networks.WithLabelValues(driver, operation, networkOutcome(err)).Inc()
+	r.networkTime.WithLabelValues(driver, operation).Observe(took.Seconds())
+}
+
+// Plugin counts a CNI plugin that was run. There are as many as the host's
+// configuration names.
+func (r *recorder) Plugin(plugin, command string, took time.Duration, err error) {
+	r.plugins.WithLabelValues(plugin, command, networkOutcome(err)).Inc()
+	r.pluginTime.WithLabelValues(plugin, command).Observe(took.Seconds())
+}
+
+// networkOutcome is outcome for requests that have been found to be right.
+func networkOutcome(err error) string {
+	if o := outcome(err); o != outcomeRefused {
+		return o
+	}
+	return outcomeError
 }
 
 // workOutcome is outcome for what nobody could have asked for in a wrong way.

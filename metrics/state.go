@@ -23,6 +23,16 @@ var (
 		"Number of the last event in the journal. One that stands still while things happen means that the journal cannot be written.", nil, nil)
 	eventsBehind = prometheus.NewDesc("sandboxd_events_behind",
 		"1 if events wait for being written to the journal: make space under the root directory, or they will be lost.", nil, nil)
+	attached = prometheus.NewDesc("sandboxd_network_attachments",
+		"Sandboxes that have a network, by driver.", []string{"driver"}, nil)
+	tombstones = prometheus.NewDesc("sandboxd_network_tombstones",
+		"Networks of sandboxes that are gone, which could not be taken down yet; their addresses wait too. sandboxd ls -a and gc --dry-run say why.", []string{"driver"}, nil)
+	tombstoneAge = prometheus.NewDesc("sandboxd_network_tombstone_oldest_age_seconds",
+		"For how long the oldest of them has waited, 0 if there is none. They are retried by themselves: mend what keeps them.", []string{"driver"}, nil)
+	leasesInUse = prometheus.NewDesc("sandboxd_network_leases_in_use",
+		"Addresses of the builtin network that sandboxes have.", []string{"family"}, nil)
+	leasesFree = prometheus.NewDesc("sandboxd_network_leases_free",
+		"Addresses of the builtin network that are free. Before it is 0, remove sandboxes or choose a larger --subnet.", []string{"family"}, nil)
 	logBytes = prometheus.NewDesc("sandboxd_log_bytes_total",
 		"Bytes that monitors have read from their members' stdout and stderr since this daemon began.", nil, nil)
 	logDrops = prometheus.NewDesc("sandboxd_log_lines_dropped_total",
@@ -43,7 +53,8 @@ var (
 // state shows what there is.
 type state struct {
 	src    Source
-	o      Options
+	r      Readers
+	now    func() time.Time
 	output *outputs
 }
 
@@ -52,14 +63,23 @@ func (s *state) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{sandboxes, members, held, heldOldest} {
 		ch <- d
 	}
-	if s.o.HeldTmpfs != nil {
+	if s.r.HeldTmpfs != nil {
 		ch <- heldTmpfs
 	}
-	if s.o.Events != nil {
+	if s.r.Events != nil {
 		ch <- eventSequence
 		ch <- eventsBehind
 	}
-	if s.o.Output != nil {
+	if s.r.Networks != nil {
+		ch <- attached
+		ch <- tombstones
+		ch <- tombstoneAge
+	}
+	if s.r.Leases != nil {
+		ch <- leasesInUse
+		ch <- leasesFree
+	}
+	if s.r.Output != nil {
 		ch <- logBytes
 		ch <- logDrops
 		ch <- clientDrops
@@ -86,8 +106,8 @@ func (s *state) Collect(ch chan<- prometheus.Metric) {
 			ofMembers[st]++
 			if m.Exit != nil && !m.HeldSince.IsZero() && m.Released == nil && m.Monitor.Alive() {
 				nHeld++
-				if s.o.HeldTmpfs != nil {
-					tmpfs += s.o.HeldTmpfs(m, s.src.MemberDir(m))
+				if s.r.HeldTmpfs != nil {
+					tmpfs += s.r.HeldTmpfs(m, s.src.MemberDir(m))
 				}
 				if oldest.IsZero() || m.HeldSince.Before(oldest) {
 					oldest = m.HeldSince
@@ -112,16 +132,12 @@ func (s *state) Collect(ch chan<- prometheus.Metric) {
 		gauge(members, float64(ofMembers[st]), st.String())
 	}
 	gauge(held, float64(nHeld))
-	age := 0.0
-	if !oldest.IsZero() {
-		age = max(0, s.o.Now().Sub(oldest).Seconds())
-	}
-	gauge(heldOldest, age)
-	if s.o.HeldTmpfs != nil {
+	gauge(heldOldest, s.age(oldest))
+	if s.r.HeldTmpfs != nil {
 		gauge(heldTmpfs, float64(tmpfs))
 	}
-	if s.o.Events != nil {
-		last, behind := s.o.Events()
+	if s.r.Events != nil {
+		last, behind := s.r.Events()
 		gauge(eventSequence, float64(last))
 		waits := 0.0
 		if behind {
@@ -129,7 +145,20 @@ func (s *state) Collect(ch chan<- prometheus.Metric) {
 		}
 		gauge(eventsBehind, waits)
 	}
-	if s.o.Output != nil {
+	if s.r.Networks != nil {
+		for _, n := range s.r.Networks() {
+			gauge(attached, float64(n.Attached), n.Driver)
+			gauge(tombstones, float64(n.Tombstones), n.Driver)
+			gauge(tombstoneAge, s.age(n.Oldest), n.Driver)
+		}
+	}
+	if s.r.Leases != nil {
+		for _, l := range s.r.Leases() {
+			gauge(leasesInUse, l.InUse, l.Family)
+			gauge(leasesFree, l.Free, l.Family)
+		}
+	}
+	if s.r.Output != nil {
 		counter := func(d *prometheus.Desc, v uint64) {
 			ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(v))
 		}
@@ -137,4 +166,12 @@ func (s *state) Collect(ch chan<- prometheus.Metric) {
 		counter(logDrops, out.LinesDropped)
 		counter(clientDrops, out.ClientsDropped)
 	}
+}
+
+// age is how long ago since was, in seconds; 0 if it is the zero time.
+func (s *state) age(since time.Time) float64 {
+	if since.IsZero() {
+		return 0
+	}
+	return max(0, s.now().Sub(since).Seconds())
 }

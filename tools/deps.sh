@@ -14,6 +14,7 @@ packages=(
 	busybox-static redis-server                      # what tests run as members
 	runc crun                                        # what the benchmark compares with
 	containernetworking-plugins iptables dnsmasq-base # CNI: plugins of an old version, their tools, a DHCP server
+	prometheus                                       # and promtool: alerts, dashboard and metrics are tried with them
 	strace iproute2 zstd attr libcap2-bin jq shellcheck make git ca-certificates
 )
 

@@ -14,6 +14,7 @@ import (
 
 	"github.com/sandboxd/sandboxd/internal/namespace"
 	"github.com/sandboxd/sandboxd/internal/network"
+	"github.com/sandboxd/sandboxd/metrics"
 	"github.com/sandboxd/sandboxd/netsetup"
 	"github.com/sandboxd/sandboxd/netsetup/builtin"
 	"github.com/sandboxd/sandboxd/netsetup/cni"
@@ -79,7 +80,7 @@ type networks struct {
 }
 
 // openNetworks opens what belongs to the installation called mark below root.
-func openNetworks(o networkOptions, root, mark string, log *slog.Logger, pauses func(string) *pause.Pause) (_ *networks, err error) {
+func openNetworks(o networkOptions, root, mark string, mt *metrics.Metrics, log *slog.Logger, pauses func(string) *pause.Pause) (_ *networks, err error) {
 	n := &networks{o: o, pause: pauses, hosted: newHosted(root)}
 	drivers := map[network.Mode]netsetup.Driver{}
 	defer func() {
@@ -93,18 +94,18 @@ func openNetworks(o networkOptions, root, mark string, log *slog.Logger, pauses 
 	if err != nil {
 		return nil, err
 	}
-	n.cni, err = cni.Open(cni.Options{Root: filepath.Join(root, "network/cni"), ConfDir: confDir, BinDirs: o.binDirs, Mark: mark, Log: log})
+	n.cni, err = cni.Open(cni.Options{Root: filepath.Join(root, "network/cni"), ConfDir: confDir, BinDirs: o.binDirs, Mark: mark, Log: log, Ran: mt.Plugin})
 	if err != nil {
 		return nil, fmt.Errorf("cni networks: %w", err)
 	}
-	drivers[network.ModeCNI] = n.cni
+	drivers[network.ModeCNI] = observedDriver{n.cni, network.ModeCNI, mt}
 	n.builtin, err = builtin.New(builtin.Options{
 		Root: filepath.Join(root, "network/builtin"), Bridge: o.bridge, Subnet: o.subnet, Subnet6: o.subnet6, Mark: mark, Log: log,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("builtin network: %w", err)
 	}
-	drivers[network.ModeBuiltin] = n.builtin
+	drivers[network.ModeBuiltin] = observedDriver{n.builtin, network.ModeBuiltin, mt}
 	if n.store, err = netsetup.Open(filepath.Join(root, "network"), drivers, netsetup.Options{Log: log}); err != nil {
 		return nil, fmt.Errorf("networks: %w", err)
 	}

@@ -27,6 +27,7 @@ import (
 	"github.com/sandboxd/sandboxd/internal/proctree"
 	"github.com/sandboxd/sandboxd/internal/request"
 	"github.com/sandboxd/sandboxd/member"
+	"github.com/sandboxd/sandboxd/metrics"
 	"github.com/sandboxd/sandboxd/pause"
 	"github.com/sandboxd/sandboxd/sandbox"
 )
@@ -65,6 +66,7 @@ type nodeOptions struct {
 	CgroupParent string
 	Networks     networkOptions
 	HooksDirs    hook.Dirs // lets tools that configure hooks for podman and CRI-O do so here
+	Metrics      *metrics.Metrics
 	Log          *slog.Logger
 	collectOptions
 }
@@ -102,7 +104,7 @@ func newNode(o nodeOptions) (_ *node, err error) {
 		return nil, err
 	}
 	n.sampler = collect.NewSampler(n.cg, o.sampleInterval)
-	if n.networks, err = openNetworks(o.Networks, o.Root, n.mark, o.Log, n.pause); err != nil {
+	if n.networks, err = openNetworks(o.Networks, o.Root, n.mark, o.Metrics, o.Log, n.pause); err != nil {
 		return nil, err
 	}
 	return n, nil

@@ -22,6 +22,7 @@ import (
 	"github.com/sandboxd/sandboxd/api"
 	"github.com/sandboxd/sandboxd/api/server"
 	"github.com/sandboxd/sandboxd/internal/cgroup"
+	"github.com/sandboxd/sandboxd/metrics"
 	"github.com/sandboxd/sandboxd/sandbox"
 )
 
@@ -144,14 +145,15 @@ func (a *app) serve(ctx context.Context, o serveOptions) (err error) {
 	defer func() { err = errors.Join(err, rd.Close()) }()
 	root = rd.path
 	log := newLogger(a.err, o.level, o.json)
-	node, err := newNode(nodeOptions{State: state, Root: root, CgroupParent: o.cgroupParent, HooksDirs: o.hooksDirs, Networks: o.networks, Log: log, collectOptions: o.collect})
+	v := readVersion()
+	mt := metrics.New(metrics.Options{Version: v.Version, Commit: v.Commit, Go: v.Go})
+	node, err := newNode(nodeOptions{State: state, Root: root, CgroupParent: o.cgroupParent, HooksDirs: o.hooksDirs, Networks: o.networks, Metrics: mt, Log: log, collectOptions: o.collect})
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, node.Close()) }()
-	mt := newMetrics(node, o.web, rd.journal)
 	// Before the recovery, so that one that hangs can be seen.
-	page, err := startWeb(ctx, o.web, mt, rd.journal.Path(), log)
+	page, err := startWeb(ctx, o.web, mt, node, rd.journal.Path(), log)
 	if err != nil {
 		return err
 	}
@@ -177,7 +179,7 @@ func (a *app) serve(ctx context.Context, o serveOptions) (err error) {
 	cleanCtx, stopCleaning := context.WithCancel(ctx)
 	defer stopCleaning()
 	clean.Go(func() { keepClean(cleanCtx, m, o.gcInterval, log) })
-	mt.Attach(m)
+	mt.Attach(m, metricsReaders(node, rd.journal, o.web.perSandbox))
 	page.Recovered(m)
 	return serveAPI(ctx, m, countedExecer{execer{&app{state: state}}, mt}, socket, log)
 }

@@ -17,6 +17,7 @@ import (
 	"github.com/sandboxd/sandboxd/api/server"
 	"github.com/sandboxd/sandboxd/internal/journal"
 	"github.com/sandboxd/sandboxd/internal/namespace"
+	"github.com/sandboxd/sandboxd/internal/network"
 	"github.com/sandboxd/sandboxd/member"
 	"github.com/sandboxd/sandboxd/metrics"
 	"github.com/sandboxd/sandboxd/sandbox"
@@ -35,7 +36,7 @@ const perSandboxDefault = 100
 
 // startWeb listens and serves until stopWeb. With an empty address it returns nil,
 // which both take for a server that nobody asks.
-func startWeb(ctx context.Context, o webOptions, mt *metrics.Metrics, journal string, log *slog.Logger) (*web.Server, error) {
+func startWeb(ctx context.Context, o webOptions, mt *metrics.Metrics, n *node, journal string, log *slog.Logger) (*web.Server, error) {
 	if o.address == "" {
 		return nil, nil
 	}
@@ -46,7 +47,8 @@ func startWeb(ctx context.Context, o webOptions, mt *metrics.Metrics, journal st
 	log.Info("Metrics served", "address", l.Addr().String())
 	return web.Serve(l, web.Options{
 		Log: log, Metrics: mt.Handler(), Pprof: o.pprof, Version: readVersion().Version, Waiting: mt.Waiting,
-		Exits: func(ctx context.Context, since time.Time) ([]web.Exit, error) { return exitsSince(ctx, journal, since) },
+		Checks: map[string]func(context.Context) error{"network": n.networkReady},
+		Exits:  func(ctx context.Context, since time.Time) ([]web.Exit, error) { return exitsSince(ctx, journal, since) },
 	}), nil
 }
 
@@ -103,19 +105,30 @@ func listenWeb(ctx context.Context, address string) (net.Listener, error) {
 	return lc.Listen(ctx, "tcp", address)
 }
 
-// newMetrics makes the metrics of n.
-func newMetrics(n *node, o webOptions, j *journal.Journal) *metrics.Metrics {
-	v := readVersion()
-	return metrics.New(metrics.Options{
-		Version: v.Version, Commit: v.Commit, Go: v.Go,
+// metricsReaders is where metrics are read from when somebody scrapes.
+func metricsReaders(n *node, j *journal.Journal, perSandbox int) metrics.Readers {
+	return metrics.Readers{
 		Output: func(dir string) (metrics.Output, error) {
 			out, err := member.ReadOutput(dir)
 			return metrics.Output{Bytes: out.Bytes, LinesDropped: out.LogErrors, ClientsDropped: out.ClientsDropped}, err
 		},
-		HeldTmpfs:  n.HeldTmpfs,
-		Events:     func() (uint64, bool) { return j.Last(), j.Behind() },
-		PerSandbox: o.perSandbox, Usage: n.sandboxUsage,
-	})
+		HeldTmpfs: n.HeldTmpfs, Events: func() (uint64, bool) { return j.Last(), j.Behind() },
+		Networks: n.networks.counts, Leases: n.networks.leases,
+		Usage: n.sandboxUsage, PerSandbox: perSandbox,
+	}
+}
+
+// networkReady reports why sandboxes that ask for no network in particular cannot
+// be made now.
+func (n *node) networkReady(ctx context.Context) error {
+	mode := n.DefaultNetwork()
+	if mode != network.ModeBuiltin && mode != network.ModeCNI {
+		return nil
+	}
+	if err := n.networks.store.Status(ctx, mode); err != nil {
+		return fmt.Errorf("%s: %w", mode, err)
+	}
+	return nil
 }
 
 // sandboxUsage reads what the processes of a sandbox use together. What this host

@@ -36,6 +36,10 @@ type Options struct {
 	Timeout time.Duration // of one plugin; 0 is DefaultTimeout
 	Mark    string        // the installation's
 	Log     *slog.Logger  // nil: nothing is logged
+
+	// Ran is told of each plugin that was run, as it happens and from many
+	// goroutines. Default: nobody is told.
+	Ran func(plugin, command string, took time.Duration, err error)
 }
 
 // Driver is a [netsetup.Driver].
@@ -74,6 +78,7 @@ func Open(o Options) (*Driver, error) {
 		return nil, err
 	}
 	r := newRunner(o.Mark, o.Timeout)
+	r.ran = o.Ran
 	return &Driver{
 		o: o, exec: r, conf: conf, log: o.Log,
 		cni: libcni.NewCNIConfigWithCacheDir(o.BinDirs, o.Root, r),

@@ -91,6 +91,7 @@ type runner struct {
 	timeout time.Duration
 	driver  string // unlike that of any other driver
 	calls   atomic.Uint64
+	ran     func(plugin, command string, took time.Duration, err error)
 }
 
 var _ invoke.Exec = (*runner)(nil)
@@ -110,6 +111,15 @@ func (r *runner) FindInPath(plugin string, dirs []string) (string, error) {
 
 // ExecPlugin runs one plugin and returns what it printed. Its errors are PluginErrors.
 func (r *runner) ExecPlugin(ctx context.Context, file string, stdin []byte, env []string) ([]byte, error) {
+	begin := time.Now()
+	out, err := r.run(ctx, file, stdin, env)
+	if r.ran != nil {
+		r.ran(filepath.Base(file), commandOf(env), time.Since(begin), err)
+	}
+	return out, err
+}
+
+func (r *runner) run(ctx context.Context, file string, stdin []byte, env []string) ([]byte, error) {
 	pe := &PluginError{Plugin: filepath.Base(file), Command: commandOf(env)}
 	if err := ctx.Err(); err != nil {
 		pe.Err = fmt.Errorf("not started: %w", err)
