@@ -1,6 +1,7 @@
 package cni
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -50,7 +51,7 @@ func watch(dir string, log *slog.Logger) (*watcher, error) {
 			err := raw.Read(func(fd uintptr) bool {
 				w.mu.Lock()
 				defer w.mu.Unlock()
-				changed := drainEvents(int(fd))
+				changed := w.drain(int(fd))
 				if changed {
 					w.refresh(true)
 				}
@@ -70,7 +71,7 @@ func (w *watcher) current() *config {
 	defer w.mu.Unlock()
 	changed := false
 	if raw, err := w.in.SyscallConn(); err == nil {
-		_ = raw.Control(func(fd uintptr) { changed = drainEvents(int(fd)) })
+		_ = raw.Control(func(fd uintptr) { changed = w.drain(int(fd)) })
 	}
 	w.refresh(changed)
 	return w.cur
@@ -114,7 +115,7 @@ func (w *watcher) addWatch(dir string) (ok bool) {
 	raw, err := w.in.SyscallConn()
 	if err == nil {
 		cerr := raw.Control(func(fd uintptr) {
-			_, err = unix.InotifyAddWatch(int(fd), dir, unix.IN_ONLYDIR|unix.IN_CREATE|unix.IN_CLOSE_WRITE|
+			_, err = unix.InotifyAddWatch(int(fd), dir, unix.IN_ONLYDIR|unix.IN_CREATE|unix.IN_MODIFY|
 				unix.IN_MOVED_TO|unix.IN_MOVED_FROM|unix.IN_DELETE|unix.IN_DELETE_SELF|unix.IN_MOVE_SELF)
 		})
 		err = errors.Join(err, cerr)
@@ -152,18 +153,28 @@ func (w *watcher) close() error {
 	return err
 }
 
-// drainEvents reads all events and reports whether there were any. Which they
-// are does not matter: the directory is read anew.
-func drainEvents(fd int) (any bool) {
+// drain reads all events and reports whether there were any. Which they are does
+// not matter, as the directory is read anew, with one exception: another
+// directory can have the inode of one that is gone.
+//
+// Preconditions: w.mu is held.
+func (w *watcher) drain(fd int) (any bool) {
 	var buf [16 << 10]byte
 	for {
 		n, err := unix.Read(fd, buf[:])
 		switch {
 		case errors.Is(err, unix.EINTR):
+			continue
 		case err != nil || n <= 0:
 			return any
-		default:
-			any = true
+		}
+		any = true
+		// struct inotify_event: wd, mask, cookie, the length of the name, the name.
+		for ev := buf[:n]; len(ev) >= unix.SizeofInotifyEvent; {
+			if binary.NativeEndian.Uint32(ev[4:])&(unix.IN_IGNORED|unix.IN_DELETE_SELF) != 0 {
+				w.watched = nil
+			}
+			ev = ev[min(len(ev), unix.SizeofInotifyEvent+int(binary.NativeEndian.Uint32(ev[12:]))):]
 		}
 	}
 }

@@ -56,7 +56,7 @@ ln -s ../bin "$image/usr/bin"
 printf 'root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n' >"$image/etc/passwd"
 printf 'root:x:0:\nnogroup:x:65534:\n' >"$image/etc/group"
 
-modules=(virtio_pci virtio_blk overlay veth bridge br_netfilter nf_tables nft_ct nft_nat nft_masq nft_chain_nat nft_fib_inet nf_nat nf_conntrack dummy tun)
+modules=(virtio_pci virtio_blk overlay veth bridge br_netfilter nf_tables nft_ct nft_nat nft_masq nft_chain_nat nft_fib_inet nf_nat nf_conntrack dummy tun ipvlan)
 printf '%s\n' "${modules[@]}" >"$image/modules"
 tree=lib/modules/$version
 [[ -e $kernel/$tree/modules.dep ]] || /bin/busybox depmod -b "$kernel" "$version"
@@ -90,6 +90,12 @@ while read -r pkg options; do
 			CGO_ENABLED=0 go build -tags="${b#*:}" -o "$image/tests/${b%%:*}" ./cmd/sandboxd
 		done
 		echo "export SANDBOXD_E2E_BINARY=/tests/sandboxd SANDBOXD_E2E_CRASH_BINARY=/tests/sandboxd-crashpoints" >>"$image/environment"
+	fi
+	if [[ $pkg == ./netsetup/cni ]]; then
+		make -s build/cni/bin
+		mkdir -p "$image/tests/cni"
+		cp build/cni/bin/{host-local,ipvlan,static} "$image/tests/cni/"
+		echo "export SANDBOXD_TEST_CNI_PLUGINS=/tests/cni" >>"$image/environment"
 	fi
 	CGO_ENABLED=0 go test -c "${tags[@]}" -o "$image/tests/$binary" "$pkg"
 	mkdir -p "$image/src/$pkg"
