@@ -33,10 +33,10 @@ type Options struct {
 	// to the second. Defaults: 1 s, 5 min.
 	RetryMin, RetryMax time.Duration
 
-	// Retried is told of each attempt to take down the network of a sandbox
-	// that is gone. err is nil if that succeeded. It is called from many
-	// goroutines. Default: nobody is told.
-	Retried func(t Tombstone, err error)
+	// Tried is told of each attempt to take down a network that failed, and of
+	// the one that succeeds at last, with nil. It is called from many goroutines.
+	// Default: nobody is told.
+	Tried func(t Tombstone, err error)
 }
 
 // retryTimeout bounds one attempt that nobody waits for.
@@ -130,8 +130,8 @@ func Open(dir string, drivers map[network.Mode]Driver, o Options) (_ *Store, err
 	if o.Now == nil {
 		o.Now = time.Now
 	}
-	if o.Retried == nil {
-		o.Retried = func(Tombstone, error) {}
+	if o.Tried == nil {
+		o.Tried = func(Tombstone, error) {}
 	}
 	o.DetachTimeout = cmp.Or(o.DetachTimeout, 10*time.Second)
 	o.RetryMin = cmp.Or(o.RetryMin, time.Second)
@@ -304,7 +304,7 @@ func (s *Store) Detach(ctx context.Context, id string, ns *os.File) (tomb bool, 
 		return false, nil
 	}
 	s.o.Log.Warn("Network not taken down, will be tried again", "sandbox", id, "mode", rec.Mode, "err", err)
-	s.bury(e, &rec, err)
+	s.o.Tried(s.bury(e, &rec, err), err)
 	s.work(e)
 	return true, nil
 }
@@ -333,7 +333,7 @@ func (s *Store) detach(ctx context.Context, e *entry, rec *attachment, ns *os.Fi
 // bury makes a tombstone of an attachment, or notes that a further attempt
 // failed with why. If that cannot be written down it is tried all the same, and
 // the next process finds the attachment of a sandbox that is gone.
-func (s *Store) bury(e *entry, old *attachment, why error) {
+func (s *Store) bury(e *entry, old *attachment, why error) Tombstone {
 	rec := *old
 	if rec.State != detaching {
 		rec.State, rec.Since = detaching, s.now()
@@ -349,8 +349,9 @@ func (s *Store) bury(e *entry, old *attachment, why error) {
 	}
 	crash.Point("tombstone after")
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	e.rec, e.busy = &rec, false
-	s.mu.Unlock()
+	return e.tombstone()
 }
 
 // delay is how long to wait after n failed attempts.
@@ -408,16 +409,17 @@ func (s *Store) retry(e *entry) bool {
 		return true // the daemon ends; that says nothing about the network
 	}
 	if err != nil {
-		s.bury(e, &rec, err)
 		s.o.Log.Warn("Network not taken down", "sandbox", rec.ID, "attempts", rec.Attempts+1, "err", err)
-	} else {
-		s.o.Log.Info("Network taken down", "sandbox", rec.ID, "attempts", rec.Attempts+1)
+		s.o.Tried(s.bury(e, &rec, err), err)
+		return false
 	}
+	s.o.Log.Info("Network taken down", "sandbox", rec.ID, "attempts", rec.Attempts+1)
 	s.mu.Lock()
 	t := e.tombstone()
 	s.mu.Unlock()
-	s.o.Retried(t, err)
-	return err == nil
+	t.Attempts, t.LastError = t.Attempts+1, ""
+	s.o.Tried(t, nil)
+	return true
 }
 
 // Settle makes tombstones of the attachments whose sandbox is not alive, and

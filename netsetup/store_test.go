@@ -27,7 +27,7 @@ type fakeDriver struct {
 	mu       sync.Mutex
 	attached map[string]string // plans by id
 	detach   error             // what Detach fails with
-	hang     bool              // Detach waits for its context
+	hang     bool              // Detach with a namespace waits for its context
 	calls    []string          // of Detach: ID, and " ns" with a namespace
 	live     []string          // ids that GC was shown
 }
@@ -48,16 +48,19 @@ func (d *fakeDriver) Attach(_ context.Context, id string, plan json.RawMessage, 
 
 func (d *fakeDriver) Detach(ctx context.Context, id string, plan json.RawMessage, ns *os.File) error {
 	d.mu.Lock()
-	defer d.mu.Unlock()
 	call := id
 	if ns != nil {
 		call += " ns"
 	}
 	d.calls = append(d.calls, call)
-	if d.hang {
+	hang := d.hang && ns != nil
+	d.mu.Unlock()
+	if hang {
 		<-ctx.Done()
 		return ctx.Err()
 	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	if d.detach != nil {
 		return d.detach
 	}
@@ -121,7 +124,7 @@ func (f *fixture) open() {
 	retries := f.retries
 	s, err := Open(f.dir, map[network.Mode]Driver{network.ModeCNI: f.d}, Options{
 		DetachTimeout: 10 * time.Millisecond, RetryMin: time.Millisecond, RetryMax: 4 * time.Millisecond,
-		Retried: func(_ Tombstone, err error) { retries <- err },
+		Tried: func(_ Tombstone, err error) { retries <- err },
 	})
 	if err != nil {
 		f.Fatal(err)
@@ -214,28 +217,29 @@ func TestAttachAndDetach(t *testing.T) {
 func TestTombstone(t *testing.T) {
 	for _, tt := range []struct {
 		name string
-		err  error
 		hang bool
 		want string
 	}{
-		{"fails", errPlugin, false, "the plugin says no"},
-		{"hangs", nil, true, "it took longer than"},
+		{"fails", false, "the plugin says no"},
+		{"hangs", true, "it took longer than"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			f := newFixture(t)
 			f.attach("a")
-			f.d.set(tt.err, tt.hang)
+			f.d.set(errPlugin, tt.hang)
 			if tomb, err := f.s.Detach(t.Context(), "a", os.Stdin); !tomb || err != nil {
 				t.Fatalf("detach: %v, %v", tomb, err)
 			}
+			if err := <-f.retries; err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("told of %v, want %q", err, tt.want)
+			}
 			ts := f.s.Tombstones()
-			if len(ts) != 1 || ts[0].ID != "a" || ts[0].Name != "name-a" || ts[0].Attempts < 1 || !strings.Contains(ts[0].LastError, tt.want) || ts[0].Since.IsZero() {
+			if len(ts) != 1 || ts[0].ID != "a" || ts[0].Name != "name-a" || ts[0].Attempts < 1 || ts[0].LastError == "" || ts[0].Since.IsZero() {
 				t.Fatalf("tombstones: %+v", ts)
 			}
-			f.d.set(errPlugin, false)
 			for range 3 { // it is tried again, without the namespace, which is gone
-				if err := <-f.retries; err == nil {
-					t.Fatal("an attempt that failed was called a success")
+				if err := <-f.retries; !errors.Is(err, errPlugin) {
+					t.Fatalf("told of %v", err)
 				}
 			}
 			before := f.s.Tombstones()[0].Attempts

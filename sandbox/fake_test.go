@@ -385,7 +385,7 @@ func (n *fakeNode) VerifyNetwork(ctx context.Context, r *Record) error {
 	})
 }
 
-func (n *fakeNode) SettleNetworks(alive func(id string) bool) {
+func (n *fakeNode) SettleNetworks(alive func(id string) bool, _ func(Tombstone, error)) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	for id := range n.networks {

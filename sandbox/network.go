@@ -6,10 +6,12 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
 	"github.com/sandboxd/sandboxd/internal/crash"
+	"github.com/sandboxd/sandboxd/internal/journal"
 	"github.com/sandboxd/sandboxd/internal/network"
 )
 
@@ -86,6 +88,19 @@ func (m *Manager) VerifyNetwork(ctx context.Context, ref string) (err error) {
 		return &OpError{Op: "check", Ref: ref, Err: statef("the sandbox is %s", r.State)}
 	}
 	return opError("check", ref, m.run("check", "network", func() error { return m.node.VerifyNetwork(ctx, r) }), nil)
+}
+
+// networkTried tells of an attempt to take down the network of a sandbox that is
+// gone, or is just going.
+func (m *Manager) networkTried(t Tombstone, err error) {
+	e := Event{
+		Type: journal.Network, Sandbox: t.ID, SandboxName: t.Name,
+		Attrs: map[string]string{"action": "detach", "mode": string(t.Mode), "attempts": strconv.Itoa(t.Attempts), "outcome": "done"},
+	}
+	if err != nil {
+		e.Reason, e.Attrs["outcome"] = err.Error(), "failed"
+	}
+	m.Emit(e)
 }
 
 // removed is the state of a sandbox that is gone and whose network is not.

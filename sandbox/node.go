@@ -90,8 +90,10 @@ type NetworkNode interface {
 	// VerifyNetwork reports what is no longer as AttachNetwork made it.
 	VerifyNetwork(ctx context.Context, r *Record) error
 	// SettleNetworks makes the node take down the networks of sandboxes that are
-	// not alive. It is called once, after recovery.
-	SettleNetworks(alive func(id string) bool)
+	// not alive. It is called once, after recovery. tried is to be told of each
+	// attempt to take a network down that fails, and of one that succeeds after others
+	// have failed, with nil. It may be called from any goroutine until the node is closed.
+	SettleNetworks(alive func(id string) bool, tried func(t Tombstone, err error))
 	// Tombstones returns the networks of sandboxes that are gone which could not
 	// be taken down yet, the oldest first.
 	Tombstones() []Tombstone

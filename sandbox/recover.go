@@ -61,7 +61,7 @@ func (m *Manager) recover(ctx context.Context) error {
 		m.mu.Lock()
 		defer m.mu.Unlock()
 		return m.boxes[id] != nil
-	})
+	}, m.networkTried)
 	m.o.Observer.Recovered(time.Since(begin))
 	return ctx.Err()
 }

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 
 	"github.com/spf13/cobra"
 
@@ -77,6 +78,7 @@ type networks struct {
 	builtin *builtin.Driver
 	pause   func(id string) *pause.Pause
 	hosted  *hosted
+	tried   atomic.Pointer[func(sandbox.Tombstone, error)]
 }
 
 // openNetworks opens what belongs to the installation called mark below root.
@@ -106,7 +108,7 @@ func openNetworks(o networkOptions, root, mark string, mt *metrics.Metrics, log 
 		return nil, fmt.Errorf("builtin network: %w", err)
 	}
 	drivers[network.ModeBuiltin] = observedDriver{n.builtin, network.ModeBuiltin, mt}
-	if n.store, err = netsetup.Open(filepath.Join(root, "network"), drivers, netsetup.Options{Log: log}); err != nil {
+	if n.store, err = netsetup.Open(filepath.Join(root, "network"), drivers, netsetup.Options{Log: log, Tried: n.told}); err != nil {
 		return nil, fmt.Errorf("networks: %w", err)
 	}
 	return n, nil
@@ -189,16 +191,30 @@ func (n *networks) VerifyNetwork(ctx context.Context, r *sandbox.Record) error {
 }
 
 // SettleNetworks implements [sandbox.NetworkNode].
-func (n *networks) SettleNetworks(alive func(id string) bool) { n.store.Settle(alive) }
+func (n *networks) SettleNetworks(alive func(id string) bool, tried func(sandbox.Tombstone, error)) {
+	n.tried.Store(&tried)
+	n.store.Settle(alive)
+}
+
+// told passes on what the store tells.
+func (n *networks) told(t netsetup.Tombstone, err error) {
+	if f := n.tried.Load(); f != nil {
+		(*f)(tombstone(t), err)
+	}
+}
+
+func tombstone(t netsetup.Tombstone) sandbox.Tombstone {
+	return sandbox.Tombstone{
+		ID: t.ID, Name: t.Name, Mode: t.Mode, CreatedAt: t.CreatedAt,
+		TombstoneInfo: sandbox.TombstoneInfo{Since: t.Since, Attempts: t.Attempts, LastError: t.LastError, NextTry: t.NextTry},
+	}
+}
 
 // Tombstones implements [sandbox.NetworkNode].
 func (n *networks) Tombstones() []sandbox.Tombstone {
 	var out []sandbox.Tombstone
 	for _, t := range n.store.Tombstones() {
-		out = append(out, sandbox.Tombstone{
-			ID: t.ID, Name: t.Name, Mode: t.Mode, CreatedAt: t.CreatedAt,
-			TombstoneInfo: sandbox.TombstoneInfo{Since: t.Since, Attempts: t.Attempts, LastError: t.LastError, NextTry: t.NextTry},
-		})
+		out = append(out, tombstone(t))
 	}
 	return out
 }
