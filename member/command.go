@@ -31,6 +31,8 @@ type Command struct {
 	Dir     string          // as in [launch.Options]
 	Argv    []string        // likewise
 
+	Launcher *launch.Launcher // likewise
+
 	// Without a terminal these become the process's own. nil is /dev/null. A
 	// value that is an [*os.File] is given to the process itself and nothing is
 	// copied. With a terminal, Stdin is copied to it and it to Stdout; the
@@ -58,7 +60,7 @@ func (c *Command) Run(ctx context.Context) (code int, err error) {
 		return ExitFailed, err
 	}
 	var o launch.Options
-	o.Dir, o.Argv = c.Dir, c.Argv
+	o.Dir, o.Argv, o.Launcher = c.Dir, c.Argv, c.Launcher
 	var theirs []*os.File // the process's ends of pipes
 	var ours []*os.File   // the other ends of those of its output
 	var copying sync.WaitGroup

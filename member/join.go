@@ -202,7 +202,9 @@ func CompileJoin(s *JoinSpec) (*launch.Program, error) {
 	if err := addProcess(p, &looked, s.Seccomp, s.SeccompFlag); err != nil {
 		return nil, err
 	}
-	p.Created()
+	if s.Process.Terminal {
+		p.Created() // its master is taken then
+	}
 	p.Exec(commandPaths(&looked), s.Process.Args, s.Process.Env)
 	return p, nil
 }

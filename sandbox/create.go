@@ -254,6 +254,10 @@ func (m *Manager) addMember(ctx context.Context, sandboxRef string, c MemberConf
 		}
 	}()
 	siblings := b.records(id)
+	// Ahead of time, since the two take as long. It is the sandbox's, and stays.
+	above := begin(func() error {
+		return m.run("add", "sandbox cgroup", func() error { return m.node.MakeMembersCgroup(ctx, b.rec.Load()) })
+	})
 	var hooks []request.Hook
 	spec, sel, err := m.node.ResolveMember(ctx, b.rec.Load(), mb.rec.Load(), siblings)
 	if err == nil {
@@ -261,6 +265,9 @@ func (m *Manager) addMember(ctx context.Context, sandboxRef string, c MemberConf
 	}
 	if err == nil {
 		err = ctx.Err()
+	}
+	if aerr := above(); err == nil {
+		err = aerr
 	}
 	if err != nil {
 		m.forgetMember(b, mb) // nothing has been done yet

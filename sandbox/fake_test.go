@@ -421,6 +421,10 @@ func (n *fakeNode) ResolveMember(ctx context.Context, r *Record, m *MemberRecord
 	return &specs.Spec{Process: &specs.Process{Args: m.Config.Args}}, sel, err
 }
 
+func (n *fakeNode) MakeMembersCgroup(ctx context.Context, r *Record) error {
+	return n.call(ctx, "MakeMembersCgroup", func() error { return nil })
+}
+
 func (n *fakeNode) MakeMemberCgroup(ctx context.Context, m *MemberRecord) error {
 	return n.call(ctx, "MakeMemberCgroup", func() error { n.cgroups[key(m)] = true; return nil })
 }

@@ -19,7 +19,7 @@ import (
 // methods are those of fakeNode that fail on demand.
 var methods = []string{
 	"MakeCgroup", "RemoveCgroup", "StartPause", "ReanchorPause", "AdoptPause", "WatchPause", "KillPause",
-	"RemoveSandboxData", "MakeMemberCgroup", "LimitMember", "KillMemberCgroup", "RemoveMemberCgroup", "MakeMemberData",
+	"RemoveSandboxData", "MakeMembersCgroup", "MakeMemberCgroup", "LimitMember", "KillMemberCgroup", "RemoveMemberCgroup", "MakeMemberData",
 	"RemoveMemberData", "StartMonitor", "AdoptMonitor", "ReplaceMonitor", "KillMonitor", "MonitorStatus",
 	"SignalInit", "Start", "execve",
 	"PlanNetwork", "AttachNetwork", "DetachNetwork", "RestoreNetwork", "VerifyNetwork", "plugin",

@@ -338,6 +338,23 @@ func (m *Manager) member(ref string) (*box, *memb, error) {
 	return b, mb, err
 }
 
+// Target returns the records behind ref, as [Dir.Records] does. They are shown,
+// not given: whoever looks changes nothing in them.
+func (m *Manager) Target(ref string) (r *Record, mr *MemberRecord, dir string, siblings []*MemberRecord, err error) {
+	if _, _, serr := splitRef(ref); serr != nil {
+		b, err := m.box(ref)
+		if err != nil {
+			return nil, nil, "", nil, err
+		}
+		return b.rec.Load(), nil, "", b.records(""), nil
+	}
+	b, mb, err := m.member(ref)
+	if err != nil {
+		return nil, nil, "", nil, err
+	}
+	return b.rec.Load(), mb.rec.Load(), m.memberPath(mb), b.records(mb.id()), nil
+}
+
 // lockBox finds a sandbox and takes its op lock.
 func (m *Manager) lockBox(ctx context.Context, ref string) (*box, error) {
 	b, err := m.box(ref)

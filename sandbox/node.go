@@ -116,6 +116,10 @@ type MemberNode interface {
 	// wrong with the request is reported here: errors wrap [ErrInvalid].
 	// siblings are the sandbox's other members, for member:NAME.
 	ResolveMember(ctx context.Context, r *Record, m *MemberRecord, siblings []*MemberRecord) (*specs.Spec, namespace.Selection, error)
+	// MakeMembersCgroup makes the sandbox's cgroup in the hierarchies that only
+	// members need. It is called for each member, at the same time as
+	// ResolveMember, whatever comes of that.
+	MakeMembersCgroup(ctx context.Context, r *Record) error
 	// MakeMemberCgroup makes the member's cgroup, so that it can be named.
 	MakeMemberCgroup(ctx context.Context, m *MemberRecord) error
 	// LimitMember makes that cgroup what the member will run in: in every

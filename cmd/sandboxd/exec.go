@@ -5,20 +5,69 @@ import (
 	"context"
 	"fmt"
 
+	"github.com/sandboxd/sandboxd/internal/cgroup"
+	"github.com/sandboxd/sandboxd/internal/launch"
 	"github.com/sandboxd/sandboxd/member"
 	"github.com/sandboxd/sandboxd/sandbox"
 )
 
 // execer runs commands in members for clients of the API, as exec does for
-// those of the CLI: from the state directory.
-type execer struct{ app *app }
+// those of the CLI, but from what the daemon knows. It is safe for concurrent use.
+type execer struct {
+	m        *sandbox.Manager
+	dir      *sandbox.Dir // for what is not in memory
+	node     *node
+	launcher *launch.Launcher
+}
+
+// newExecer returns an execer for m, which it does not own, and n, which m has.
+// The caller closes it.
+func newExecer(m *sandbox.Manager, n *node) (*execer, error) {
+	dir, err := sandbox.OpenDir(n.State, statusReader{})
+	if err != nil {
+		return nil, err
+	}
+	l, err := launch.Open(n.Root)
+	if err != nil {
+		return nil, err
+	}
+	return &execer{m: m, dir: dir, node: n, launcher: l}, nil
+}
+
+func (x *execer) close() error { return x.launcher.Close() }
+
+// target implements [joinSource].
+func (x *execer) target(ref string) (*target, error) {
+	t := new(target)
+	var err error
+	t.sandbox, t.member, t.dir, t.siblings, err = x.m.Target(ref)
+	return t, err
+}
+
+// process implements [joinSource].
+func (x *execer) process(m *sandbox.MemberRecord) (*memberProcess, error) {
+	if p := x.node.recent.get(m.ID); p != nil {
+		return p, nil
+	}
+	p, err := readProcess(x.dir, m)
+	if err == nil {
+		x.node.recent.put(m.ID, p)
+	}
+	return p, err
+}
+
+// cgroups implements [joinSource].
+func (x *execer) cgroups() (*cgroup.Host, error) { return x.node.cg, nil }
+
+// stateDir implements [joinSource].
+func (x *execer) stateDir() string { return x.node.State }
 
 // Exec implements [server.Execer].
-func (x execer) Exec(ctx context.Context, ref string, r sandbox.ExecRequest) (sandbox.ExecResult, error) {
+func (x *execer) Exec(ctx context.Context, ref string, r sandbox.ExecRequest) (sandbox.ExecResult, error) {
 	if len(r.Args) == 0 {
 		return sandbox.ExecResult{}, fmt.Errorf("exec %s: %w: no command", ref, sandbox.ErrInvalid)
 	}
-	j, err := x.app.execJoiner(ref)
+	j, err := execJoiner(x, ref)
 	if err != nil {
 		return sandbox.ExecResult{}, err
 	}
@@ -28,7 +77,7 @@ func (x execer) Exec(ctx context.Context, ref string, r sandbox.ExecRequest) (sa
 		return sandbox.ExecResult{}, fmt.Errorf("exec %s: %w", ref, err)
 	}
 	var stdout, stderr cappedBuffer
-	c := &member.Command{Program: prog, Dir: x.app.stateDir(), Argv: j.argv(), Stdout: &stdout, Stderr: &stderr}
+	c := &member.Command{Program: prog, Dir: x.node.Root, Launcher: x.launcher, Argv: j.argv(), Stdout: &stdout, Stderr: &stderr}
 	if len(r.Stdin) > 0 {
 		c.Stdin = bytes.NewReader(r.Stdin)
 	}

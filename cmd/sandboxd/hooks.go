@@ -174,7 +174,7 @@ func (n *node) runHook(ctx context.Context, c *sandbox.HookCall) (sandbox.HookOu
 func (n *node) runInside(ctx context.Context, c *sandbox.HookCall, stdin []byte, timeout time.Duration, cgroup *os.File) hook.Result {
 	begin := time.Now()
 	fail := func(err error) hook.Result { return hook.Result{Code: -1, Took: time.Since(begin), Err: err} }
-	j := &joiner{app: &app{state: n.State}, target: &target{sandbox: c.Sandbox, member: c.Member, dir: c.Dir}}
+	j := &joiner{src: &app{state: n.State}, target: &target{sandbox: c.Sandbox, member: c.Member, dir: c.Dir}}
 	defer j.close()
 	var err error
 	if c.Hook.Stage == request.StartContainer {

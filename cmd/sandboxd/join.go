@@ -17,7 +17,6 @@ import (
 	"github.com/sandboxd/sandboxd/internal/launch"
 	"github.com/sandboxd/sandboxd/internal/namespace"
 	"github.com/sandboxd/sandboxd/internal/procid"
-	"github.com/sandboxd/sandboxd/internal/seccomp"
 	"github.com/sandboxd/sandboxd/member"
 	"github.com/sandboxd/sandboxd/sandbox"
 )
@@ -59,20 +58,20 @@ To look into a member that has exited use join.`,
 		if err := wantMember(cmd, args[0]); err != nil {
 			return err
 		}
-		j, err := a.execJoiner(args[0])
+		j, err := execJoiner(a, args[0])
 		if err != nil {
 			return err
 		}
 		defer j.close()
-		return j.run(cmd.Context(), &o, args[1:])
+		return a.runJoined(cmd.Context(), j, &o, args[1:])
 	}
 	return cmd
 }
 
 // execJoiner prepares the running of commands in the member ref. The caller
 // closes it.
-func (a *app) execJoiner(ref string) (_ *joiner, err error) {
-	t, err := a.target(ref)
+func execJoiner(src joinSource, ref string) (_ *joiner, err error) {
+	t, err := src.target(ref)
 	if err != nil {
 		return nil, err
 	}
@@ -82,7 +81,7 @@ func (a *app) execJoiner(ref string) (_ *joiner, err error) {
 	if !t.member.Init.Alive() {
 		return nil, fmt.Errorf("exec %s: %w: it does not run (join can enter what it left)", ref, sandbox.ErrState)
 	}
-	j := &joiner{app: a, target: t}
+	j := &joiner{src: src, target: t}
 	defer func() {
 		if err != nil {
 			j.close()
@@ -95,7 +94,7 @@ func (a *app) execJoiner(ref string) (_ *joiner, err error) {
 	if err := j.memberProcess(t.member); err != nil {
 		return nil, err
 	}
-	host, err := cgroup.Detect()
+	host, err := src.cgroups()
 	if err != nil {
 		return nil, err
 	}
@@ -150,7 +149,7 @@ then below /proc/PID/root.`,
 		if err != nil {
 			return err
 		}
-		j := &joiner{app: a, target: t}
+		j := &joiner{src: a, target: t}
 		defer j.close()
 		sel = sel.Clone()
 		if rootfs != "" {
@@ -184,7 +183,7 @@ then below /proc/PID/root.`,
 		if err := j.inCgroup(host, leaf); err != nil {
 			return fmt.Errorf("join %s: %w", args[0], err)
 		}
-		return j.run(cmd.Context(), &o, args[1:])
+		return a.runJoined(cmd.Context(), j, &o, args[1:])
 	}
 	return cmd
 }
@@ -197,16 +196,43 @@ func namesPID(text string) bool {
 
 // joiner puts together what a joining process is. close must be called.
 type joiner struct {
-	app    *app
+	src    joinSource
 	target *target
 	spec   member.JoinSpec
 	root   *sandbox.MemberRecord // whose mnt namespace is entered; nil if it is not a member's
 	opened []*os.File
+	living map[string]map[namespace.Kind]*os.File // of members that run, by id; what is in use is in opened too
 }
+
+// joinSource is where a joiner learns about what it joins: the state directory,
+// or in the daemon its memory.
+type joinSource interface {
+	target(ref string) (*target, error)
+	process(m *sandbox.MemberRecord) (*memberProcess, error)
+	cgroups() (*cgroup.Host, error)
+	stateDir() string
+}
+
+// process implements [joinSource].
+func (a *app) process(m *sandbox.MemberRecord) (*memberProcess, error) {
+	d, err := a.dir()
+	if err != nil {
+		return nil, err
+	}
+	return readProcess(d, m)
+}
+
+// cgroups implements [joinSource].
+func (a *app) cgroups() (*cgroup.Host, error) { return cgroup.Detect() }
 
 func (j *joiner) close() {
 	for _, f := range j.opened {
 		f.Close()
+	}
+	for _, ns := range j.living {
+		for _, f := range ns {
+			f.Close() // a second time does nothing
+		}
 	}
 }
 
@@ -361,10 +387,11 @@ func (j *joiner) proc() error {
 	if m.Namespaces[namespace.Mnt].From != namespace.Private {
 		return nil
 	}
-	s, err := j.config(m)
+	p, err := j.src.process(m)
 	if err != nil {
 		return err
 	}
+	s := p.spec
 	for _, mnt := range s.Mounts {
 		if filepath.Clean(mnt.Destination) == "/proc" && mnt.Type == "proc" {
 			pm.Options = mnt.Options
@@ -405,9 +432,9 @@ func (j *joiner) ofSandbox(k namespace.Kind) (*os.File, error) {
 // ofMember opens a namespace of m: init's while it lives, and what the monitor
 // holds afterwards.
 func (j *joiner) ofMember(m *sandbox.MemberRecord, k namespace.Kind) (*os.File, error) {
-	ns, err := member.OpenNamespaces(m.Init, []namespace.Kind{k})
+	ns, err := j.ofInit(m, k)
 	if !errors.Is(err, procid.ErrGone) {
-		return ns[k], err
+		return ns, err
 	}
 	if k == namespace.PID && m.Namespaces[k].From == namespace.Private {
 		return nil, fmt.Errorf("%w: that of member %s, which has exited", member.ErrDeadPID, m.Config.Name)
@@ -417,6 +444,25 @@ func (j *joiner) ofMember(m *sandbox.MemberRecord, k namespace.Kind) (*os.File, 
 		return nil, notHeld(m)
 	}
 	return f, err
+}
+
+// ofInit opens a namespace of a living init: all of them at once, since it is
+// being certain whose they are that takes time.
+func (j *joiner) ofInit(m *sandbox.MemberRecord, k namespace.Kind) (*os.File, error) {
+	if !k.Supported() {
+		return nil, os.ErrNotExist
+	}
+	if _, ok := j.living[m.ID]; !ok {
+		ns, err := member.OpenNamespaces(m.Init, slices.DeleteFunc(namespace.Kinds(), func(k namespace.Kind) bool { return !k.Supported() }))
+		if err != nil {
+			return nil, err
+		}
+		if j.living == nil {
+			j.living = map[string]map[namespace.Kind]*os.File{}
+		}
+		j.living[m.ID] = ns
+	}
+	return j.living[m.ID][k], nil
 }
 
 func openRoot(m *sandbox.MemberRecord) (*os.File, error) {
@@ -446,30 +492,14 @@ func isOwn(f *os.File, k namespace.Kind) (bool, error) {
 
 // memberProcess makes the process one of m's kind.
 func (j *joiner) memberProcess(m *sandbox.MemberRecord) error {
-	s, err := j.config(m)
+	of, err := j.src.process(m)
 	if err != nil {
 		return err
 	}
-	p := *s.Process
+	p := *of.spec.Process
 	p.Env = slices.Clone(p.Env)
-	j.spec.Process = &p
-	if s.Linux == nil || s.Linux.Seccomp == nil {
-		return nil
-	}
-	if j.spec.Seccomp, err = seccomp.Compile(s.Linux.Seccomp); err != nil {
-		return err
-	}
-	j.spec.SeccompFlag, err = seccomp.Flags(s.Linux.Seccomp)
-	return err
-}
-
-// config reads the resolved configuration of m.
-func (j *joiner) config(m *sandbox.MemberRecord) (*specs.Spec, error) {
-	d, err := j.app.dir()
-	if err != nil {
-		return nil, err
-	}
-	return d.MemberConfigFile(m.Sandbox + "/" + m.ID)
+	j.spec.Process, j.spec.Seccomp, j.spec.SeccompFlag = &p, of.filter, of.flags
+	return nil
 }
 
 // hostProcess makes the process one like this, with the host's root or, if
@@ -530,9 +560,9 @@ func (j *joiner) program(args, env []string, cwd, user string, tty bool) (*launc
 	return member.CompileJoin(&j.spec)
 }
 
-// run runs args as o says, and returns an [exitCode].
-func (j *joiner) run(ctx context.Context, o *processFlags, args []string) error {
-	env, err := j.app.environment(o.env)
+// runJoined runs args as o says, and returns an [exitCode].
+func (a *app) runJoined(ctx context.Context, j *joiner, o *processFlags, args []string) error {
+	env, err := a.environment(o.env)
 	if err != nil {
 		return err
 	}
@@ -542,11 +572,11 @@ func (j *joiner) run(ctx context.Context, o *processFlags, args []string) error 
 	}
 	signals, stop := forward()
 	defer stop()
-	c := &member.Command{Program: prog, Dir: j.app.stateDir(), Argv: j.argv(), Stdout: j.app.out, Stderr: j.app.err, TTY: o.tty, Signals: signals}
+	c := &member.Command{Program: prog, Dir: a.stateDir(), Argv: j.argv(), Stdout: a.out, Stderr: a.err, TTY: o.tty, Signals: signals}
 	if o.stdin {
-		c.Stdin = j.app.in
+		c.Stdin = a.in
 		if o.tty {
-			t, err := openTerminal(j.app.in)
+			t, err := openTerminal(a.in)
 			if err != nil {
 				return err
 			}
@@ -563,9 +593,9 @@ func (j *joiner) run(ctx context.Context, o *processFlags, args []string) error 
 
 // argv is the launcher's, with the mark that everything of a sandbox bears.
 func (j *joiner) argv() []string {
-	state, err := filepath.Abs(j.app.stateDir())
+	state, err := filepath.Abs(j.src.stateDir())
 	if err != nil {
-		state = j.app.stateDir()
+		state = j.src.stateDir()
 	}
 	mark := installationMark(state) + "." + j.target.sandbox.ID
 	if m := j.target.member; m != nil {

@@ -48,6 +48,7 @@ type node struct {
 	monitors *member.Monitors
 	hostMnt  *os.File
 	reaper   *reaper
+	recent   recentProcesses
 	store    *collect.Store
 	sampler  *collect.Sampler
 
@@ -452,6 +453,11 @@ func siblingFacts(r *sandbox.Record, s *sandbox.MemberRecord) member.SiblingFact
 		f.PidNSAlive = alive
 	}
 	return f
+}
+
+// MakeMembersCgroup implements [sandbox.MemberNode].
+func (n *node) MakeMembersCgroup(_ context.Context, r *sandbox.Record) error {
+	return n.cg.MakeParent(r.Cgroup)
 }
 
 // MakeMemberCgroup implements [sandbox.MemberNode].

@@ -181,7 +181,12 @@ func (a *app) serve(ctx context.Context, o serveOptions) (err error) {
 	clean.Go(func() { keepClean(cleanCtx, m, o.gcInterval, log) })
 	mt.Attach(m, metricsReaders(node, rd.journal, o.web.perSandbox))
 	page.Recovered(m)
-	return serveAPI(ctx, m, countedExecer{execer{&app{state: state}}, mt}, socket, log)
+	x, err := newExecer(m, node)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, x.close()) }()
+	return serveAPI(ctx, m, countedExecer{x, mt}, socket, log)
 }
 
 // serveAPI answers calls on socket until ctx ends. m is lent and has recovered.

@@ -14,7 +14,6 @@ import (
 	"github.com/sandboxd/sandboxd/internal/launch"
 	"github.com/sandboxd/sandboxd/internal/namespace"
 	"github.com/sandboxd/sandboxd/internal/procid"
-	"github.com/sandboxd/sandboxd/internal/seccomp"
 	"github.com/sandboxd/sandboxd/member"
 	"github.com/sandboxd/sandboxd/sandbox"
 )
@@ -168,14 +167,12 @@ func (n *node) compilerInput(r *sandbox.Record, m *sandbox.MemberRecord, sibling
 		ids := []specs.LinuxIDMapping{{HostID: r.IDs.Start, Size: r.IDs.Size}}
 		in.UserNS, in.UIDs, in.GIDs = in.Namespaces[namespace.User].File, ids, ids
 	}
-	if spec.Linux != nil && spec.Linux.Seccomp != nil {
-		if in.Seccomp, err = seccomp.Compile(spec.Linux.Seccomp); err != nil {
-			return nil, closeAll, err
-		}
-		if in.SeccompFlags, err = seccomp.Flags(spec.Linux.Seccomp); err != nil {
-			return nil, closeAll, err
-		}
+	p, err := newMemberProcess(spec)
+	if err != nil {
+		return nil, closeAll, err
 	}
+	in.Seccomp, in.SeccompFlags = p.filter, p.flags
+	n.recent.put(m.ID, p)
 	return in, closeAll, nil
 }
 

@@ -46,8 +46,9 @@ type Hierarchy struct {
 
 // Host is what [Detect] found.
 type Host struct {
-	v2 string // mount point, or empty
-	v1 []Hierarchy
+	v2     string // mount point, or empty
+	v1     []Hierarchy
+	cpuset string // mount point of the v1 hierarchy that has the cpuset controller, or empty
 }
 
 // Detect reads which hierarchies are mounted.
@@ -86,6 +87,9 @@ func parseMounts(r io.Reader) (*Host, error) {
 			}
 			seen[key] = true
 			h.v1 = append(h.v1, Hierarchy{Mount: mount, Controllers: cs})
+			if slices.Contains(cs, "cpuset") {
+				h.cpuset = mount
+			}
 		}
 	}
 	if err := sc.Err(); err != nil {

@@ -52,15 +52,32 @@ func (h *Host) Limit(path string, res *specs.LinuxResources) error {
 	if err := CheckPath(path); err != nil {
 		return err
 	}
-	for _, m := range h.mounts()[1:] {
-		if err := h.makeAll(m, path); err != nil {
-			return err
-		}
+	if err := h.makeOthers(path); err != nil {
+		return err
 	}
 	if res == nil {
 		return nil
 	}
 	return h.set(path, res)
+}
+
+// MakeParent makes a cgroup that was made by [Host.MakeSandbox] in the other
+// hierarchies too. [Host.Limit] does so for the one above its own.
+func (h *Host) MakeParent(path string) error {
+	if err := CheckPath(path); err != nil {
+		return err
+	}
+	return h.makeOthers(path)
+}
+
+// makeOthers makes the cgroup at path in all hierarchies but the tracking one.
+func (h *Host) makeOthers(path string) error {
+	for _, m := range h.mounts()[1:] {
+		if err := h.makeAll(m, path); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // MakeLeaf makes the cgroup at path in the tracking hierarchy alone.
@@ -95,18 +112,20 @@ func (h *Host) makeAll(mount, path string) error {
 // make makes one cgroup in one hierarchy.
 func (h *Host) make(mount, path string) error {
 	dir := filepath.Join(mount, path)
-	if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, os.ErrExist) {
+	err := os.Mkdir(dir, 0o755)
+	if err != nil && !errors.Is(err, os.ErrExist) {
 		return fmt.Errorf("make cgroup: %w", err)
 	}
-	if mount != h.v2 && mount == h.V1Controllers()["cpuset"] {
-		return inheritCpuset(dir)
+	if mount == h.cpuset {
+		return inheritCpuset(dir, err == nil)
 	}
 	return nil
 }
 
 // inheritCpuset gives a v1 cpuset cgroup its parent's processors and memory
-// nodes: it is made with none, and no process can join it then (cpusets.rst).
-func inheritCpuset(dir string) error {
+// nodes: it is made with none, and no process can join it then (cpusets.rst). One
+// that is ours is told to pass them on by itself, which children inherit too.
+func inheritCpuset(dir string, ours bool) error {
 	for _, name := range []string{"cpus", "mems"} {
 		name = "cpuset." + name
 		now, err := read(dir, name)
@@ -123,7 +142,7 @@ func inheritCpuset(dir string) error {
 		parents, err := read(filepath.Dir(dir), name)
 		if err == nil && len(bytes.TrimSpace(parents)) == 0 {
 			// Somebody else made that one. The hierarchy's root always has some.
-			if err = inheritCpuset(filepath.Dir(dir)); err == nil {
+			if err = inheritCpuset(filepath.Dir(dir), false); err == nil {
 				parents, err = read(filepath.Dir(dir), name)
 			}
 		}
@@ -132,6 +151,12 @@ func inheritCpuset(dir string) error {
 		}
 		if err := write(dir, name, string(bytes.TrimSpace(parents))); err != nil {
 			return err
+		}
+		if ours {
+			if err := write(dir, "cgroup.clone_children", "1"); err != nil {
+				return err
+			}
+			ours = false
 		}
 	}
 	return nil

@@ -66,23 +66,43 @@ type Process struct {
 
 // Options are what [Start] needs beside the program. The files are lent.
 type Options struct {
-	Stdin, Stdout, Stderr *os.File // nil is /dev/null
-	Dir                   string   // where an executable file is put if memfds cannot be executed
-	Argv                  []string // of the launcher, by which it is recognised; nil is "sandboxd-launch"
+	Stdin, Stdout, Stderr *os.File  // nil is /dev/null
+	Dir                   string    // where an executable file is put if memfds cannot be executed
+	Launcher              *Launcher // nil: one is made for this start
+	Argv                  []string  // of the launcher, by which it is recognised; nil is "sandboxd-launch"
 	Setsid                bool
 	// Created, if not nil, is called when the program has reported that the
 	// process is created and waits; it is then started. pid is the process's.
 	Created func(pid int) error
 }
 
-// Start runs p and returns when its execve has succeeded. If a call fails, the
-// error is a [*StepError] and no process is left.
-func Start(p *Program, o Options) (*Process, error) {
-	exe, err := memexec.Open("sandboxd-launch", elf, o.Dir)
+// Launcher is the program that runs launch programs, kept ready for many starts.
+type Launcher struct{ exe *memexec.Program }
+
+// Open makes a Launcher. dir is where an executable file is put if memfds cannot
+// be executed. The caller closes it.
+func Open(dir string) (*Launcher, error) {
+	exe, err := memexec.Open("sandboxd-launch", elf, dir)
 	if err != nil {
 		return nil, err
 	}
-	defer exe.Close()
+	return &Launcher{exe}, nil
+}
+
+// Close releases the program. Processes that run it are not affected.
+func (l *Launcher) Close() error { return l.exe.Close() }
+
+// Start runs p and returns when its execve has succeeded. If a call fails, the
+// error is a [*StepError] and no process is left.
+func Start(p *Program, o Options) (*Process, error) {
+	l := o.Launcher
+	if l == nil {
+		var err error
+		if l, err = Open(o.Dir); err != nil {
+			return nil, err
+		}
+		defer l.Close()
+	}
 	prog, err := p.Memfd(nil)
 	if err != nil {
 		return nil, err
@@ -119,7 +139,7 @@ func Start(p *Program, o Options) (*Process, error) {
 	if argv == nil {
 		argv = []string{"sandboxd-launch"}
 	}
-	pid, err := exe.Start(argv, nil, files, &syscall.ProcAttr{Sys: &syscall.SysProcAttr{Setsid: o.Setsid}})
+	pid, err := l.exe.Start(argv, nil, files, &syscall.ProcAttr{Sys: &syscall.SysProcAttr{Setsid: o.Setsid}})
 	if err != nil {
 		return nil, err
 	}
