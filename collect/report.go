@@ -254,9 +254,10 @@ func shown(ms []Mount) []Mount {
 	return out
 }
 
+// usage says how full a file system is. One on a disk is that of others too.
 func usage(m Mount) string {
-	if m.Size == 0 {
-		return ""
+	if !m.Memory {
+		return "on disk"
 	}
 	return size(m.Used) + " of " + size(m.Size)
 }
