@@ -56,13 +56,29 @@ func newRigOn(t *testing.T, rootfs string) *rig {
 	r := &rig{T: t, d: newDaemon(t), rootfs: rootfs}
 	r.d.binary = bin
 	// What every daemon makes, and leaves.
-	for _, dir := range []string{r.d.state + "/sandboxes", r.d.state + "/quarantine", r.d.root + "/sandboxes"} {
-		if err := os.Mkdir(dir, 0o700); err != nil {
+	for _, dir := range []string{
+		"/sandboxes", "/quarantine", "/removed",
+	} {
+		if err := os.Mkdir(r.d.state+dir, 0o700); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if err := os.WriteFile(r.d.state+"/lock", nil, 0o600); err != nil {
-		t.Fatal(err)
+	for _, dir := range []string{
+		"/sandboxes", "/network", "/network/attachments", "/network/builtin", "/network/builtin/leases", "/network/cni", "/network/quarantine",
+	} {
+		if err := os.Mkdir(r.d.root+dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, file := range []string{r.d.state + "/lock", r.d.root + "/lock"} {
+		if err := os.WriteFile(file, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for link, to := range map[string]string{"/root": r.d.root, "/collected": r.d.root + "/collected"} {
+		if err := os.Symlink(to, r.d.state+link); err != nil {
+			t.Fatal(err)
+		}
 	}
 	r.d.checkLeaks(t)
 	return r

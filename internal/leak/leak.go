@@ -52,6 +52,9 @@ type Options struct {
 	// Dirs are directories, such as the state and the root directory, below
 	// which everything is ours. One that does not exist is empty.
 	Dirs []string
+	// Keep are files and directories, with all that is below them, that are meant
+	// to outlive what they tell of: they are not looked at.
+	Keep []string
 	// CgroupParent is the path of a cgroup, the same in every hierarchy, which
 	// is ours with all that is below it. Empty: no cgroups are looked at.
 	CgroupParent string

@@ -431,7 +431,8 @@ func (t *taker) links() error {
 func (t *taker) files() error {
 	for _, dir := range t.o.Dirs {
 		err := walk(dir, func(path string, d fs.DirEntry) {
-			if path != dir {
+			kept := slices.ContainsFunc(t.o.Keep, func(k string) bool { return below(path, k) })
+			if path != dir && !kept {
 				t.add(File, path, d.Type().String())
 			}
 		})
