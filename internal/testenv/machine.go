@@ -73,6 +73,8 @@ const (
 	PIDFDInfo  Feature = "pidfdinfo"  // PIDFD_GET_INFO with the exit status (6.15)
 	Seccomp    Feature = "seccomp"    // seccomp filters
 	IPVLAN     Feature = "ipvlan"     // links of kind ipvlan
+
+	BridgeNetfilter Feature = "brnetfilter" // br_netfilter, built in or loaded
 )
 
 // Kernel needs feature f. It is tried, never derived from a version.
@@ -110,6 +112,9 @@ func probe(f Feature) error {
 		return nil
 	case PIDFDInfo:
 		return probePIDFDInfo()
+	case BridgeNetfilter:
+		_, err := os.Stat("/proc/sys/net/bridge/bridge-nf-call-iptables")
+		return err
 	case Seccomp:
 		_, err := os.Stat("/proc/sys/kernel/seccomp/actions_avail")
 		return err

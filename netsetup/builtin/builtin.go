@@ -25,6 +25,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"strings"
 	"sync"
 
 	"github.com/sandboxd/sandboxd/internal/crash"
@@ -78,7 +79,10 @@ type attachment struct {
 
 var _ netsetup.Driver = (*Driver)(nil)
 
-var markRE = regexp.MustCompile(`^[0-9A-Za-z]{1,16}$`)
+var (
+	markRE   = regexp.MustCompile(`^[0-9A-Za-z]{1,16}$`)
+	bridgeRE = regexp.MustCompile(`^[0-9A-Za-z._-]{1,15}$`)
+)
 
 // New reads what is on disk, and watches the host from then on: what somebody
 // removes is made again, and what is no longer needed is removed.
@@ -86,8 +90,8 @@ func New(o Options) (*Driver, error) {
 	switch {
 	case !markRE.MatchString(o.Mark):
 		return nil, fmt.Errorf("installation mark %q is not 1 to 16 letters and digits", o.Mark)
-	case len(o.Bridge) == 0 || len(o.Bridge) >= 16:
-		return nil, fmt.Errorf("bridge name %q is not 1 to 15 bytes long", o.Bridge)
+	case !bridgeRE.MatchString(o.Bridge) || strings.Trim(o.Bridge, ".") == "":
+		return nil, fmt.Errorf("bridge name %q is not 1 to 15 letters, digits, dots, dashes and underscores", o.Bridge)
 	case !o.Subnet.IsValid() || !o.Subnet.Addr().Is4() || o.Subnet.Bits() > 30:
 		return nil, fmt.Errorf("subnet %v is not an IPv4 one of at most 30 bits", o.Subnet)
 	case o.Subnet6.IsValid() && (!o.Subnet6.Addr().Is6() || o.Subnet6.Addr().Is4In6() || o.Subnet6.Bits() > 126):

@@ -153,7 +153,13 @@ func (s *leases) take(id string, static []netip.Addr) (lease, error) {
 		return lease{}, err
 	}
 	// The file system is not waited for with the lock held.
-	err = s.root.Symlink(l.String(), path.Join(leaseDir, id))
+	name := path.Join(leaseDir, id)
+	err = s.root.Symlink(l.String(), name)
+	if errors.Is(err, fs.ErrExist) { // something that is no lease, or it would be known
+		if err = s.root.RemoveAll(name); err == nil {
+			err = s.root.Symlink(l.String(), name)
+		}
+	}
 	if err != nil {
 		s.forget(id)
 		return lease{}, fmt.Errorf("write lease of %s: %w", l.v4, err)
