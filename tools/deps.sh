@@ -15,7 +15,7 @@ packages=(
 	runc crun                                        # what the benchmark compares with
 	containernetworking-plugins iptables dnsmasq-base # CNI: plugins of an old version, their tools, a DHCP server
 	prometheus                                       # and promtool: alerts, dashboard and metrics are tried with them
-	strace iproute2 zstd attr libcap2-bin jq shellcheck make git ca-certificates
+	strace iproute2 nftables procps zstd attr libcap2-bin jq shellcheck make git ca-certificates
 )
 
 # attempt runs a command up to four times: networks fail now and then.

@@ -37,14 +37,18 @@ const (
 	Namespace Kind = "namespace" // held by a process, a thread, a descriptor or a bind mount
 	Mount     Kind = "mount"     // in a mount namespace that is not itself a finding
 	Cgroup    Kind = "cgroup"
-	Link      Kind = "link" // in the observer's network namespace
-	File      Kind = "file" // of any type, below Options.Dirs
-	FD        Kind = "fd"   // of the process Options.PID
+	Link      Kind = "link" // in the observer's network namespace, or Options.NetNS
+	Address   Kind = "address"
+	Route     Kind = "route"
+	Nft       Kind = "nft"    // a table of nftables, or something in one
+	Sysctl    Kind = "sysctl" // with its value: another one is a finding
+	File      Kind = "file"   // of any type, below Options.Dirs
+	FD        Kind = "fd"     // of the process Options.PID
 	Memfd     Kind = "memfd"
 	Shm       Kind = "shm" // in /dev/shm
 )
 
-var kinds = []Kind{Process, Thread, Namespace, Mount, Cgroup, Link, File, FD, Memfd, Shm}
+var kinds = []Kind{Process, Thread, Namespace, Mount, Cgroup, Link, Address, Route, Nft, Sysctl, File, FD, Memfd, Shm}
 
 // Options say what is ours. With the zero value it is what descends from this
 // process.
@@ -70,6 +74,9 @@ type Options struct {
 	PID int
 	// Links makes every new network link ours.
 	Links bool
+	// NetNS is the file of a network namespace in which every new link, address,
+	// route, part of an nftables table and value of a sysctl is ours. Empty: none.
+	NetNS string
 	// Global makes everything new ours.
 	Global bool
 }

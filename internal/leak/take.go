@@ -39,6 +39,9 @@ func Take(o Options) (*Snapshot, error) {
 	if err := t.links(); err != nil {
 		return nil, err
 	}
+	if err := t.network(); err != nil {
+		return nil, err
+	}
 	if err := t.files(); err != nil {
 		return nil, err
 	}

@@ -37,6 +37,7 @@ func run(args []string) (int, error) {
 	flags.StringSliceVar(&o.Marks, "mark", nil, "installation's `mark`; repeatable")
 	flags.IntVar(&o.PID, "pid", 0, "`process` whose descriptors are counted")
 	flags.BoolVar(&o.Links, "links", false, "count all new network links")
+	flags.StringVar(&o.NetNS, "netns", "", "`file` of a network namespace in which everything new is ours, such as /proc/self/ns/net")
 	flags.BoolVar(&o.Global, "global", false, "everything new is ours")
 	wait := flags.Duration("wait", 5*time.Second, "how long the kernel is given to free things")
 	switch err := flags.Parse(args); {
@@ -48,8 +49,8 @@ func run(args []string) (int, error) {
 	args = flags.Args()
 	switch {
 	case len(args) == 1 && args[0] == "snapshot":
-		if !o.Global && len(o.Dirs) == 0 && o.CgroupParent == "" && len(o.Marks) == 0 && o.PID == 0 && !o.Links {
-			return 2, errors.New("nothing is ours without --dir, --cgroup-parent, --mark, --pid, --links or --global")
+		if !o.Global && len(o.Dirs) == 0 && o.CgroupParent == "" && len(o.Marks) == 0 && o.PID == 0 && !o.Links && o.NetNS == "" {
+			return 2, errors.New("nothing is ours without --dir, --cgroup-parent, --mark, --pid, --links, --netns or --global")
 		}
 		o.Ancestor = -1
 		if err := snapshot(o, os.Stdout); err != nil {
