@@ -166,8 +166,8 @@ type collectable struct {
 	valid []types.GCAttachment // never empty: that would mean everything
 }
 
-// collectable lists the networks of the plans whose plugins know GC, with all
-// attachments of each, sorted by name. The configuration is the present one if there is
+// collectable lists the networks of the plans whose version has GC, with all
+// attachments of each, sorted by name (libcni leaves out those with disableGC). The configuration is the present one if there is
 // one, else that of some attachment. A plan that cannot be read is an error: what it has would be freed.
 func (d *Driver) collectable(plans map[string]json.RawMessage) ([]collectable, error) {
 	now := d.conf.current()
@@ -195,7 +195,7 @@ func (d *Driver) collectable(plans map[string]json.RawMessage) ([]collectable, e
 	}
 	var out []collectable
 	for _, n := range byName {
-		if ok, err := version.GreaterThanOrEqualTo(n.list.CNIVersion, "1.1.0"); err != nil || !ok || n.list.DisableGC {
+		if ok, err := version.GreaterThanOrEqualTo(n.list.CNIVersion, "1.1.0"); err != nil || !ok {
 			continue
 		}
 		slices.SortFunc(n.valid, func(a, b types.GCAttachment) int {

@@ -131,10 +131,20 @@ func TestGCFails(t *testing.T) {
 	plan := r.plan(dead, network.Request{})
 	r.attach(dead, plan, ns)
 	r.plugin("two", holder("two", `if [ $CNI_COMMAND != ADD ]; then echo '{"code":100,"msg":"not now"}'; exit 1; fi`))
-	fs := r.gc(nil, false)
-	if len(fs) != 1 || fs[0].Action != "kept" || !strings.Contains(fs[0].Err, "not now") {
-		t.Errorf("found %+v", fs)
+	r.attach(alive, plan, ns)
+	os.Remove(filepath.Join(r.dir, "calls"))
+	// GC of the plugin fails too.
+	fs, err := r.GC(t.Context(), func() map[string]json.RawMessage { return map[string]json.RawMessage{alive: plan} }, false)
+	if err == nil || len(fs) != 1 || fs[0].Action != "kept" || !strings.Contains(fs[0].Err, "not now") {
+		t.Errorf("found %+v, %v", fs, err)
 	}
+	// libcni's GC would run DEL again, in what is at the path of the namespace now.
+	if got, want := r.read("calls"), "DEL two \nDEL one \nGC one \nGC two \n"; got != want {
+		t.Errorf("calls %q, want %q", got, want)
+	}
+	r.plugin("two", holder("two", ""))
+	r.detach(alive, plan, ns)
+	r.plugin("two", holder("two", `if [ $CNI_COMMAND != ADD ]; then echo '{"code":100,"msg":"not now"}'; exit 1; fi`))
 	live := map[string]json.RawMessage{dead: plan}
 	if _, err := r.GC(t.Context(), func() map[string]json.RawMessage { return live }, false); err == nil || !strings.Contains(err.Error(), "network a: ") {
 		t.Errorf("GC: %v", err)
@@ -222,6 +232,9 @@ func TestStatus(t *testing.T) {
 	r.plugin("one", holder("one", ""))
 	r.plugin("two", holder("two", `if [ $CNI_COMMAND = VERSION ]; then echo '{"cniVersion":"1.0.0","supportedVersions":["0.4.0","1.0.0"]}'; exit; fi`))
 	status("plugin " + r.dir + "/bin/two knows versions 0.4.0, 1.0.0, and not the configuration's 1.1.0")
+	// A file of the same size.
+	r.plugin("two", holder("two", `if [ $CNI_COMMAND = VERSION ]; then echo '{"cniVersion":"1.0.0","supportedVersions":["0.3.0","1.0.0"]}'; exit; fi`))
+	status("plugin " + r.dir + "/bin/two knows versions 0.3.0, 1.0.0, and not")
 	r.plugin("two", holder("two", `if [ $CNI_COMMAND = STATUS ]; then echo '{"code":50,"msg":"not yet"}'; exit 1; fi`))
 	status("network b: CNI error 50: not yet")
 	r.plugin("two", holder("two", ""))
