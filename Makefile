@@ -81,6 +81,10 @@ bench: build ## medians and ratios against runc, crun and a bare clone
 	go build -o build/bench ./e2e/bench
 	tools/bench.sh $(BENCH)
 
+.PHONY: soak
+soak: ## what users do, at random, while everything is killed; SOAK=2h for longer
+	SANDBOXD_SOAK=$(or $(SOAK),3m) go test -tags=e2e -count=1 -v -timeout=0 -run='^TestSoak$$' ./e2e
+
 .PHONY: demo
 demo: build build/leakcheck ## the story of the README, with the leak oracle's verdict
 	tools/demo.sh

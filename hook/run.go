@@ -63,7 +63,12 @@ func Run(ctx context.Context, c *Command) Result {
 	}
 	cmd.Env = Environment(c.Env)
 	cmd.Dir = "/"
-	cmd.Stdin = strings.NewReader(string(c.Stdin))
+	in, err := inputFile(c.Stdin)
+	if err != nil {
+		return Result{Code: -1, Took: time.Since(begin), Err: err}
+	}
+	defer in.Close()
+	cmd.Stdin = in
 	cmd.Stdout, cmd.Stderr = &out, &out // one pipe: the order is kept
 	cmd.WaitDelay = drainTime
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
@@ -74,8 +79,7 @@ func Run(ctx context.Context, c *Command) Result {
 		// It leads its group, and is not reaped yet: the group is its own.
 		return unix.Kill(-cmd.Process.Pid, unix.SIGKILL)
 	}
-	err := cmd.Start()
-	if err != nil {
+	if err := cmd.Start(); err != nil {
 		return Result{Code: -1, Took: time.Since(begin), Err: startError(err)}
 	}
 	if c.Started != nil {
@@ -97,6 +101,23 @@ func Run(ctx context.Context, c *Command) Result {
 	}
 	// Else it has ended well: that its output or input was left open is no failure.
 	return r
+}
+
+// inputFile returns a file in memory with what a hook reads from its stdin. A pipe
+// would be empty if this process were killed before it had written to it, and the
+// hook would run and know nothing. The caller closes it.
+func inputFile(b []byte) (*os.File, error) {
+	fd, err := unix.MemfdCreate("sandboxd-hook-input", unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, os.NewSyscallError("memfd_create", err)
+	}
+	f := os.NewFile(uintptr(fd), "hook input")
+	// With an offset: the hook begins to read at the descriptor's own, which is 0.
+	if _, err := f.WriteAt(b, 0); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("hook input: %w", err)
+	}
+	return f, nil
 }
 
 // Environment is what a hook's environment becomes.
