@@ -31,6 +31,8 @@ type scene struct {
 	// act is what happens while the daemon may die. Its clients may fail. If
 	// before has left no daemon, one was started, and may be dead already.
 	act func(r *rig)
+	// after looks at what a scene has left before all is removed; nil for most.
+	after func(r *rig)
 	// points are a part of those that act must pass, lest a scene lose its
 	// sense unseen.
 	points []string
@@ -218,6 +220,25 @@ var scenes = []scene{
 		points: []string{"reanchor before", "reanchor after", "reanchor record after"},
 	},
 	{
+		name: "exit with a collector",
+		before: func(r *rig) {
+			r.mustServe()
+			r.ok("create", "box")
+			r.ok("run", "box", "--rootfs", r.rootfs, "--name", "m", "-d", "--tmpfs", "/t", "--collect", "/t/*", "--custody", "never",
+				"--", "sh", "-c", `echo kept >/t/f; trap "exit 7" TERM; while :; do sleep 0.02; done`)
+			r.catches(r.member("box/m").PID, unix.SIGTERM)
+		},
+		act: func(r *rig) {
+			r.cli("kill", "box/m", "TERM")
+			r.untilDeadOr(func() bool { return r.member("box/m").Custody.Released != nil })
+		},
+		after: collectedOnce,
+		points: []string{
+			"poststop collect before", "collect temp after", "collect manifest after", "collect archive after", "collect rename before",
+			"collect rename after", "poststop collect after", "poststop collect record before", "poststop record after", "custody record after", "custody monitor before",
+		},
+	},
+	{
 		name:   "monitor and pause killed",
 		before: alive,
 		act: func(r *rig) {
@@ -238,6 +259,26 @@ var scenes = []scene{
 		},
 		points: []string{"monitor replace after", "reanchor after", "reanchor record after"},
 	},
+}
+
+// collectedOnce checks that box/m, once it has exited, is collected once and
+// completely, and that its custody ends.
+func collectedOnce(r *rig) {
+	r.Helper()
+	if m := r.member("box/m"); m.Exit == nil {
+		r.ok("kill", "box/m", "TERM") // the daemon died before it was told
+	}
+	r.eventually("box/m is collected and let go", func() bool {
+		m := r.member("box/m")
+		return m.State == "Collected" && m.Collection == "box/m-1" && !m.Custody.Held && m.MonitorPID == 0
+	})
+	if ls := r.ok("collected", "ls", "-q"); ls != "box/m-1" {
+		r.Errorf("collections: %q", ls)
+	}
+	// The archive is packed as it was read: in its entirety, or not at all.
+	if p := r.postmortem("box/m"); p.Manifest.Archive == nil || p.Manifest.Archive.Error != "" || p.Manifest.Archive.Entries != 1 || p.Manifest.Exit.Code != sceneCode {
+		r.Errorf("the collection: %+v", p.Manifest)
+	}
 }
 
 // untilDeadOr waits until ok, which may use the daemon, or until the daemon has died.
@@ -291,6 +332,9 @@ func TestCrashMatrix(t *testing.T) {
 					r.play(s, "SANDBOXD_CRASH_AT="+p)
 					r.awaitCrash(p)
 					r.mustServe()
+					if s.after != nil {
+						s.after(r)
+					}
 					r.sound()
 				})
 			}
@@ -329,6 +373,9 @@ func passed(t *testing.T, rootfs string, s scene) []string {
 			}
 		}
 		r.mustServe()
+		if s.after != nil {
+			s.after(r)
+		}
 		r.sound()
 	})
 	if !ok {
@@ -419,7 +466,7 @@ func (r *rig) soundReady(box sandbox.Info) {
 			r.soundRunning(ref)
 		case "Running":
 			r.soundRunning(ref)
-		case "Exited":
+		case "Exited", "Collected":
 			want := sceneCode
 			if m.Command[0] == "/script" {
 				want = 127

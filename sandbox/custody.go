@@ -147,8 +147,12 @@ func (m *Manager) tendCustody() time.Duration {
 	rest := all[:0]
 	for _, h := range all {
 		until := h.rec.heldUntil()
+		word, why := h.rec.unwanted()
 		if !until.IsZero() && !now.Before(until) {
-			if !m.tryRelease(h, releasedTTL, fmt.Sprintf("%s are over", h.rec.Config.CustodyTTL)) {
+			word, why = releasedTTL, fmt.Sprintf("%s are over", h.rec.Config.CustodyTTL)
+		}
+		if word != "" {
+			if !m.tryRelease(h, word, why) {
 				wait = min(wait, busyInterval)
 			}
 			continue
@@ -204,12 +208,21 @@ func (m *Manager) finishRelease(ctx context.Context, mb *memb) {
 	}
 }
 
-// releaseUnwanted ends the custody of a member of which only what had to happen
-// after its exit needed it. Preconditions: mb.op is held.
-func (m *Manager) releaseUnwanted(ctx context.Context, mb *memb) {
-	r := mb.rec.Load()
-	if !r.held() || holds(r.Config.Custody, *r.Exit) || r.Config.AutoRemove {
-		return
+// unwanted says why the custody of a member that is held ends at once, if only
+// what had to happen after its exit needed it.
+func (r *MemberRecord) unwanted() (word, why string) {
+	if holds(r.Config.Custody, *r.Exit) || r.Config.AutoRemove {
+		return "", ""
 	}
-	m.release(ctx, mb, releasedPolicy, fmt.Sprintf("the member's is %s", r.Config.Custody)) // what goes wrong is logged
+	return releasedPolicy, fmt.Sprintf("the member's is %s", r.Config.Custody)
+}
+
+// releaseUnwanted ends the custody of a member that nobody wants to be held any
+// longer. Preconditions: mb.op is held.
+func (m *Manager) releaseUnwanted(ctx context.Context, mb *memb) {
+	if r := mb.rec.Load(); r.held() {
+		if word, why := r.unwanted(); word != "" {
+			m.release(ctx, mb, word, why) // what goes wrong is logged, and done later
+		}
+	}
 }

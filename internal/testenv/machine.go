@@ -73,6 +73,7 @@ const (
 	PIDFDInfo  Feature = "pidfdinfo"  // PIDFD_GET_INFO with the exit status (6.15)
 	Seccomp    Feature = "seccomp"    // seccomp filters
 	IPVLAN     Feature = "ipvlan"     // links of kind ipvlan
+	CoreFile   Feature = "corefile"   // core_pattern is a relative name, so that cores are files of who dumps them
 
 	BridgeNetfilter Feature = "brnetfilter" // br_netfilter, built in or loaded
 )
@@ -110,6 +111,8 @@ func probe(f Feature) error {
 			return fmt.Errorf("mount_setattr: %w", err)
 		}
 		return nil
+	case CoreFile:
+		return probeCorePattern()
 	case PIDFDInfo:
 		return probePIDFDInfo()
 	case BridgeNetfilter:
@@ -149,6 +152,17 @@ func probeCgroupKill() error {
 }
 
 // probePIDFDInfo asks for the exit status of a process that has been reaped.
+func probeCorePattern() error {
+	b, err := os.ReadFile("/proc/sys/kernel/core_pattern")
+	if err != nil {
+		return err
+	}
+	if p := strings.TrimSpace(string(b)); p == "" || p[0] == '|' || p[0] == '/' {
+		return fmt.Errorf("core_pattern is %q", p)
+	}
+	return nil
+}
+
 func probePIDFDInfo() error {
 	fd := -1
 	cmd := exec.Command("true")
