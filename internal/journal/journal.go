@@ -52,6 +52,7 @@ type Journal struct {
 	last    uint64   // number of the last event
 	sizes   []size   // of the other segments, the oldest first
 	first   uint64   // of the last segment
+	jump    bool     // numbers may have been given out that the files do not show
 	pending []Event  // that could not be written
 	lost    int      // events that there was no room for in pending
 	retry   *time.Timer
@@ -113,7 +114,6 @@ func (j *Journal) load() error {
 		}
 		j.sizes = append(j.sizes, size{first, fi.Size()})
 	}
-	damaged := false
 	for len(j.sizes) > 0 {
 		s := j.sizes[len(j.sizes)-1]
 		j.sizes = j.sizes[:len(j.sizes)-1]
@@ -127,7 +127,7 @@ func (j *Journal) load() error {
 			return err
 		}
 		if sc.end == 0 { // damaged from the first line to the last
-			damaged = true
+			j.jump, j.last = true, s.first-1
 			f.Close()
 			if err := j.dir.Remove(segmentName(s.first)); err != nil {
 				return err
@@ -140,7 +140,7 @@ func (j *Journal) load() error {
 		}
 		j.first, j.last, j.off = s.first, sc.last, sc.end
 		j.tailFirst = s.first
-		if sc.header.Boot != j.o.Boot || damaged {
+		if j.jump = j.jump || sc.header.Boot != j.o.Boot; j.jump {
 			j.sizes = append(j.sizes, size{s.first, sc.end})
 			return f.Close()
 		}
@@ -355,7 +355,7 @@ func encode(e *Event) ([]byte, error) {
 // that anybody could hold.
 func (j *Journal) begin() error {
 	h := header{Version: formatVersion, First: j.last + 1, Prev: j.last, Boot: j.o.Boot}
-	if j.f == nil && j.last > 0 {
+	if j.jump {
 		h.First += bootGap
 	}
 	line, err := json.Marshal(h)
@@ -379,6 +379,7 @@ func (j *Journal) begin() error {
 		j.f.Close() // nothing is in it that could still be lost
 	}
 	j.f, j.first, j.last, j.off = f, h.First, h.First-1, int64(len(line))
+	j.jump = false
 	j.full.Store(false)
 	total := j.o.segment // the new one will have that
 	for _, s := range j.sizes {
