@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -140,8 +141,36 @@ func (n *fakeNode) call(ctx context.Context, name string, effect func() error) e
 	return effect()
 }
 
-// copyTree copies a state directory that is being written to.
+// copyTree copies a state directory, with the journal in it, as it is at one
+// moment, although it is being written to.
 func copyTree(from, to string) {
+	for {
+		before := fingerprint(from)
+		if err := os.RemoveAll(to); err != nil {
+			panic(err)
+		}
+		copyOnce(from, to)
+		if fingerprint(from) == before {
+			return
+		}
+	}
+}
+
+// fingerprint changes with every file in dir.
+func fingerprint(dir string) string {
+	var b strings.Builder
+	filepath.WalkDir(dir, func(p string, d fs.DirEntry, err error) error {
+		if err == nil {
+			if fi, err := d.Info(); err == nil {
+				fmt.Fprintln(&b, p, fi.Size(), fi.ModTime().UnixNano(), fi.Sys().(*syscall.Stat_t).Ctim)
+			}
+		}
+		return nil
+	})
+	return b.String()
+}
+
+func copyOnce(from, to string) {
 	err := filepath.WalkDir(from, func(p string, d fs.DirEntry, err error) error {
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil

@@ -12,6 +12,8 @@ import (
 
 	"pgregory.net/rapid"
 
+	"github.com/sandboxd/sandboxd/internal/garbage"
+	"github.com/sandboxd/sandboxd/internal/journal"
 	"github.com/sandboxd/sandboxd/internal/namespace"
 	"github.com/sandboxd/sandboxd/internal/network"
 )
@@ -28,6 +30,7 @@ var methods = []string{
 // world is a Manager on a host where everything goes wrong.
 type world struct {
 	m    *Manager
+	j    *journal.Journal
 	n    *fakeNode
 	base string
 	gen  int // of the state directory
@@ -51,25 +54,43 @@ func (w *world) open(t *rapid.T) {
 			}
 		}
 	})
-	m, err := Open(context.Background(), w.state(), w.n, testOptions(w.n))
+	j, err := journal.Open(w.journal(), journal.Options{Boot: "boot"})
+	if err != nil {
+		t.Fatalf("open journal: %v", err)
+	}
+	o := testOptions(w.n)
+	o.Journal = j
+	m, err := Open(context.Background(), w.state(), w.n, o)
 	if err != nil {
 		t.Fatalf("open: %v", err)
 	}
-	w.m = m
+	w.m, w.j = m, j
 }
+
+// journal is in the state directory here, so that a crash finds both as they
+// are at one moment.
+func (w *world) journal() string { return filepath.Join(w.state(), "events") }
+
+func (w *world) close() error { return errors.Join(w.m.Close(), w.j.Close()) }
 
 // restart ends the daemon and starts another. If the first had died in a call,
 // the second finds the state directory as it was at that moment.
 func (w *world) restart(t *rapid.T) {
-	if err := w.m.Close(); err != nil {
+	if err := w.close(); err != nil {
 		t.Fatalf("close: %v", err)
 	}
+	crashed := false
 	w.n.with(func() {
-		if w.n.crashed {
+		if crashed = w.n.crashed; crashed {
 			w.gen++
 		}
 		w.n.crashed, w.n.countdown = false, 0
 	})
+	if crashed && rapid.Bool().Draw(t, "before the event was written") {
+		if err := takeBack(w.state(), w.journal()); err != nil {
+			t.Fatalf("take back: %v", err)
+		}
+	}
 	w.open(t)
 }
 
@@ -168,6 +189,9 @@ func (w *world) invariants() error {
 	defer w.n.mu.Unlock()
 	if w.n.crashed {
 		return nil // what a dead daemon thinks does not count
+	}
+	if err := checkEvents(w.journal(), infos); err != nil {
+		return err
 	}
 	boxes := map[string]Info{}
 	members := map[string]MemberInfo{}
@@ -286,7 +310,7 @@ func TestLifecycle(t *testing.T) {
 		w := &world{n: newFakeNode(), base: filepath.Join(base, fmt.Sprint(run)), exits: map[string]Exit{}}
 		defer os.RemoveAll(w.base)
 		w.open(t)
-		defer func() { w.m.Close() }()
+		defer func() { w.close() }()
 		anyMember := func(t *rapid.T) string {
 			var k string
 			w.n.with(func() {
@@ -341,7 +365,7 @@ func TestLifecycle(t *testing.T) {
 			},
 			"restart": w.restart,
 			"deaths while the daemon is down": func(t *rapid.T) {
-				w.m.Close()
+				w.close()
 				k := anyMember(t)
 				pause, monitor, init := rapid.Bool().Draw(t, "pause"), rapid.Bool().Draw(t, "monitor"), rapid.Bool().Draw(t, "init")
 				w.n.with(func() {
@@ -374,13 +398,24 @@ func TestLifecycle(t *testing.T) {
 			},
 			"crash in recovery": func(t *rapid.T) {
 				w.restart(t)
-				w.m.Close()
+				w.close()
 				w.n.with(func() {
 					w.n.countdown = rapid.IntRange(1, 8).Draw(t, "call")
 					w.n.crashLate = rapid.Bool().Draw(t, "late")
 				})
 				w.open(t)
 				w.restart(t)
+			},
+			"garbage collection": func(t *rapid.T) {
+				found, err := w.m.GC(context.Background(), rapid.Bool().Draw(t, "dry run"))
+				if err != nil && !w.faulty() {
+					t.Fatalf("gc: %v", err)
+				}
+				for _, f := range found {
+					if f.Kind == garbage.Cgroup {
+						t.Fatalf("found to belong to nobody: %+v", f)
+					}
+				}
 			},
 			"": func(t *rapid.T) { soon(t, w.invariants) },
 		})
@@ -393,6 +428,9 @@ func TestLifecycle(t *testing.T) {
 			}
 		}
 		soon(t, w.n.empty)
+		if err := checkEvents(w.journal(), nil); err != nil {
+			t.Fatalf("at the end: %v", err)
+		}
 		if left, err := os.ReadDir(filepath.Join(w.state(), sandboxesDir)); err != nil || len(left) > 0 {
 			t.Fatalf("left in the state directory: %v, %v", left, err)
 		}

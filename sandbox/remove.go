@@ -135,7 +135,7 @@ func (m *Manager) dropMember(b *box, mb *memb, op string) error {
 	default:
 		r, next := mb.rec.Load(), mb.told
 		es := next.events(m.memberEventOf(mb.in, r), memberRemoval(&next, r))
-		err = m.retire(mb.dir(), r.Sandbox+"."+r.ID, &mb.told, es)
+		err = m.retire(mb.dir(), removedName{sandbox: r.Sandbox, member: r.ID}, &mb.told, es)
 	}
 	if err != nil {
 		return fmt.Errorf("member record: %w", err)
@@ -205,7 +205,7 @@ func (m *Manager) drop(b *box, op string) error {
 		err = m.setAside(b.dir())
 	} else {
 		r, next := b.rec.Load(), b.told
-		err = m.retire(b.dir(), r.ID, &b.told, next.events(m.eventOf(r), []Event{next.removal("")}))
+		err = m.retire(b.dir(), removedName{sandbox: r.ID}, &b.told, next.events(m.eventOf(r), []Event{next.removal("")}))
 	}
 	if err != nil {
 		return fmt.Errorf("record: %w", err)

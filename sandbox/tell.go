@@ -145,19 +145,18 @@ func sandboxEvents(t *told, old, r *Record) []Event {
 // memberEvents is sandboxEvents for a member.
 func memberEvents(t *told, old, r *MemberRecord) []Event {
 	es := t.changed(r.State.String(), r.Reason)
-	if !old.Monitor.IsZero() && !r.Monitor.IsZero() && old.Monitor != r.Monitor {
-		es = append(es, Event{Type: journal.Monitor, Reason: "monitor was killed and replaced", Attrs: pids(old.Monitor, r.Monitor)})
-	}
-	if old.Exit == nil && r.Exit != nil {
-		if len(es) == 1 {
-			es[0].Type, es[0].Exit, es[0].Reason = journal.Exit, r.Exit, r.Exit.Reason
-		}
+	// An exit that could not be recorded has been told of all the same.
+	if len(es) == 1 && old.Exit == nil && r.Exit != nil {
+		es[0].Type, es[0].Exit, es[0].Reason = journal.Exit, r.Exit, r.Exit.Reason
 		if r.Exit.OOMKilled {
 			es = append(es, Event{Type: journal.OOM, Reason: "the kernel killed a process of the member for want of memory"})
 		}
+		if !r.HeldSince.IsZero() {
+			es = append(es, custodyEvent("taken", string(r.Config.Custody)))
+		}
 	}
-	if old.HeldSince.IsZero() && !r.HeldSince.IsZero() {
-		es = append(es, custodyEvent("taken", string(r.Config.Custody)))
+	if !old.Monitor.IsZero() && !r.Monitor.IsZero() && old.Monitor != r.Monitor {
+		es = append(es, Event{Type: journal.Monitor, Reason: "monitor was killed and replaced", Attrs: pids(old.Monitor, r.Monitor)})
 	}
 	if old.Released == nil && r.Released != nil {
 		es = append(es, custodyEvent("released", r.Released.Reason))
@@ -247,10 +246,8 @@ func (m *Manager) recall(id, state string, r *Telling) told {
 	if r.Rev == 0 {
 		t.state = "" // that daemon told nothing
 	}
-	if o := r.Outbox; o != nil {
-		r.Outbox = nil
-		m.makeUp(id, o.After, o.Events)
-	}
+	m.makeUpOutbox(id, r.Outbox)
+	r.Outbox = nil
 	// The journal is ahead if the record could not be written when something happened.
 	if tail, ok := m.o.Journal.Tail(id); ok && tail.Rev > t.rev {
 		t.rev, t.state, t.gone = tail.Rev, tail.State, tail.Removed
@@ -264,20 +261,53 @@ func (m *Manager) recallLost(id string) told {
 	return told{lost: true, state: tail.State, gone: tail.Removed}
 }
 
-// removedDir holds what has been removed and not told of yet. What is in there
-// is called AFTER.ID or AFTER.SANDBOX.MEMBER, AFTER being the journal's last
-// number before.
+// removedDir holds what has been removed and perhaps not been told of yet. What
+// is in there is named by a [removedName].
 const removedDir = "removed"
 
+// removedName is what has to be known to tell of a removal.
+type removedName struct {
+	after   uint64 // the journal's last number before
+	rev     uint64 // of the last event before
+	state   string // that was told last
+	sandbox string
+	member  string // empty if it is the sandbox
+}
+
+func (n removedName) String() string {
+	s := fmt.Sprintf("%d.%d.%s.%s", n.after, n.rev, n.state, n.sandbox)
+	if n.member != "" {
+		s += "." + n.member
+	}
+	return s
+}
+
+func parseRemovedName(s string) (n removedName, ok bool) {
+	f := strings.Split(s, ".")
+	if len(f) == 5 {
+		n.member = f[4]
+		f = f[:4]
+	}
+	if len(f) != 4 {
+		return n, false
+	}
+	var aerr, rerr error
+	n.after, aerr = strconv.ParseUint(f[0], 10, 64)
+	n.rev, rerr = strconv.ParseUint(f[1], 10, 64)
+	n.state, n.sandbox = f[2], f[3]
+	return n, aerr == nil && rerr == nil && isID(n.sandbox) && (n.member == "" || isID(n.member))
+}
+
 // retire removes the record in dir, of which nothing else is left, and tells of
-// it. That dir is not there any more is what makes it a fact. id is SANDBOX or SANDBOX.MEMBER.
-func (m *Manager) retire(dir, id string, t *told, es []Event) error {
+// it. That dir is not there any more is what makes it a fact. n names what it is of.
+func (m *Manager) retire(dir string, n removedName, t *told, es []Event) error {
 	if t.rev == 0 {
 		return m.removeDir(dir) // nobody has heard of it
 	}
 	after, release := m.o.Journal.Hold()
 	defer release()
-	to := fmt.Sprintf("%s/%d.%s", removedDir, after, id)
+	n.after, n.rev, n.state = after, t.rev, t.state
+	to := removedDir + "/" + n.String()
 	err := m.root.Rename(dir, to)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
@@ -322,18 +352,40 @@ func (m *Manager) recallRemoved() error {
 	if err != nil {
 		return err
 	}
+	names := map[string]string{} // of sandboxes
+	for id, b := range m.boxes {
+		names[id] = b.name()
+	}
+	// Members before their sandboxes, but those have the names.
+	var boxes, members []removedName
 	for _, e := range ents {
 		dir := removedDir + "/" + e.Name()
-		num, id, _ := strings.Cut(e.Name(), ".")
-		after, err := strconv.ParseUint(num, 10, 64)
-		if err != nil || !e.IsDir() {
+		switch n, ok := parseRemovedName(e.Name()); {
+		case !ok || !e.IsDir():
 			m.clear("Foreign file set aside", dir, m.setAside)
-			continue
+		case n.member != "":
+			members = append(members, n)
+		default:
+			boxes = append(boxes, n)
+			var r Record
+			if statefile.Read(m.root, dir+"/"+sandboxFile, &r) == nil {
+				names[n.sandbox] = r.Config.Name
+			}
 		}
-		if sid, mid, ok := strings.Cut(id, "."); ok {
-			m.recallRemovedMember(dir, sid, mid, after)
-		} else {
-			m.recallRemovedSandbox(dir, id, after)
+	}
+	for _, n := range append(members, boxes...) {
+		dir := removedDir + "/" + n.String()
+		t := told{rev: n.rev, state: n.state}
+		var r Record
+		var mr MemberRecord
+		switch {
+		case n.member != "" && statefile.Read(m.root, dir+"/"+memberFile, &mr) == nil && checkMemberRecord(&mr, n.sandbox, n.member) == nil:
+			m.makeUpOutbox(n.member, mr.Outbox)
+			m.makeUp(n.member, n.after, t.events(m.memberEventOf(names[n.sandbox], &mr), memberRemoval(&t, &mr)))
+		case n.member == "" && statefile.Read(m.root, dir+"/"+sandboxFile, &r) == nil && checkRecord(&r, n.sandbox) == nil:
+			m.makeUpOutbox(n.sandbox, r.Outbox)
+			m.makeUp(n.sandbox, n.after, t.events(m.eventOf(&r), []Event{t.removal("")}))
+		default: // it was about to go, record and all
 		}
 		if err := m.root.RemoveAll(dir); err != nil {
 			return err
@@ -342,26 +394,11 @@ func (m *Manager) recallRemoved() error {
 	return nil
 }
 
-func (m *Manager) recallRemovedSandbox(dir, id string, after uint64) {
-	var r Record
-	if statefile.Read(m.root, dir+"/"+sandboxFile, &r) != nil || checkRecord(&r, id) != nil {
-		return
+// makeUpOutbox is makeUp for what is in a record.
+func (m *Manager) makeUpOutbox(id string, o *Outbox) {
+	if o != nil {
+		m.makeUp(id, o.After, o.Events)
 	}
-	t := m.recall(id, r.State.String(), &r.Telling)
-	m.makeUp(id, after, t.events(m.eventOf(&r), []Event{t.removal("")}))
-}
-
-func (m *Manager) recallRemovedMember(dir, sid, mid string, after uint64) {
-	var r MemberRecord
-	if statefile.Read(m.root, dir+"/"+memberFile, &r) != nil || checkMemberRecord(&r, sid, mid) != nil {
-		return
-	}
-	name := ""
-	if b := m.boxes[sid]; b != nil {
-		name = b.name()
-	}
-	t := m.recall(mid, r.State.String(), &r.Telling)
-	m.makeUp(mid, after, t.events(m.memberEventOf(name, &r), memberRemoval(&t, &r)))
 }
 
 // makeUp writes those events that are not in the journal.
