@@ -5,12 +5,15 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"path"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/sandboxd/sandboxd/internal/crash"
+	"github.com/sandboxd/sandboxd/internal/journal"
 	"github.com/sandboxd/sandboxd/internal/procid"
 	"github.com/sandboxd/sandboxd/internal/request"
 	"github.com/sandboxd/sandboxd/internal/statefile"
@@ -43,9 +46,12 @@ func (m *Manager) recover(ctx context.Context) error {
 			m.boxes[b.id()] = b
 		}
 	}
-	if err := m.recallRemoved(); err != nil {
+	told, err := m.recallRemoved()
+	if err != nil {
 		return err
 	}
+	m.tellVanished(told)
+	m.emit(Event{Type: journal.Daemon, Reason: "a daemon has begun", Attrs: map[string]string{"pid": strconv.Itoa(os.Getpid())}})
 	var wg sync.WaitGroup
 	slots := make(chan struct{}, recoverAtOnce)
 	for _, b := range boxes {

@@ -1,6 +1,7 @@
 package sandbox
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -328,6 +329,38 @@ func (m *Manager) retire(dir string, n removedName, t *told, es []Event) error {
 	return nil
 }
 
+// tellVanished tells that what was there, as far as the journal says, is on
+// record no longer: the state directory does not outlive a boot. Those with the
+// ids in told have been told of.
+func (m *Manager) tellVanished(told []string) {
+	known := map[string]bool{}
+	for _, id := range told {
+		known[id] = true
+	}
+	for id, b := range m.boxes {
+		known[id] = true
+		for id := range b.members {
+			known[id] = true
+		}
+	}
+	var es []Event
+	for id, tail := range m.o.Journal.Tails() {
+		if known[id] || tail.Removed || tail.State == "" {
+			continue
+		}
+		es = append(es, Event{
+			Type: journal.Removed, Sandbox: tail.Sandbox, SandboxName: tail.SandboxName, Member: tail.Member, MemberName: tail.MemberName,
+			Rev: tail.Rev + 1, From: tail.State, Reason: "it is not on record any more",
+		})
+	}
+	slices.SortFunc(es, func(a, b Event) int { // members before their sandboxes
+		return cmp.Or(cmp.Compare(a.Sandbox, b.Sandbox), -cmp.Compare(a.Member, b.Member))
+	})
+	for _, e := range es {
+		m.emit(e)
+	}
+}
+
 // tellLost tells that something is removed whose record could not be read. It
 // does so before, since nothing would be left to know it from.
 func (m *Manager) tellLost(t *told, base Event) {
@@ -346,11 +379,11 @@ func (t *told) removal(reason string) Event {
 }
 
 // recallRemoved tells of what an earlier daemon has removed, as far as that one
-// did not come to it.
-func (m *Manager) recallRemoved() error {
+// did not come to it, and returns the ids.
+func (m *Manager) recallRemoved() (ids []string, err error) {
 	ents, err := fs.ReadDir(m.root.FS(), removedDir)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	names := map[string]string{} // of sandboxes
 	for id, b := range m.boxes {
@@ -380,18 +413,20 @@ func (m *Manager) recallRemoved() error {
 		var mr MemberRecord
 		switch {
 		case n.member != "" && statefile.Read(m.root, dir+"/"+memberFile, &mr) == nil && checkMemberRecord(&mr, n.sandbox, n.member) == nil:
+			ids = append(ids, n.member)
 			m.makeUpOutbox(n.member, mr.Outbox)
 			m.makeUp(n.member, n.after, t.events(m.memberEventOf(names[n.sandbox], &mr), memberRemoval(&t, &mr)))
 		case n.member == "" && statefile.Read(m.root, dir+"/"+sandboxFile, &r) == nil && checkRecord(&r, n.sandbox) == nil:
+			ids = append(ids, n.sandbox)
 			m.makeUpOutbox(n.sandbox, r.Outbox)
 			m.makeUp(n.sandbox, n.after, t.events(m.eventOf(&r), []Event{t.removal("")}))
 		default: // it was about to go, record and all
 		}
 		if err := m.root.RemoveAll(dir); err != nil {
-			return err
+			return nil, err
 		}
 	}
-	return nil
+	return ids, nil
 }
 
 // makeUpOutbox is makeUp for what is in a record.

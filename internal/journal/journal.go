@@ -8,7 +8,9 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -61,6 +63,7 @@ type Journal struct {
 
 	tail      map[string]Tail // of what was in the last segment when the journal was opened
 	tailFirst uint64          // the first event of that one
+	begun     bool            // there is an event of a daemon that began in it
 }
 
 type size struct {
@@ -70,6 +73,8 @@ type size struct {
 
 // Tail is what the last segment says of a sandbox or member.
 type Tail struct {
+	Sandbox, SandboxName, Member, MemberName string
+
 	Rev     uint64 // of the last event that has one
 	State   string // what the last change of state led to
 	Removed bool
@@ -114,6 +119,7 @@ func (j *Journal) load() error {
 		}
 		j.sizes = append(j.sizes, size{first, fi.Size()})
 	}
+	all := slices.Clone(j.sizes)
 	for len(j.sizes) > 0 {
 		s := j.sizes[len(j.sizes)-1]
 		j.sizes = j.sizes[:len(j.sizes)-1]
@@ -140,6 +146,13 @@ func (j *Journal) load() error {
 		}
 		j.first, j.last, j.off = s.first, sc.last, sc.end
 		j.tailFirst = s.first
+		if sc.header.Boot != j.o.Boot || !j.begun && j.firstOfBoot() {
+			// What was there before the boot may be there no longer, and has not been told of.
+			if err := j.noteAll(all); err != nil {
+				f.Close()
+				return err
+			}
+		}
 		if j.jump = j.jump || sc.header.Boot != j.o.Boot; j.jump {
 			j.sizes = append(j.sizes, size{s.first, sc.end})
 			return f.Close()
@@ -151,12 +164,49 @@ func (j *Journal) load() error {
 	return nil
 }
 
+// firstOfBoot reports whether the segment before the last one, which is no longer
+// in sizes, is of another boot, or there is none.
+func (j *Journal) firstOfBoot() bool {
+	if len(j.sizes) == 0 {
+		return true
+	}
+	first := j.sizes[len(j.sizes)-1].first
+	f, err := openSegment(j.dir, first, os.O_RDONLY)
+	if err != nil {
+		return true
+	}
+	defer f.Close()
+	return readHeader(f, first).Boot != j.o.Boot
+}
+
+// noteAll reads segments from the first to the last.
+func (j *Journal) noteAll(all []size) error {
+	clear(j.tail)
+	for _, s := range all {
+		f, err := openSegment(j.dir, s.first, os.O_RDONLY)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // it was damaged
+		}
+		if err != nil {
+			return err
+		}
+		_, err = scan(f, s.first, j.note)
+		f.Close()
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // note keeps what an event says about what it is about.
 func (j *Journal) note(e *Event) {
+	j.begun = j.begun || e.Type == Daemon
 	if e.Rev == 0 && e.Type != Removed {
 		return
 	}
 	t := j.tail[e.Object()]
+	t.Sandbox, t.SandboxName, t.Member, t.MemberName = e.Sandbox, e.SandboxName, e.Member, e.MemberName
 	t.Rev = max(t.Rev, e.Rev)
 	switch e.Type {
 	case State, Exit:
@@ -177,6 +227,18 @@ func (j *Journal) Tail(id string) (t Tail, ok bool) {
 	defer j.mu.Unlock()
 	t, ok = j.tail[id]
 	return t, ok
+}
+
+// Tails returns the same for all of which the last segment says something. If
+// the host was started since, and no daemon has told that it began, that is all of
+// which the journal says something.
+func (j *Journal) Tails() map[string]Tail {
+	if j == nil {
+		return nil
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return maps.Clone(j.tail)
 }
 
 // Written reports whether an earlier process has written the event rev of the

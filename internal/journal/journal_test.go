@@ -234,6 +234,42 @@ func TestAnotherBootJumpsAhead(t *testing.T) {
 	check(t, "no boot, no jump", after(2), dir, jumped, jumped+1)
 }
 
+// TestTailsAfterABoot has sandboxes of which only an old segment tells.
+func TestTailsAfterABoot(t *testing.T) {
+	dir := t.TempDir()
+	j := open(t, dir, Options{Boot: "one", segment: 500})
+	put(t, j, Event{Type: State, Sandbox: "old", Rev: 1, To: "Ready"})
+	for range 20 {
+		put(t, j, Event{Type: State})
+	}
+	put(t, j, Event{Type: State, Sandbox: "new", Rev: 1, To: "Ready"})
+	j.Close()
+	seen := func(boot string) int {
+		j = open(t, dir, Options{Boot: boot, segment: 500})
+		defer j.Close()
+		return len(j.Tails())
+	}
+	if n := seen("one"); n != 1 {
+		t.Errorf("without a boot %d tails, want those of the last segment", n)
+	}
+	if n := seen("two"); n != 2 {
+		t.Errorf("after a boot %d tails, want 2", n)
+	}
+	// Killed before it has told everything.
+	j = open(t, dir, Options{Boot: "two", segment: 500})
+	put(t, j, Event{Type: Removed, Sandbox: "new", Rev: 2})
+	j.Close()
+	if n := seen("two"); n != 2 {
+		t.Errorf("before a daemon has begun %d tails, want 2", n)
+	}
+	j = open(t, dir, Options{Boot: "two", segment: 500})
+	put(t, j, Event{Type: Daemon})
+	j.Close()
+	if n := seen("two"); n != 1 {
+		t.Errorf("after a daemon has begun %d tails, want 1", n)
+	}
+}
+
 func TestOldEventsAreDropped(t *testing.T) {
 	dir := t.TempDir()
 	j := open(t, dir, Options{segment: 500, Max: 3000})
@@ -318,7 +354,7 @@ func TestWhatAnEarlierProcessHasWritten(t *testing.T) {
 			t.Errorf("Written(%s, %d, %d) = %v", tt.id, tt.rev, tt.after, got)
 		}
 	}
-	if tail, ok := j.Tail("recent"); !ok || tail != (Tail{Rev: 5, State: "Exited"}) {
+	if tail, ok := j.Tail("recent"); !ok || tail != (Tail{Sandbox: "recent", Rev: 5, State: "Exited"}) {
 		t.Errorf("tail of recent is %+v, %v", tail, ok)
 	}
 	if tail, ok := j.Tail("gone"); !ok || !tail.Removed {

@@ -196,16 +196,7 @@ func (r *reader) open(first uint64) error {
 	}
 	r.close()
 	r.f, r.first, r.l = f, first, lines{f: f}
-	r.last = first - 1
-	// The header; if it is damaged, that is an event which is not there.
-	line, err := r.l.next()
-	if err != nil && err != io.EOF {
-		return err
-	}
-	var h header
-	if json.Unmarshal(line, &h) == nil && h.First == first && h.Prev < first {
-		r.last = h.Prev
-	}
+	r.last = readHeader(f, first).Prev // that line is no event for nextHere
 	return nil
 }
 

@@ -123,6 +123,19 @@ func (l *lines) fill() error {
 	return err
 }
 
+// readHeader returns the header of a segment, or if it is damaged what the name
+// says.
+func readHeader(f io.ReaderAt, first uint64) header {
+	h := header{First: first, Prev: first - 1}
+	l := lines{f: f}
+	line, err := l.next()
+	var is header
+	if err == nil && json.Unmarshal(line, &is) == nil && is.First == first && is.Prev < first {
+		h = is
+	}
+	return h
+}
+
 // scanned is what is in a segment.
 type scanned struct {
 	header header
