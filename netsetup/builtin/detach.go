@@ -285,5 +285,6 @@ func (d *Driver) Close() error {
 		}
 	}
 	d.socks.close()
+	d.nft.conns.close()
 	return d.root.Close()
 }

@@ -275,18 +275,18 @@ func (t *table) claim(claims []sysctl) error {
 }
 
 // othersClaim reports whether another installation has s in its sets.
-func (t *table) othersClaim(s sysctl) (bool, error) {
-	c, err := nftables.New()
-	if err != nil {
-		return false, err
-	}
-	tables, err := c.ListTablesOfFamily(nftables.TableFamilyINet)
-	if err != nil {
-		return false, fmt.Errorf("list nftables tables: %w", err)
-	}
+func (t *table) othersClaim(s sysctl) (found bool, err error) {
 	set := t.forward4
 	if s.Six {
 		set = t.forward6
+	}
+	var tables []*nftables.Table
+	err = t.conns.use(func(c *nftables.Conn) (err error) {
+		tables, err = c.ListTablesOfFamily(nftables.TableFamilyINet)
+		return err
+	})
+	if err != nil {
+		return false, fmt.Errorf("list nftables tables: %w", err)
 	}
 	for _, other := range tables {
 		if other.Name == t.inet.Name || !strings.HasPrefix(other.Name, tableName("")) {
@@ -294,17 +294,14 @@ func (t *table) othersClaim(s sysctl) (bool, error) {
 		}
 		theirs := reference(set)
 		theirs.Table = other
-		vals, err := c.GetSetElements(theirs)
-		if err != nil {
-			continue // it went, or only looks like one of ours
-		}
-		for _, v := range vals {
-			if bytes.Equal(v.Key, ifname(s.Device)) {
-				return true, nil
-			}
-		}
+		// An error means that it went, or only looks like one of ours.
+		t.conns.use(func(c *nftables.Conn) error {
+			vals, err := c.GetSetElements(theirs)
+			found = found || slices.ContainsFunc(vals, func(v element) bool { return bytes.Equal(v.Key, ifname(s.Device)) })
+			return err
+		})
 	}
-	return false, nil
+	return found, nil
 }
 
 func readSysctl(name string) (string, error) {

@@ -85,14 +85,8 @@ func (d *Driver) makeTable() error {
 			return err
 		}
 	}
-	c, err := nftables.New()
+	err = d.nft.conns.use(func(c *nftables.Conn) error { return d.nft.build(c, all) })
 	if err != nil {
-		return err
-	}
-	if err := d.nft.build(c, all); err != nil {
-		return err
-	}
-	if err := c.Flush(); err != nil {
 		return fmt.Errorf("make nftables table %s: %w", d.nft.inet.Name, err)
 	}
 	crash.Point("builtin prepare table after")

@@ -379,7 +379,7 @@ func TestGC(t *testing.T) {
 			t.Errorf("%s was taken: %v", name, err)
 		}
 	}
-	if there, err := hasTable(c, other); !there {
+	if there, err := hasTable(c, other); !there || err != nil {
 		t.Errorf("another installation's table was taken: %v", err)
 	}
 }
@@ -515,6 +515,7 @@ func TestLeftovers(t *testing.T) {
 				del(t, d.opts.Bridge)
 			}
 			d.socks.close()
+			d.nft.conns.close()
 			d.root.Close()
 			next, err := New(d.opts)
 			if err != nil {

@@ -17,30 +17,30 @@ import (
 func (t *table) makeBridgeTable() error {
 	t.bridgeMu.Lock()
 	defer t.bridgeMu.Unlock()
-	if whole, err := t.bridgeWhole(); err != nil || whole {
-		return err
-	}
-	c, err := nftables.New()
-	if err != nil {
-		return err
-	}
-	c.AddTable(t.br) // so that there is one to delete
-	c.DelTable(t.br)
-	c.AddTable(t.br)
-	for _, s := range []*nftables.Set{t.isolated, t.own} {
-		if err := c.AddSet(s, nil); err != nil {
+	err := t.conns.use(func(c *nftables.Conn) error {
+		whole, err := t.tableWhole(c, t.br, 2, t.bridgeRules())
+		if err != nil || whole {
 			return err
 		}
-	}
-	accept := nftables.ChainPolicyAccept
-	chain := c.AddChain(&nftables.Chain{
-		Name: bridgeChain, Table: t.br, Type: nftables.ChainTypeFilter,
-		Hooknum: nftables.ChainHookForward, Priority: nftables.ChainPriorityFilter, Policy: &accept,
+		c.AddTable(t.br) // so that there is one to delete
+		c.DelTable(t.br)
+		c.AddTable(t.br)
+		for _, s := range []*nftables.Set{t.isolated, t.own} {
+			if err := c.AddSet(s, nil); err != nil {
+				return err
+			}
+		}
+		accept := nftables.ChainPolicyAccept
+		chain := c.AddChain(&nftables.Chain{
+			Name: bridgeChain, Table: t.br, Type: nftables.ChainTypeFilter,
+			Hooknum: nftables.ChainHookForward, Priority: nftables.ChainPriorityFilter, Policy: &accept,
+		})
+		for _, exprs := range t.bridgeRules()[bridgeChain] {
+			c.AddRule(&nftables.Rule{Table: t.br, Chain: chain, Exprs: exprs})
+		}
+		return nil
 	})
-	for _, exprs := range t.bridgeRules() {
-		c.AddRule(&nftables.Rule{Table: t.br, Chain: chain, Exprs: exprs})
-	}
-	if err := c.Flush(); err != nil {
+	if err != nil {
 		return fmt.Errorf("make nftables table %s of the bridge family: %w", t.br.Name, err)
 	}
 	return nil
@@ -50,36 +50,11 @@ const bridgeChain = "forward"
 
 // bridgeRules drop what comes from or goes to the port of an isolated sandbox,
 // except what the bridge sends back by the port that it came from (hairpin).
-func (t *table) bridgeRules() [][]expr.Any {
+func (t *table) bridgeRules() map[string][][]expr.Any {
 	load := func(key expr.MetaKey, register uint32) expr.Any { return &expr.Meta{Key: key, Register: register} }
-	return [][]expr.Any{
+	return map[string][][]expr.Any{bridgeChain: {
 		slices.Concat([]expr.Any{load(expr.MetaKeyIIFNAME, slot0), load(expr.MetaKeyOIFNAME, slot0+4)}, in(t.own), verdict(expr.VerdictAccept)),
 		slices.Concat([]expr.Any{load(expr.MetaKeyIIFNAME, reg)}, in(t.isolated), drop()),
 		slices.Concat([]expr.Any{load(expr.MetaKeyOIFNAME, reg)}, in(t.isolated), drop()),
-	}
-}
-
-func (t *table) bridgeWhole() (bool, error) {
-	c, err := nftables.New()
-	if err != nil {
-		return false, err
-	}
-	there, err := hasTable(c, t.br)
-	if err != nil || !there {
-		return false, err
-	}
-	sets, err := c.GetSets(t.br)
-	if err != nil || len(sets) != 2 {
-		return false, nil
-	}
-	rules, err := c.GetRules(t.br, &nftables.Chain{Name: bridgeChain, Table: t.br})
-	return err == nil && len(rules) == len(t.bridgeRules()), nil
-}
-
-func hasTable(c *nftables.Conn, t *nftables.Table) (bool, error) {
-	tables, err := c.ListTablesOfFamily(t.Family)
-	if err != nil {
-		return false, fmt.Errorf("list nftables tables: %w", err)
-	}
-	return slices.ContainsFunc(tables, func(o *nftables.Table) bool { return o.Name == t.Name }), nil
+	}}
 }

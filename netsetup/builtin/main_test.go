@@ -118,6 +118,7 @@ func abandon(d *Driver) {
 	d.cancel()
 	d.done.Wait()
 	d.socks.close()
+	d.nft.conns.close()
 	d.root.Close()
 }
 

@@ -5,10 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 
 	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/internal/network"
@@ -21,6 +23,8 @@ import (
 type table struct {
 	bridge          string
 	subnet, subnet6 netip.Prefix
+
+	conns nftPool
 
 	// Ports are published on ::1. Changed only while nobody uses the table.
 	loopback6 bool
@@ -175,16 +179,14 @@ func (t *table) addElements(e elements) error {
 	if len(e) == 0 {
 		return nil
 	}
-	c, err := nftables.New()
-	if err != nil {
-		return err
-	}
-	for s, vals := range e {
-		if err := c.SetAddElements(reference(s), vals); err != nil {
-			return err
+	return t.conns.use(func(c *nftables.Conn) error {
+		for s, vals := range e {
+			if err := addTo(c, reference(s), vals); err != nil {
+				return err
+			}
 		}
-	}
-	return c.Flush()
+		return nil
+	})
 }
 
 // remove removes what add added, in one transaction. It succeeds if nothing is there.
@@ -211,20 +213,21 @@ func (t *table) remove(id string, p *plan, l lease) error {
 }
 
 func (t *table) removeElements(e elements) error {
-	c, err := nftables.New()
+	err := t.conns.use(func(c *nftables.Conn) error {
+		for s, vals := range e {
+			keys := make([]element, len(vals))
+			for i, v := range vals {
+				keys[i].Key = v.Key
+			}
+			for part := range slices.Chunk(keys, elementsPerMessage) {
+				if err := c.SetDeleteElements(reference(s), part); err != nil {
+					return err
+				}
+			}
+		}
+		return nil
+	})
 	if err != nil {
-		return err
-	}
-	for s, vals := range e {
-		keys := make([]nftables.SetElement, len(vals))
-		for i, v := range vals {
-			keys[i].Key = v.Key
-		}
-		if err := c.SetDeleteElements(reference(s), keys); err != nil {
-			return err
-		}
-	}
-	if err := c.Flush(); err != nil {
 		return fmt.Errorf("remove nftables elements: %w", err)
 	}
 	return nil
@@ -253,17 +256,17 @@ func (t *table) removeByID(ids map[string]bool) error {
 // owned returns the elements in the kernel that belong to sandboxes, with the
 // sandbox's id as comment.
 func (t *table) owned() (elements, error) {
-	c, err := nftables.New()
-	if err != nil {
-		return nil, err
-	}
 	e := make(elements)
 	for _, s := range append(t.inetSets(), t.isolated, t.own) {
-		vals, err := c.GetSetElements(reference(s))
-		if errors.Is(err, unix.ENOENT) || err != nil && strings.Contains(err.Error(), unix.ENOENT.Error()) {
-			continue // the library does not wrap it
-		}
+		var vals []element
+		err := t.conns.use(func(c *nftables.Conn) (err error) {
+			vals, err = c.GetSetElements(reference(s))
+			return err
+		})
 		if err != nil {
+			if strings.Contains(err.Error(), unix.ENOENT.Error()) { // the library does not wrap it
+				continue
+			}
 			return nil, fmt.Errorf("list nftables set %s: %w", s.Name, err)
 		}
 		for _, v := range vals {
@@ -277,45 +280,58 @@ func (t *table) owned() (elements, error) {
 
 // whole reports whether the tables are as they were made, elements apart. That
 // of the bridge family is looked at if somebody is isolated.
-func (t *table) whole(isolated bool) (bool, error) {
-	if isolated {
-		if whole, err := t.bridgeWhole(); err != nil || !whole {
-			return false, err
+func (t *table) whole(isolated bool) (whole bool, err error) {
+	err = t.conns.use(func(c *nftables.Conn) error {
+		whole, err = t.tableWhole(c, t.inet, len(t.inetSets()), t.rules())
+		if whole && err == nil && isolated {
+			whole, err = t.tableWhole(c, t.br, 2, t.bridgeRules())
 		}
-	}
-	c, err := nftables.New()
-	if err != nil {
-		return false, err
-	}
-	there, err := hasTable(c, t.inet)
+		return err
+	})
+	return whole, err
+}
+
+// tableWhole compares a table's number of sets, and of rules in each chain.
+func (t *table) tableWhole(c *nftables.Conn, table *nftables.Table, nsets int, rules map[string][][]expr.Any) (bool, error) {
+	there, err := hasTable(c, table)
 	if err != nil || !there {
 		return false, err
 	}
-	sets, err := c.GetSets(t.inet)
+	sets, err := c.GetSets(table)
 	if err != nil {
-		return false, nil // it went
+		return false, err
 	}
-	if len(sets) != len(t.inetSets()) {
+	if len(sets) != nsets {
 		return false, nil
 	}
-	for name, rules := range t.rules() {
-		have, err := c.GetRules(t.inet, &nftables.Chain{Name: name, Table: t.inet})
-		if err != nil || len(have) != len(rules) {
+	for name, want := range rules {
+		have, err := c.GetRules(table, &nftables.Chain{Name: name, Table: table})
+		if err != nil {
+			return false, err
+		}
+		if len(have) != len(want) {
 			return false, nil
 		}
 	}
 	return true, nil
 }
 
+func hasTable(c *nftables.Conn, t *nftables.Table) (bool, error) {
+	tables, err := c.ListTablesOfFamily(t.Family)
+	if err != nil {
+		return false, fmt.Errorf("list nftables tables: %w", err)
+	}
+	return slices.ContainsFunc(tables, func(o *nftables.Table) bool { return o.Name == t.Name }), nil
+}
+
 // delete removes the tables.
 func (t *table) delete() error {
 	for _, table := range []*nftables.Table{t.inet, t.br} {
-		c, err := nftables.New()
-		if err != nil {
-			return err
-		}
-		c.DelTable(table)
-		if err := c.Flush(); err != nil && !isErrno(err, unix.ENOENT, unix.EAFNOSUPPORT) {
+		err := t.conns.use(func(c *nftables.Conn) error {
+			c.DelTable(table)
+			return nil
+		})
+		if err != nil && !isErrno(err, unix.ENOENT, unix.EAFNOSUPPORT) {
 			return fmt.Errorf("delete nftables table %s: %w", table.Name, err)
 		}
 	}

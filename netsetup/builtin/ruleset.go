@@ -28,7 +28,10 @@ func (t *table) build(c *nftables.Conn, e elements) error {
 	c.DelTable(t.inet)
 	c.AddTable(t.inet)
 	for _, s := range t.inetSets() {
-		if err := c.AddSet(s, e[s]); err != nil {
+		if err := c.AddSet(s, nil); err != nil {
+			return err
+		}
+		if err := addTo(c, s, e[s]); err != nil {
 			return err
 		}
 	}
