@@ -11,6 +11,8 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+	"sync"
+	"unicode/utf8"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 
@@ -92,87 +94,140 @@ func ParseBundle(b []byte) (*specs.Spec, error) {
 	return &spec, nil
 }
 
-// checkFields reports the first member of a JSON object in b that has no place in
-// [specs.Spec] or occurs twice. Unlike encoding/json it tells the whole path, and
-// takes letters' case for what it is.
+// checkFields reports the first member of a JSON object in b, which is valid, that
+// has no place in [specs.Spec] or occurs twice. Unlike encoding/json it tells the
+// whole path, and takes letters' case for what it is.
 func checkFields(b []byte) error {
-	d := json.NewDecoder(bytes.NewReader(b))
-	d.UseNumber()
-	return walk(d, reflect.TypeFor[specs.Spec](), "")
+	f := fieldChecker{rest: b}
+	return f.value(reflect.TypeFor[specs.Spec](), "")
 }
 
-// walk reads one value, which is decoded into a t. t is nil below a value that is
+// fieldChecker goes through JSON text that is known to be valid: it looks only for
+// where things begin and end.
+type fieldChecker struct {
+	rest []byte
+}
+
+// next passes over blanks, commas and colons and returns the byte behind them.
+func (f *fieldChecker) next() byte {
+	f.rest = bytes.TrimLeft(f.rest, " \t\r\n,:")
+	return f.rest[0]
+}
+
+// value checks one value, which is decoded into a t. t is nil below a value that is
 // left alone.
-func walk(d *json.Decoder, t reflect.Type, path string) error {
-	tok, err := d.Token()
-	if err != nil {
-		return err
-	}
+func (f *fieldChecker) value(t reflect.Type, path string) error {
 	for t != nil && t.Kind() == reflect.Pointer {
 		t = t.Elem()
 	}
-	switch tok {
-	case json.Delim('{'):
-		seen := map[string]bool{}
-		for d.More() {
-			tok, err := d.Token()
-			if err != nil {
-				return err
-			}
-			key := tok.(string)
-			sub := key
-			if path != "" {
-				sub = path + "." + key
-			}
-			if seen[key] {
-				return fmt.Errorf("%s: named twice", sub)
-			}
-			seen[key] = true
-			var ft reflect.Type
-			switch {
-			case t == nil:
-			case t.Kind() == reflect.Map:
-				ft = t.Elem()
-			case t.Kind() == reflect.Struct:
-				if ft = fieldType(t, key); ft == nil {
-					return fmt.Errorf("%s: not known to this version of sandboxd", sub)
-				}
-			}
-			if err := walk(d, ft, sub); err != nil {
-				return err
-			}
-		}
-		_, err = d.Token()
-	case json.Delim('['):
+	switch f.next() {
+	case '{':
+		return f.object(t, path)
+	case '[':
 		var et reflect.Type
 		if t != nil && (t.Kind() == reflect.Slice || t.Kind() == reflect.Array) {
 			et = t.Elem()
 		}
-		for i := 0; d.More(); i++ {
-			if err := walk(d, et, fmt.Sprintf("%s[%d]", path, i)); err != nil {
+		f.rest = f.rest[1:]
+		for i := 0; f.next() != ']'; i++ {
+			// Only what holds objects has fields, and paths cost more than all the rest.
+			sub := path
+			if c := f.rest[0]; c == '{' || c == '[' {
+				sub = fmt.Sprintf("%s[%d]", path, i)
+			}
+			if err := f.value(et, sub); err != nil {
 				return err
 			}
 		}
-		_, err = d.Token()
+		f.rest = f.rest[1:]
+	case '"':
+		f.text()
+	default:
+		if i := bytes.IndexAny(f.rest, " \t\r\n,:]}"); i >= 0 {
+			f.rest = f.rest[i:]
+		} else {
+			f.rest = nil
+		}
 	}
-	return err
+	return nil
 }
+
+func (f *fieldChecker) object(t reflect.Type, path string) error {
+	f.rest = f.rest[1:]
+	var seen []string
+	for f.next() != '}' {
+		key := f.text()
+		sub := key
+		if path != "" {
+			sub = path + "." + key
+		}
+		if i, twice := slices.BinarySearch(seen, key); twice {
+			return fmt.Errorf("%s: named twice", sub)
+		} else {
+			seen = slices.Insert(seen, i, key)
+		}
+		var ft reflect.Type
+		switch {
+		case t == nil:
+		case t.Kind() == reflect.Map:
+			ft = t.Elem()
+		case t.Kind() == reflect.Struct:
+			if ft = fieldType(t, key); ft == nil {
+				return fmt.Errorf("%s: not known to this version of sandboxd", sub)
+			}
+		}
+		if err := f.value(ft, sub); err != nil {
+			return err
+		}
+	}
+	f.rest = f.rest[1:]
+	return nil
+}
+
+// text passes over a string and returns what it says.
+func (f *fieldChecker) text() string {
+	end := 1
+	for f.rest[end] != '"' {
+		if f.rest[end] == '\\' {
+			end++
+		}
+		end++
+	}
+	quoted := f.rest[:end+1]
+	f.rest = f.rest[end+1:]
+	if !bytes.ContainsRune(quoted, '\\') && utf8.Valid(quoted) {
+		return string(quoted[1:end])
+	}
+	var s string
+	json.Unmarshal(quoted, &s) // it is valid
+	return s
+}
+
+// fieldTypes are the types of the fields of a struct, by JSON name; it is filled
+// as types are met.
+var fieldTypes sync.Map // reflect.Type to map[string]reflect.Type
 
 // fieldType returns the type of the field of struct t that has the JSON name key,
 // or nil.
 func fieldType(t reflect.Type, key string) reflect.Type {
+	m, ok := fieldTypes.Load(t)
+	if !ok {
+		fields := map[string]reflect.Type{}
+		addFields(fields, t)
+		m, _ = fieldTypes.LoadOrStore(t, fields)
+	}
+	return m.(map[string]reflect.Type)[key]
+}
+
+func addFields(to map[string]reflect.Type, t reflect.Type) {
 	for f := range t.Fields() {
 		name, _, _ := strings.Cut(f.Tag.Get("json"), ",")
-		switch {
-		case f.Anonymous && name == "":
-			if ft := fieldType(f.Type, key); ft != nil {
-				return ft
-			}
-		case name == key:
-			return f.Type
+		if f.Anonymous && name == "" {
+			addFields(to, f.Type)
+		} else if _, ok := to[name]; !ok {
+			to[name] = f.Type
 		}
 	}
-	return nil
 }
 
 // checkBundle refuses what is illegal or not supported, whatever the request and
