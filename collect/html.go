@@ -5,6 +5,7 @@ import (
 	"html/template"
 	"io"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -12,7 +13,7 @@ import (
 // nothing from anywhere.
 func (r *Report) WriteHTML(w io.Writer) error {
 	m := r.Manifest
-	return page.Execute(w, map[string]any{
+	return page().Execute(w, map[string]any{
 		"R": r, "M": m, "Command": strings.Join(m.Command, " "), "Rows": counterRows(m), "Held": r.held(),
 		"Mounts": shown(r.Custody.Mounts), "Collected": collected(m), "Lifetime": lifetime(m), "Curves": curves(m.Samples, limitOf(m)),
 		"Bad": failed(m.Exit) && m.Exit != nil,
@@ -86,9 +87,14 @@ func draw(title string, at []int64, values []float64, unit func(float64) string,
 	return c
 }
 
-var page = template.Must(template.New("page").Funcs(template.FuncMap{
-	"when": when, "size": size, "usage": usage, "dash": dash, "fileSize": fileSize,
-}).Parse(`<!DOCTYPE html>
+// page is parsed when it is needed, which is not at the start of each command.
+var page = sync.OnceValue(func() *template.Template {
+	return template.Must(template.New("page").Funcs(template.FuncMap{
+		"when": when, "size": size, "usage": usage, "dash": dash, "fileSize": fileSize,
+	}).Parse(pageText))
+})
+
+const pageText = `<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -170,4 +176,4 @@ figcaption { display: flex; justify-content: space-between; gap: 1rem; color: va
 <footer class="dim"><p>Made {{.R.At.Format "2006-01-02 15:04:05 UTC"}} from what was known {{.M.CollectedAt.Format "2006-01-02 15:04:05 UTC"}}</p></footer>
 </body>
 </html>
-`))
+`

@@ -10,6 +10,7 @@ import (
 	"html/template"
 	"net/http"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/sandboxd/sandboxd/internal/garbage"
@@ -23,9 +24,12 @@ var style string
 //go:embed page.html
 var pageText string
 
-var pageTemplate = template.Must(template.New("page").Funcs(template.FuncMap{
-	"style": func() template.CSS { return template.CSS(style) },
-}).Parse(pageText))
+// pageTemplate is parsed when it is needed, which is not at the start of each command.
+var pageTemplate = sync.OnceValue(func() *template.Template {
+	return template.Must(template.New("page").Funcs(template.FuncMap{
+		"style": func() template.CSS { return template.CSS(style) },
+	}).Parse(pageText))
+})
 
 // contentPolicy lets a browser use the page's own style, and nothing else.
 func contentPolicy() string {
@@ -95,7 +99,7 @@ type cell struct {
 func (s *Server) page(w http.ResponseWriter, r *http.Request) {
 	v := s.view(r)
 	var b bytes.Buffer
-	if err := pageTemplate.Execute(&b, v); err != nil {
+	if err := pageTemplate().Execute(&b, v); err != nil {
 		s.o.Log.Warn("Page not made", "err", err)
 		http.Error(w, "the page could not be made; see the daemon's log", http.StatusInternalServerError)
 		return
