@@ -13,6 +13,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/sandboxd/sandboxd/internal/hostport"
 	"github.com/sandboxd/sandboxd/internal/namespace"
 	"github.com/sandboxd/sandboxd/internal/network"
 	"github.com/sandboxd/sandboxd/metrics"
@@ -96,13 +97,14 @@ func openNetworks(o networkOptions, root, mark string, mt *metrics.Metrics, log 
 	if err != nil {
 		return nil, err
 	}
-	n.cni, err = cni.Open(cni.Options{Root: filepath.Join(root, "network/cni"), ConfDir: confDir, BinDirs: o.binDirs, Mark: mark, Log: log, Ran: mt.Plugin})
+	ports := new(hostport.Registry)
+	n.cni, err = cni.Open(cni.Options{Root: filepath.Join(root, "network/cni"), ConfDir: confDir, BinDirs: o.binDirs, Mark: mark, Log: log, Ran: mt.Plugin, Ports: ports})
 	if err != nil {
 		return nil, fmt.Errorf("cni networks: %w", err)
 	}
 	drivers[network.ModeCNI] = observedDriver{n.cni, network.ModeCNI, mt}
 	n.builtin, err = builtin.New(builtin.Options{
-		Root: filepath.Join(root, "network/builtin"), Bridge: o.bridge, Subnet: o.subnet, Subnet6: o.subnet6, Mark: mark, Log: log,
+		Root: filepath.Join(root, "network/builtin"), Bridge: o.bridge, Subnet: o.subnet, Subnet6: o.subnet6, Mark: mark, Log: log, Ports: ports,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("builtin network: %w", err)

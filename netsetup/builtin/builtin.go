@@ -16,6 +16,7 @@
 package builtin
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -29,6 +30,7 @@ import (
 	"sync"
 
 	"github.com/sandboxd/sandboxd/internal/crash"
+	"github.com/sandboxd/sandboxd/internal/hostport"
 	"github.com/sandboxd/sandboxd/internal/network"
 	"github.com/sandboxd/sandboxd/netsetup"
 )
@@ -44,6 +46,7 @@ type Options struct {
 	Subnet6 netip.Prefix // IPv6; the zero value is none
 	Mark    string       // the installation's: 1 to 16 letters and digits
 	Log     *slog.Logger
+	Ports   *hostport.Registry // shared with other drivers; nil: not shared
 }
 
 // Driver is a [netsetup.Driver].
@@ -54,6 +57,7 @@ type Driver struct {
 	leases *leases
 	socks  socketPool
 	nft    *table
+	ports  *hostport.Registry // what is published, by other drivers too
 
 	// host is held, for reading, by everything that relies on the bridge and the
 	// table being there, and for writing by what makes or removes them.
@@ -63,8 +67,7 @@ type Driver struct {
 	bridge int  // its index, likewise
 
 	mu       sync.Mutex
-	attached map[string]*attachment   // what Attach and Restore have seen, by id
-	ports    map[hostPort][]publisher // what they publish
+	attached map[string]*attachment // what Attach and Restore have seen, by id
 
 	wake   chan struct{} // one element: there is something for the background to do
 	cancel context.CancelFunc
@@ -111,7 +114,7 @@ func New(o Options) (*Driver, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &Driver{opts: o, log: o.Log, root: root, attached: make(map[string]*attachment), ports: make(map[hostPort][]publisher), wake: make(chan struct{}, 1)}
+	d := &Driver{opts: o, log: o.Log, root: root, attached: make(map[string]*attachment), ports: cmp.Or(o.Ports, new(hostport.Registry)), wake: make(chan struct{}, 1)}
 	d.nft = newTable(o)
 	if d.leases, err = openLeases(root, o.Subnet, o.Subnet6, o.Log); err != nil {
 		root.Close()
@@ -181,4 +184,22 @@ func (d *Driver) result(p *plan, l lease, mac net.HardwareAddr) *network.Result 
 		a.Routes = append(a.Routes, network.Route{Dst: netip.PrefixFrom(netip.IPv6Unspecified(), 0), GW: gateway(d.opts.Subnet6)})
 	}
 	return &network.Result{Networks: []network.Attachment{a}}
+}
+
+// register notes an attachment, unless one of its ports is another's already.
+func (d *Driver) register(id string, p *plan, l lease) error {
+	if err := d.ports.Claim(id, p.Ports); err != nil {
+		return err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.attached[id] = &attachment{*p, l}
+	return nil
+}
+
+func (d *Driver) unregister(id string) {
+	d.ports.Release(id)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	delete(d.attached, id)
 }

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"slices"
 
+	"github.com/sandboxd/sandboxd/internal/hostport"
 	"github.com/sandboxd/sandboxd/internal/network"
 	"github.com/sandboxd/sandboxd/netsetup"
 )
@@ -43,7 +44,7 @@ func (d *Driver) Plan(_ context.Context, id string, req *network.Request) (json.
 		return nil, fmt.Errorf("%w: %w", netsetup.ErrInvalid, err)
 	}
 	p.Ports = slices.Clone(p.Ports)
-	if err := d.choose(id, p.Ports); err != nil {
+	if err := d.ports.Choose(id, p.Ports); err != nil {
 		return nil, err
 	}
 	return json.Marshal(p)
@@ -83,49 +84,10 @@ func (d *Driver) check(req *network.Request) error {
 			return fmt.Errorf("MAC address %s is not a unicast one of 6 bytes", req.MAC)
 		}
 	}
-	return d.checkPorts(req.Ports)
-}
-
-// checkPorts looks at each port by itself, and for two that are the same.
-func (d *Driver) checkPorts(ports []network.Port) error {
-	for i, p := range ports {
-		switch {
-		case p.Protocol != network.TCP && p.Protocol != network.UDP && p.Protocol != network.SCTP:
-			return fmt.Errorf("protocol %q of port %d is none of tcp, udp, sctp", p.Protocol, p.Port)
-		case p.Port == 0:
-			return fmt.Errorf("port 0 of the sandbox cannot be published")
-		case p.HostIP.IsValid() && p.HostIP.Is6() && !d.opts.Subnet6.IsValid():
-			return fmt.Errorf("port %s: the network has no IPv6 subnet", portName(p))
-		case p.HostIP.IsValid() && (p.HostIP.Zone() != "" || p.HostIP.Is4In6() || p.HostIP.IsMulticast()):
-			return fmt.Errorf("port %s: not an address that a port can be published on", portName(p))
-		}
-		for _, q := range ports[:i] {
-			if overlap(p, q) {
-				return fmt.Errorf("port %s is published twice", portName(p))
-			}
+	for _, p := range req.Ports {
+		if p.HostIP.Is6() && !d.opts.Subnet6.IsValid() {
+			return fmt.Errorf("port %s: the network has no IPv6 subnet", hostport.Name(p))
 		}
 	}
-	return nil
-}
-
-// overlap reports whether one packet could be for both host ports.
-func overlap(p, q network.Port) bool {
-	if p.HostPort != q.HostPort || p.HostPort == 0 || p.Protocol != q.Protocol {
-		return false
-	}
-	every := func(a netip.Addr) bool { return !a.IsValid() }
-	switch {
-	case every(p.HostIP) || every(q.HostIP):
-		return true
-	case p.HostIP.Is4() != q.HostIP.Is4():
-		return false
-	}
-	return p.HostIP.IsUnspecified() || q.HostIP.IsUnspecified() || p.HostIP == q.HostIP
-}
-
-func portName(p network.Port) string {
-	if p.HostIP.IsValid() {
-		return fmt.Sprintf("%s/%s", netip.AddrPortFrom(p.HostIP, p.HostPort), p.Protocol)
-	}
-	return fmt.Sprintf("%d/%s", p.HostPort, p.Protocol)
+	return hostport.Check(req.Ports)
 }

@@ -127,22 +127,3 @@ func FuzzDecodePlan(f *testing.F) {
 		}
 	})
 }
-
-func TestInodes(t *testing.T) {
-	const table = `  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
-   0: 0100007F:1B58 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 4711 1 0000000000000000 100 0 0 10 0
-   1: 0100007F:1B58 0100007F:9C40 01 00000000:00000000 00:00000000 00000000     0        0 4712 1 0000000000000000 100 0 0 10 0
-   2: 00000000:0016 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 4713 1 0000000000000000 100 0 0 10 0
-`
-	if got := inodesOf(strings.NewReader(table), 7000, true); len(got) != 1 || got[0] != "4711" {
-		t.Errorf("listening on 7000: %v", got)
-	}
-	if got := inodesOf(strings.NewReader(table), 7000, false); len(got) != 2 {
-		t.Errorf("all of 7000: %v", got)
-	}
-}
-
-func FuzzInodes(f *testing.F) {
-	f.Add("  0: 0100007F:1B58 00000000:0000 0A 0:0 00:0 0 0 0 4711 1\n", uint16(7000))
-	f.Fuzz(func(_ *testing.T, s string, port uint16) { inodesOf(strings.NewReader(s), port, true) })
-}

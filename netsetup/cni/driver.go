@@ -19,6 +19,7 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/containernetworking/cni/pkg/version"
 
+	"github.com/sandboxd/sandboxd/internal/hostport"
 	"github.com/sandboxd/sandboxd/internal/namespace"
 	"github.com/sandboxd/sandboxd/internal/network"
 	"github.com/sandboxd/sandboxd/internal/nsthread"
@@ -30,12 +31,13 @@ const DefaultTimeout = 30 * time.Second
 
 // Options are what a Driver needs to know.
 type Options struct {
-	Root    string        // directory for libcni's cache, made if it is not there; not shared with anybody
-	ConfDir string        // configuration directory; need not exist
-	BinDirs []string      // where plugins are, the first one first
-	Timeout time.Duration // of one plugin; 0 is DefaultTimeout
-	Mark    string        // the installation's
-	Log     *slog.Logger  // nil: nothing is logged
+	Root    string             // directory for libcni's cache, made if it is not there; not shared with anybody
+	ConfDir string             // configuration directory; need not exist
+	BinDirs []string           // where plugins are, the first one first
+	Timeout time.Duration      // of one plugin; 0 is DefaultTimeout
+	Mark    string             // the installation's
+	Log     *slog.Logger       // nil: nothing is logged
+	Ports   *hostport.Registry // shared with other drivers; nil: not shared
 
 	// Ran is told of each plugin that was run, as it happens and from many
 	// goroutines. Default: nobody is told.
@@ -67,6 +69,9 @@ func Open(o Options) (*Driver, error) {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
+	if o.Ports == nil {
+		o.Ports = new(hostport.Registry)
+	}
 	if err := os.MkdirAll(o.Root, 0o700); err != nil {
 		return nil, err
 	}
@@ -89,8 +94,16 @@ func Open(o Options) (*Driver, error) {
 func (d *Driver) Close() error { return d.conf.close() }
 
 // Plan chooses the networks and puts all that ADD and DEL need into the plan.
-func (d *Driver) Plan(_ context.Context, _ string, req *network.Request) (json.RawMessage, error) {
-	p, err := newPlan(d.conf.current(), req)
+func (d *Driver) Plan(_ context.Context, id string, req *network.Request) (json.RawMessage, error) {
+	if err := hostport.Check(req.Ports); err != nil {
+		return nil, invalid("%w", err)
+	}
+	chosen := *req
+	chosen.Ports = slices.Clone(req.Ports)
+	if err := d.o.Ports.Choose(id, chosen.Ports); err != nil {
+		return nil, err
+	}
+	p, err := newPlan(d.conf.current(), &chosen)
 	if err != nil {
 		return nil, err
 	}
@@ -115,6 +128,10 @@ func (d *Driver) Attach(ctx context.Context, id string, plan json.RawMessage, ns
 	}
 	p, err := readPlan(plan)
 	if err != nil {
+		return nil, err
+	}
+	// portmap would add a second rule for the same port, which nothing ever reaches.
+	if err := d.o.Ports.Claim(id, p.ports()); err != nil {
 		return nil, err
 	}
 	d.gc.RLock()
@@ -160,7 +177,11 @@ func (d *Driver) Detach(ctx context.Context, id string, plan json.RawMessage, ns
 			errs = append(errs, fmt.Errorf("network %s: %w", a.Network, err))
 		}
 	}
-	return errors.Join(errs...)
+	if len(errs) > 0 {
+		return errors.Join(errs...)
+	}
+	d.o.Ports.Release(id)
+	return nil
 }
 
 // del runs DEL of each plugin of a network, the last one first, also after one
@@ -293,9 +314,15 @@ func (d *Driver) verify(ctx context.Context, id string, a attachment, ns *os.Fil
 	return d.cni.CheckNetworkList(ctx, list, rt)
 }
 
-// Restore does nothing: CNI has no verb for it, and a second ADD without a DEL
-// is not allowed.
-func (d *Driver) Restore(context.Context, string, json.RawMessage, *os.File) error { return nil }
+// Restore notes which ports are published. Networks it leaves alone: CNI has no
+// verb to repair one, and a second ADD without a DEL is not allowed.
+func (d *Driver) Restore(_ context.Context, id string, plan json.RawMessage, _ *os.File) error {
+	p, err := readPlan(plan)
+	if err != nil {
+		return err
+	}
+	return d.o.Ports.Claim(id, p.ports())
+}
 
 func (d *Driver) cacheFile(network, id, ifname string) string {
 	return filepath.Join(d.o.Root, "results", network+"-"+id+"-"+ifname) // as libcni names it

@@ -40,6 +40,14 @@ func readPlan(data json.RawMessage) (*plan, error) {
 	return &p, nil
 }
 
+// ports are those that all networks publish.
+func (p *plan) ports() (ps []network.Port) {
+	for _, a := range p.Networks {
+		ps = append(ps, a.Ports...)
+	}
+	return ps
+}
+
 func (a *attachment) list() (*libcni.NetworkConfigList, error) { return parseList(a.Config) }
 
 func (a *attachment) runtimeConf(id, ns string) *libcni.RuntimeConf {
@@ -194,10 +202,9 @@ func (p *plan) addCapabilities(lists []*libcni.NetworkConfigList, req *network.R
 	}
 	if len(req.Ports) > 0 {
 		give(capPorts, "published ports", func(is []int) error {
-			ports, err := portMappings(req.Ports)
-			p.Networks[is[0]].Capabilities[capPorts] = ports
+			p.Networks[is[0]].Capabilities[capPorts] = portMappings(req.Ports)
 			p.Networks[is[0]].Ports = req.Ports
-			return err
+			return nil
 		})
 	}
 	if len(req.Addresses) > 0 {
@@ -247,19 +254,16 @@ func (p *plan) addIPs(is []int, addrs []netip.Addr) error {
 	return nil
 }
 
-func portMappings(ports []network.Port) ([]portMapping, error) {
+func portMappings(ports []network.Port) []portMapping {
 	var ms []portMapping
 	for _, p := range ports {
-		if p.HostPort == 0 || p.Port == 0 {
-			return nil, invalid("port 0 cannot be published by CNI plugins")
-		}
 		m := portMapping{HostPort: p.HostPort, ContainerPort: p.Port, Protocol: string(p.Protocol)}
 		if p.HostIP.IsValid() {
 			m.HostIP = p.HostIP.String()
 		}
 		ms = append(ms, m)
 	}
-	return ms, nil
+	return ms
 }
 
 // burst is how many bits may come at once at a rate: a tenth of a second's, but

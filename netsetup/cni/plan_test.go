@@ -72,7 +72,6 @@ func TestPlan(t *testing.T) {
 		{"path as a name", network.Request{Attach: attach("a:a/b")}, "", "contains /"},
 		{"isolated", network.Request{Isolated: true}, "", "cannot be isolated"},
 		{"ports without plugin", network.Request{Attach: attach("plain"), Ports: ports}, "", "published ports: no plugin of CNI network plain declares the capability portMappings"},
-		{"port 0", network.Request{Ports: []network.Port{{Port: 80}}}, "", "port 0"},
 		{"addresses without plugin", network.Request{Attach: attach("plain"), Addresses: addrs("10.0.0.2")}, "", "static address: no plugin"},
 		{"too many addresses", network.Request{Addresses: addrs("10.0.0.2 10.0.0.3")}, "", "address 10.0.0.3 is one more"},
 		{"mac and bandwidth without plugin", network.Request{Attach: attach("plain"), MAC: "02:00:00:00:00:01", Bandwidth: network.Bandwidth{Egress: 1}}, "",
@@ -115,4 +114,38 @@ func TestPlan(t *testing.T) {
 	if _, err := r.Plan(t.Context(), id, &network.Request{}); !errors.Is(err, netsetup.ErrInvalid) || !strings.Contains(err.Error(), `there is no plugin "absent" in `+r.dir+"/bin") {
 		t.Errorf("a plugin that is not installed: %v", err)
 	}
+}
+
+// portmap itself would let two sandboxes have one port.
+func TestPublishedTwice(t *testing.T) {
+	r := newRig(t)
+	r.chain("a", "one")
+	r.config("a.conflist", `{"cniVersion":"1.1.0","name":"a","plugins":[{"type":"one","capabilities":{"portMappings":true}}]}`)
+	ns := newNS(t)
+	req := network.Request{Ports: []network.Port{{HostPort: 8080, Port: 80, Protocol: network.TCP}, {Port: 80, Protocol: network.UDP}}}
+	plan, same := r.plan(alive, req), r.plan(dead, req)
+	res := r.attach(alive, plan, ns)
+	if got := res.Networks[0].Ports; len(got) != 2 || got[1].HostPort == 0 || req.Ports[1].HostPort != 0 {
+		t.Errorf("ports %v of %v", got, req.Ports)
+	}
+	want := "port 8080/tcp of the host is taken by sandbox " + alive
+	if _, err := r.Attach(t.Context(), dead, same, ns); err == nil || !strings.Contains(err.Error(), want) {
+		t.Errorf("Attach: %v", err)
+	}
+	r.detach(dead, same, ns)
+	r.Close()
+	r.open()
+	if err := r.Restore(t.Context(), alive, plan, ns); err != nil {
+		t.Error(err)
+	}
+	if _, err := r.Plan(t.Context(), dead, &req); err == nil || !strings.Contains(err.Error(), want) {
+		t.Errorf("Plan: %v", err)
+	}
+	r.detach(alive, plan, ns)
+	r.attach(dead, same, ns)
+	r.detach(dead, same, ns)
+	if _, err := r.Plan(t.Context(), dead, &network.Request{Ports: []network.Port{{HostPort: 80, Protocol: network.TCP}}}); !errors.Is(err, netsetup.ErrInvalid) {
+		t.Errorf("port 0 of the sandbox: %v", err)
+	}
+	r.wantNothingLeft()
 }
