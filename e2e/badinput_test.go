@@ -31,7 +31,7 @@ type world struct {
 
 func (d *daemon) look(t *testing.T) *world {
 	t.Helper()
-	s, err := leak.Take(leak.Options{Ancestor: d.cmd.Process.Pid, CgroupParent: d.parent, Dirs: []string{d.state, d.root}, PID: d.cmd.Process.Pid})
+	s, err := leak.Take(leak.Options{Ancestor: d.cmd.Process.Pid, CgroupParent: d.parent, Dirs: []string{d.state, d.root}, Keep: d.keeps(), PID: d.cmd.Process.Pid})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -363,6 +363,26 @@ func TestBadInput(t *testing.T) {
 		{"an unknown option of tmpfs", run("--tmpfs", "/mnt:mode=1"), 0, []string{`"mode=1"`}},
 		{"a tmpfs on the root", run("--tmpfs", "/"), 0, []string{"root"}},
 		{"a relative tmpfs", run("--tmpfs", "mnt"), 0, []string{`"mnt"`}},
+
+		// What is kept of it.
+		{"a relative collector", run("--collect", "tmp/core"), 0, []string{`"tmp/core"`, "absolute"}},
+		{"a collector above the root", run("--collect", "/a/../../b"), 0, []string{"collect", ".."}},
+		{"a pattern that does not end", run("--collect", "/tmp/["), 0, []string{"/tmp/[", "pattern"}},
+		{"a collector on a whim", run("--collect", "/a,on=whim"), 0, []string{`"whim"`, "failure"}},
+		{"a collector of nothing", run("--collect", "/a,max=0"), 0, []string{"limit"}},
+		{"a collector of nonsense", run("--collect", "/a,max=lots"), 0, []string{`"lots"`}},
+		{"a collector with an unknown option", run("--collect", "/a,by=me"), 0, []string{`"by=me"`, "max"}},
+		{"a collector with an escape", run("--collect", "/a\x1b[31m"), 0, []string{"collect"}},
+		{"a collector of 10000 characters", run("--collect", "/"+long), 0, []string{"collect", "10001 bytes"}},
+		{"custody for nonsense", run("--custody-ttl", "soon"), 0, []string{`"soon"`, "1h"}},
+		{"custody for less than no time", run("--custody-ttl", "-1s"), 0, []string{`"-1s"`}},
+		{"a postmortem of a sandbox", []string{"postmortem", "web"}, 0, []string{"SANDBOX/MEMBER"}},
+		{"a postmortem of nobody", []string{"postmortem", "web/nobody"}, 0, []string{"nobody", "nothing was collected"}},
+		{"a postmortem in a strange form", []string{"postmortem", "-o", "yaml", "web/up"}, 0, []string{`"yaml"`, "html"}},
+		{"a collection above the directory", []string{"collected", "show", "../x-1"}, 0, []string{"../x-1", "SANDBOX/MEMBER-N"}},
+		{"a collection that is missing", []string{"collected", "rm", "web/none-1"}, 0, []string{"web/none-1"}},
+		{"an unknown command of collected", []string{"collected", "burn"}, 0, []string{`"burn"`}},
+		{"collections in no directory", []string{"collected", "export", "--collect-dir", "/no/such", "web/up-1"}, 0, []string{"/no/such"}},
 		{"shm of nonsense", []string{"create", "x", "--shm-size", "lots"}, 0, []string{`"lots"`}},
 		{"shm of a byte", []string{"create", "x", "--shm-size", "1"}, 0, []string{"shm", "4096"}},
 
@@ -735,6 +755,12 @@ func TestBadDaemonFlags(t *testing.T) {
 		{"a cgroup parent with a newline", []string{"--cgroup-parent", "/a\nb"}, 0, []string{"/a"}},
 		{"a state directory that is a file", []string{"--state", file}, 0, []string{file, "not a directory"}},
 		{"a root directory that is a file", []string{"--root", file}, 0, []string{file, "not a directory"}},
+		{"a collection directory that is a file", []string{"--collect-dir", file}, 0, []string{"--collect-dir", file, "not a directory"}},
+		{"collections of nonsense", []string{"--collect-max-total", "lots"}, 0, []string{`"lots"`, "1g"}},
+		{"collections kept for nonsense", []string{"--collect-keep", "-1h"}, 0, []string{`"-1h"`}},
+		{"samples without end", []string{"--sample-interval", "1ns"}, 0, []string{"1ns", "100ms"}},
+		{"fewer than none in custody", []string{"--custody-max", "-1"}, 0, []string{"--custody-max", "-1"}},
+		{"custody of nonsense", []string{"--custody-max-tmpfs", "x"}, 0, []string{`"x"`}},
 		{"a level of nonsense", []string{"--log-level", "loud"}, 0, []string{`"loud"`, "debug"}},
 		{"a format of nonsense", []string{"--log-format", "xml"}, 0, []string{`"xml"`, "json"}},
 		{"an argument", []string{"now"}, 0, []string{`"now"`}},

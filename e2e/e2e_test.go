@@ -275,11 +275,16 @@ func startDaemon(t *testing.T) *daemon {
 	return d
 }
 
+// keeps are what a daemon keeps on purpose when all else is gone.
+func (d *daemon) keeps() []string {
+	return []string{d.root + "/events", d.root + "/collected", d.root + "/states"}
+}
+
 // checkLeaks makes the test fail at its end if there is more of d on the host
 // then than now.
 func (d *daemon) checkLeaks(t *testing.T) {
 	t.Helper()
-	o := leak.Options{Ancestor: -1, CgroupParent: d.parent, Dirs: []string{d.root, d.state}, Keep: []string{d.root + "/events", d.root + "/collected", d.root + "/states"}}
+	o := leak.Options{Ancestor: -1, CgroupParent: d.parent, Dirs: []string{d.root, d.state}, Keep: d.keeps()}
 	if d.cmd != nil {
 		o.PID = d.cmd.Process.Pid
 	}

@@ -222,3 +222,29 @@ func TestCollectorsAreChecked(t *testing.T) {
 		t.Errorf("on record: %+v; want %+v", got, want)
 	}
 }
+
+// Who is killed by a removal has not failed: only what was declared is done.
+func TestRemovalIsNoFailure(t *testing.T) {
+	for _, declared := range []bool{false, true} {
+		n := newFakeNode()
+		n.collectsAll = true
+		m := open(t, t.TempDir(), n)
+		must[Info](t)(m.Create(t.Context(), Config{Name: "web"}))
+		c := member("app")
+		if declared {
+			c.Collect = []request.Collect{{Path: "/x"}}
+		}
+		must[MemberInfo](t)(m.Add(t.Context(), "web", c))
+		must[MemberInfo](t)(m.Start(t.Context(), "web/app"))
+		check(t, m.RemoveMember(t.Context(), "web/app", true))
+		dies(t, m, n, member("failed"))
+		check(t, m.Remove(t.Context(), "web", true))
+		want := 1
+		if declared {
+			want = 2
+		}
+		if got := len(n.collected); got != want {
+			t.Errorf("declared %v: %d members were collected, want %d", declared, got, want)
+		}
+	}
+}

@@ -68,6 +68,7 @@ type fakeNode struct {
 	collects  map[string]int       // how often a member was collected, SID/MID
 	collected map[string]bool      // and that this succeeded
 
+	collectsAll   bool             // there is something to collect after any exit
 	collectedHeld bool             // the last one's monitor was alive
 	tmpfs         map[string]int64 // bytes in memory, by member
 

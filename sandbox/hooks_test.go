@@ -58,7 +58,7 @@ func (n *fakeNode) MemberHooks(_ *Record, m *MemberRecord, _ *specs.Spec) ([]req
 	return m.Config.Hooks, nil
 }
 
-func (n *fakeNode) Collects(m *MemberRecord) bool { return len(m.Config.Collect) > 0 }
+func (n *fakeNode) Collects(m *MemberRecord) bool { return n.collectsAll || len(m.Config.Collect) > 0 }
 
 func (n *fakeNode) Collect(ctx context.Context, r *Record, m *MemberRecord, _ string) (string, error) {
 	return m.Config.Name + "-1", n.call(ctx, "Collect", func() error {

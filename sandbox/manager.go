@@ -114,7 +114,9 @@ type memb struct {
 	told   told          // guarded by op
 	over   chan struct{} // closed when the exit is recorded, or the member is gone
 	isOver sync.Once
-	mon    atomic.Pointer[Monitor] // stored under op; nil while there is no connection
+	// dismissed is set before the member is killed because it is removed.
+	dismissed atomic.Bool
+	mon       atomic.Pointer[Monitor] // stored under op; nil while there is no connection
 }
 
 func (b *box) id() string   { return b.rec.Load().ID }

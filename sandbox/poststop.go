@@ -68,9 +68,13 @@ func (m *Manager) unsettled(mb *memb) bool {
 	return r.State == MemberExited && (declares(r) || m.uncollected(mb))
 }
 
-// uncollected reports whether the member's collection is still to be made.
+// uncollected reports whether the member's collection is still to be made. One that
+// was killed by its removal has not failed: it has only what was declared.
 func (m *Manager) uncollected(mb *memb) bool {
 	r := mb.rec.Load()
+	if mb.dismissed.Load() && len(r.Config.Collect) == 0 {
+		return false
+	}
 	return !r.CollectDone && m.node.Collects(r)
 }
 

@@ -149,7 +149,7 @@ func (m *Manager) dropMember(b *box, mb *memb, op string) error {
 func (m *Manager) takeDown(ctx context.Context, b *box, op string) error {
 	ctx = context.WithoutCancel(ctx)
 	b.cancel() // the end of the pause is no news now
-	b.each(ctx, func(mb *memb) error { m.endMember(ctx, b, mb); return nil })
+	b.each(ctx, func(mb *memb) error { m.dismiss(ctx, b, mb); return nil })
 	if err := m.farewell(ctx, b); err != nil {
 		return err // the next daemon goes on
 	}
@@ -227,6 +227,15 @@ func (m *Manager) endMember(ctx context.Context, b *box, mb *memb) {
 	m.awaitExit(ctx, b, mb, time.After(m.o.killTimeout))
 }
 
+// dismiss is endMember for a member that is removed: that is no failure of its
+// own. Preconditions: mb.op is held.
+func (m *Manager) dismiss(ctx context.Context, b *box, mb *memb) {
+	if mb.rec.Load().State.alive() {
+		mb.dismissed.Store(true)
+	}
+	m.endMember(ctx, b, mb)
+}
+
 // alive reports whether init exists in state s.
 func (s MemberState) alive() bool {
 	return s == MemberCreated || s == MemberStarting || s == MemberRunning
@@ -237,6 +246,7 @@ func (s MemberState) alive() bool {
 func (m *Manager) killNow(ctx context.Context, ms ...*memb) {
 	for _, mb := range ms {
 		if r := mb.rec.Load(); r.State.alive() {
+			mb.dismissed.Store(true)
 			if err := m.node.KillMemberCgroup(ctx, r); err != nil {
 				m.o.Log.Debug("Early kill did not work", "sandbox", r.Sandbox, "member", r.ID, "err", err)
 			}
@@ -345,7 +355,7 @@ func (m *Manager) RemoveMember(ctx context.Context, ref string, force bool) (err
 
 // removeMember removes a member in whatever state. Preconditions: mb.op is held.
 func (m *Manager) removeMember(ctx context.Context, b *box, mb *memb, ref string) error {
-	m.endMember(context.WithoutCancel(ctx), b, mb)
+	m.dismiss(context.WithoutCancel(ctx), b, mb)
 	hookCtx, cancel := m.patient(ctx)
 	defer cancel()
 	err := m.poststop(hookCtx, b, mb)

@@ -127,6 +127,9 @@ func (a *app) serve(ctx context.Context, o serveOptions) (err error) {
 	if o.collect.collectDir, err = filepath.Abs(cmp.Or(o.collect.collectDir, filepath.Join(root, "collected"))); err != nil {
 		return err
 	}
+	if fi, err := os.Stat(o.collect.collectDir); err == nil && !fi.IsDir() {
+		return fmt.Errorf("--collect-dir %s: not a directory", o.collect.collectDir)
+	}
 	if err := cgroup.CheckPath(o.cgroupParent); err != nil {
 		return fmt.Errorf("--cgroup-parent: %w", err)
 	}
