@@ -396,8 +396,8 @@ func TestPortTaken(t *testing.T) {
 		t.Error("the one that has the port is forgotten")
 	}
 
-	// Chosen by us.
-	ns, res, _ := attach(t, d, idB, &network.Request{Ports: []network.Port{
+	// Chosen by us. For a third one, as the lease of the other may still be going.
+	ns, res, _ := attach(t, d, "cccccccccccc0003", &network.Request{Ports: []network.Port{
 		{Port: 80, Protocol: network.TCP}, {Port: 81, Protocol: network.TCP},
 	}})
 	serve(t, ns, "tcp", ":81", "B")
