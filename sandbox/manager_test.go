@@ -345,7 +345,7 @@ func TestPauseAndMonitorKilled(t *testing.T) {
 			k := mi.Sandbox + "/" + mi.ID
 			n.with(func() { n.killMonitor(k) })
 			soon(t, func() error {
-				if now, err := m.InspectMember("web/app"); err != nil || now.MonitorPID == mi.MonitorPID || now.State != "Running" {
+				if now, err := m.InspectMember("web/app"); err != nil || now.MonitorPID == 0 || now.MonitorPID == mi.MonitorPID || now.State != "Running" {
 					return fmt.Errorf("after the monitor was killed: %+v, %v", now, err)
 				}
 				return nil
@@ -357,7 +357,7 @@ func TestPauseAndMonitorKilled(t *testing.T) {
 			}
 			soon(t, func() error {
 				now, err := m.Inspect("web")
-				if err != nil || now.State != want || now.PausePID == before.PausePID || (want == "NotReady") != (now.Reason != "") {
+				if err != nil || now.State != want || now.PausePID == before.PausePID || want == "Ready" && now.PausePID == 0 || (want == "NotReady") != (now.Reason != "") {
 					return fmt.Errorf("after pause was killed: %+v, %v", now, err)
 				}
 				if want == "Ready" && now.Namespaces[namespace.Net].Inode != before.Namespaces[namespace.Net].Inode {
