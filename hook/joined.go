@@ -24,35 +24,25 @@ func (j *Joined) Do(ctx context.Context) Result {
 	begin := time.Now()
 	ctx, cancel := context.WithTimeoutCause(ctx, j.Timeout, fmt.Errorf("killed after its timeout of %s", j.Timeout))
 	defer cancel()
-	inR, inW, err := os.Pipe()
+	in, err := inputFile(j.Stdin)
 	if err != nil {
 		return Result{Code: -1, Err: err}
 	}
-	defer inR.Close()
+	defer in.Close()
 	outR, outW, err := os.Pipe()
 	if err != nil {
-		inW.Close()
 		return Result{Code: -1, Err: err}
 	}
 	defer outR.Close()
-	written := make(chan struct{})
-	go func() {
-		defer close(written)
-		inW.Write(j.Stdin) // EPIPE if it does not read
-		inW.Close()
-	}()
 	var out Tail
 	copied := make(chan struct{})
 	go func() {
 		defer close(copied)
 		io.Copy(&out, outR)
 	}()
-	code, err := j.Run(ctx, inR, outW)
+	code, err := j.Run(ctx, in, outW)
 	outW.Close()
-	inR.Close()
-	inW.SetWriteDeadline(time.Now().Add(drainTime)) // a child in the background may hold the other ends
-	outR.SetReadDeadline(time.Now().Add(drainTime))
-	<-written
+	outR.SetReadDeadline(time.Now().Add(drainTime)) // a child in the background may hold the other end
 	<-copied
 	r := Result{Code: code, Took: time.Since(begin)}
 	r.Output, r.Truncated = out.Bytes()

@@ -64,9 +64,12 @@ type fakeNode struct {
 	networks map[string]bool // sandboxes with a network, those of tombstones not among them
 	tombs    map[string]bool // networks that the node takes down by itself, sooner or later
 
-	hooks     map[string]*fakeHook // by what they are called, see hooks_test.go
-	collects  map[string]int       // how often a member was collected, SID/MID
-	collected map[string]bool      // and that this succeeded
+	declared  map[string]MemberConfig // by SID/MID
+	daemon    int                     // counts them
+	wrong     string                  // what a manager must not do, and did
+	hooks     map[string]*fakeHook    // by what they are called, see hooks_test.go
+	collects  map[string]int          // how often a member was collected, SID/MID
+	collected map[string]bool         // and that this succeeded
 
 	collectsAll   bool             // there is something to collect after any exit
 	collectedHeld bool             // the last one's monitor was alive
@@ -105,7 +108,7 @@ func newFakeNode() *fakeNode {
 		watches: map[procid.ID][]chan struct{}{}, held: map[string]bool{}, inode: map[string]uint64{},
 		cgroups: map[string]bool{}, data: map[string]bool{}, monitors: map[string]*fakeMonitor{},
 		started: map[string]bool{}, truth: map[string]Exit{}, leftover: map[string]bool{}, unkillable: map[string]bool{},
-		hooks: map[string]*fakeHook{}, collects: map[string]int{}, collected: map[string]bool{},
+		declared: map[string]MemberConfig{}, hooks: map[string]*fakeHook{}, collects: map[string]int{}, collected: map[string]bool{},
 		networks: map[string]bool{}, tombs: map[string]bool{},
 	}
 }
@@ -490,7 +493,13 @@ func (n *fakeNode) MakeMemberData(ctx context.Context, m *MemberRecord) error {
 }
 
 func (n *fakeNode) RemoveMemberData(ctx context.Context, m *MemberRecord) error {
-	return n.call(ctx, "RemoveMemberData", func() error { delete(n.data, key(m)); return nil })
+	return n.call(ctx, "RemoveMemberData", func() error {
+		if m.Exit != nil && len(n.declared[key(m)].Hooks) > 0 && n.hooks[key(m)+" /poststop"] == nil {
+			n.wrong = key(m) + " is removed without its poststop hook"
+		}
+		delete(n.data, key(m))
+		return nil
+	})
 }
 
 func (n *fakeNode) StartMonitor(ctx context.Context, r *Record, m *MemberRecord, _ []*MemberRecord, _ *specs.Spec, dir string, limited func() error, made func(procid.ID) error) (Monitor, error) {
@@ -706,6 +715,7 @@ func testOptions(n *fakeNode) Options {
 func open(t *testing.T, state string, n *fakeNode) *Manager {
 	t.Helper()
 	n.state = state
+	n.begin(state)
 	m, err := Open(t.Context(), state, n, testOptions(n))
 	if err != nil {
 		t.Fatal(err)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -18,6 +19,8 @@ import (
 type fakeHook struct {
 	attempts  []int // as it was told
 	succeeded int
+	told      int    // the daemon that was told so
+	recorded  bool   // that it is on record, as a daemon found it
 	at        string // what it saw of the world when it last succeeded
 }
 
@@ -33,6 +36,14 @@ func (n *fakeNode) RunHook(ctx context.Context, c *HookCall) HookOutcome {
 			h = &fakeHook{}
 			n.hooks[k+" "+c.Hook.Path] = h
 		}
+		again := c.Hook.Stage == request.Prestart || c.Hook.Stage == request.StartContainer // by another start
+		switch last := len(h.attempts) - 1; {
+		case again:
+		case h.told == n.daemon, h.recorded:
+			n.wrong = fmt.Sprintf("hook %s of %s was run again after it had succeeded", c.Hook.Path, k)
+		case last >= 0 && h.attempts[last] >= c.Attempt:
+			n.wrong = fmt.Sprintf("attempt %d of hook %s of %s comes after %v", c.Attempt, c.Hook.Path, k, h.attempts)
+		}
 		h.attempts = append(h.attempts, c.Attempt)
 		if n.faults["hook "+string(c.Hook.Stage)] != works {
 			return errInjected
@@ -45,6 +56,9 @@ func (n *fakeNode) RunHook(ctx context.Context, c *HookCall) HookOutcome {
 		}
 		return nil
 	})
+	if err == nil {
+		n.with(func() { n.hooks[k+" "+c.Hook.Path].told = n.daemon })
+	}
 	out := HookOutcome{Output: []byte("said\n"), Took: time.Millisecond, Err: err}
 	if err != nil {
 		out.Code = 1
@@ -52,9 +66,36 @@ func (n *fakeNode) RunHook(ctx context.Context, c *HookCall) HookOutcome {
 	return out
 }
 
+// begin tells of a new daemon, which finds what is in state.
+func (n *fakeNode) begin(state string) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.daemon++
+	note := func(k string, runs []HookRun) {
+		for _, r := range runs {
+			if h := n.hooks[k+" "+r.Path]; h != nil && r.State == HookSucceeded {
+				h.recorded = true
+			}
+		}
+	}
+	root, err := os.OpenRoot(state)
+	if err != nil {
+		return // none has been there
+	}
+	defer root.Close()
+	for _, b := range sandboxes(root) {
+		note(b.id(), b.rec.HookRuns)
+		(&Dir{path: state}).readMembers(root, &b)
+		for _, m := range b.members {
+			note(key(m.rec), m.rec.HookRuns)
+		}
+	}
+}
+
 func (n *fakeNode) SandboxHooks(c *Config) ([]request.Hook, error) { return c.Hooks, nil }
 
 func (n *fakeNode) MemberHooks(_ *Record, m *MemberRecord, _ *specs.Spec) ([]request.Hook, error) {
+	n.with(func() { n.declared[key(m)] = m.Config })
 	return m.Config.Hooks, nil
 }
 
@@ -226,5 +267,58 @@ func TestHookFails(t *testing.T) {
 				t.Errorf("the hook was tried %d times, the one after it %d times", tried, next)
 			}
 		})
+	}
+}
+
+// The daemon dies in any call that follows an exit, or before: the next one does
+// what is left, and nothing that was done.
+func TestExitIsFollowedUp(t *testing.T) {
+	for call := 1; ; call++ {
+		for _, late := range []bool{false, true} {
+			n := newFakeNode()
+			base := t.TempDir()
+			m := open(t, base+"/0", n)
+			ctx := t.Context()
+			must[Info](t)(m.Create(ctx, Config{Name: "web"}))
+			c := member("app")
+			c.Hooks = allHooks(request.MemberStages())
+			c.Collect = []request.Collect{{Path: "/x"}}
+			mi := must[MemberInfo](t)(m.Add(ctx, "web", c))
+			must[MemberInfo](t)(m.Start(ctx, "web/app"))
+			k := mi.Sandbox + "/" + mi.ID
+			n.with(func() {
+				n.copy, n.countdown, n.crashLate = base+"/1", call, late
+				n.exitInit(k, Exit{Known: true, Code: 3})
+			})
+			crashed := false
+			soon(t, func() error {
+				n.with(func() { crashed = n.crashed })
+				if mi, err := m.InspectMember("web/app"); !crashed && (err != nil || mi.State != "Collected") {
+					return fmt.Errorf("after the exit: %+v, %v", mi, err)
+				}
+				return nil
+			})
+			check(t, m.Close())
+			if !crashed {
+				if call < 4 {
+					t.Fatalf("an exit is followed by %d calls", call-1)
+				}
+				return
+			}
+			n.with(func() { n.crashed, n.countdown = false, 0; clear(n.held); n.monitors[k].conns = nil })
+			m = open(t, base+"/1", n)
+			soon(t, func() error {
+				if mi, err := m.InspectMember("web/app"); err != nil || mi.State != "Collected" || mi.Exit.Code != 3 {
+					return fmt.Errorf("crash in call %d, late %t: %+v, %v", call, late, mi, err)
+				}
+				return nil
+			})
+			h := n.hooks[k+" /poststop"]
+			if n.wrong != "" || h.succeeded < 1 || len(h.attempts) > 2 || !n.collected[k] || n.collects[k] > 2 {
+				t.Errorf("crash in call %d, late %t: hook %+v, collected %d times; %s", call, late, h, n.collects[k], n.wrong)
+			}
+			check(t, m.Remove(ctx, "web", true))
+			check(t, n.empty())
+		}
 	}
 }

@@ -16,6 +16,7 @@ import (
 	"github.com/sandboxd/sandboxd/internal/journal"
 	"github.com/sandboxd/sandboxd/internal/namespace"
 	"github.com/sandboxd/sandboxd/internal/network"
+	"github.com/sandboxd/sandboxd/internal/request"
 )
 
 // methods are those of fakeNode that fail on demand.
@@ -24,6 +25,7 @@ var methods = []string{
 	"RemoveSandboxData", "MakeMembersCgroup", "MakeMemberCgroup", "LimitMember", "KillMemberCgroup", "RemoveMemberCgroup", "MakeMemberData",
 	"RemoveMemberData", "StartMonitor", "AdoptMonitor", "ReplaceMonitor", "KillMonitor", "MonitorStatus",
 	"SignalInit", "Start", "execve",
+	"RunHook", "Collect", "hook postcreate", "hook prestart", "hook poststart", "hook poststop", "hook predelete", "hook oci-poststop",
 	"PlanNetwork", "AttachNetwork", "DetachNetwork", "RestoreNetwork", "VerifyNetwork", "plugin",
 }
 
@@ -54,6 +56,7 @@ func (w *world) open(t *rapid.T) {
 			}
 		}
 	})
+	w.n.begin(w.state())
 	j, err := journal.Open(w.journal(), journal.Options{Boot: "boot"})
 	if err != nil {
 		t.Fatalf("open journal: %v", err)
@@ -124,6 +127,9 @@ func (w *world) operation(t *rapid.T) {
 		if rapid.Bool().Draw(t, "network") {
 			c.Network = network.ModeCNI
 		}
+		if rapid.Bool().Draw(t, "hooks") {
+			c.Hooks = allHooks(request.SandboxStages())
+		}
 		_, err := w.m.Create(ctx, c)
 		if had == nil && err == nil {
 			t.Fatalf("a second sandbox %s", name)
@@ -135,6 +141,13 @@ func (w *world) operation(t *rapid.T) {
 		c := member(strings.TrimPrefix(ref, name+"/"))
 		c.Custody = rapid.SampledFrom(policies).Draw(t, "custody")
 		c.AutoRemove = rapid.IntRange(0, 5).Draw(t, "rm") == 0
+		if rapid.Bool().Draw(t, "hooks") {
+			c.Hooks = allHooks(request.MemberStages())
+			c.Hooks[len(c.Hooks)-3].Retries = rapid.IntRange(0, 2).Draw(t, "retries")
+		}
+		if rapid.IntRange(0, 3).Draw(t, "collect") == 0 {
+			c.Collect = []request.Collect{{Path: "/x"}}
+		}
 		_, err := w.m.Add(ctx, name, c)
 		if hadMember == nil && err == nil {
 			// It may have removed itself just before.
@@ -187,6 +200,9 @@ func (w *world) invariants() error {
 	faulty := w.faulty()
 	w.n.mu.Lock()
 	defer w.n.mu.Unlock()
+	if w.n.wrong != "" {
+		return errors.New(w.n.wrong)
+	}
 	if w.n.crashed {
 		return nil // what a dead daemon thinks does not count
 	}
@@ -274,7 +290,7 @@ func (w *world) memberInvariants(k string, mi MemberInfo, faulty bool) error {
 		if !w.n.procs[mon.init] || !w.n.procs[mon.proc] {
 			return fmt.Errorf("%s is %s without its processes", k, mi.State)
 		}
-	case "Exited":
+	case "Exited", "Collected":
 		switch truth, known := w.n.truth[k]; {
 		case mi.Exit == nil:
 			return fmt.Errorf("%s lacks an exit record", k)
@@ -291,6 +307,15 @@ func (w *world) memberInvariants(k string, mi MemberInfo, faulty bool) error {
 			return fmt.Errorf("exit record of %s changed from %+v to %+v", k, old, *mi.Exit)
 		}
 		w.exits[k] = *mi.Exit
+		if h := w.n.hooks[k+" /poststop"]; mi.State == "Exited" && h != nil {
+			return fmt.Errorf("%s has a poststop hook, was it run %v, and is not collected", k, h.attempts)
+		}
+		if mi.State == "Collected" && len(w.n.declared[k].Hooks) > 0 && w.n.hooks[k+" /poststop"] == nil {
+			return fmt.Errorf("%s is collected without its poststop hook", k)
+		}
+		if mi.State == "Exited" && len(w.n.declared[k].Hooks)+len(w.n.declared[k].Collect) > 0 {
+			return fmt.Errorf("%s is not collected", k)
+		}
 	}
 	if mi.Exit == nil && mi.State != "Unclean" {
 		if old, ok := w.exits[k]; ok {
@@ -423,7 +448,7 @@ func TestLifecycle(t *testing.T) {
 		// Once faults stop, everything can be removed, and nothing is left.
 		w.n.with(func() { clear(w.n.faults); w.n.countdown = 0 })
 		for _, i := range w.m.List() {
-			if err := w.m.Remove(context.Background(), i.Name, true); err != nil {
+			if err := w.m.Remove(context.Background(), i.Name, true); err != nil && !errors.Is(err, ErrNotFound) { // it may have been on its way
 				t.Fatalf("remove with no faults: %v", err)
 			}
 		}
@@ -431,6 +456,20 @@ func TestLifecycle(t *testing.T) {
 		if err := checkEvents(w.journal(), nil); err != nil {
 			t.Fatalf("at the end: %v", err)
 		}
+		w.n.with(func() {
+			for k, c := range w.n.declared {
+				if _, exited := w.exits[k]; exited && len(c.Hooks) > 0 {
+					for _, stage := range []request.Stage{request.Poststop, request.Predelete, request.OCIPoststop} {
+						if h := w.n.hooks[k+" /"+string(stage)]; h == nil {
+							t.Fatalf("%s is removed without its %s hook", k, stage)
+						}
+					}
+				}
+			}
+			if w.n.wrong != "" {
+				t.Fatal(w.n.wrong)
+			}
+		})
 		if left, err := os.ReadDir(filepath.Join(w.state(), sandboxesDir)); err != nil || len(left) > 0 {
 			t.Fatalf("left in the state directory: %v, %v", left, err)
 		}

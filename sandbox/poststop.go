@@ -129,7 +129,7 @@ func (m *Manager) later(b *box, mb *memb) {
 			m.poststart(m.ctx, b, mb)
 		case s.over():
 			m.afterExit(b, mb)
-		case m.predelete(m.ctx, b, mb) == nil:
+		default:
 			m.takeDownMember(m.ctx, b, mb, "recover")
 		}
 	})

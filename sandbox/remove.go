@@ -58,12 +58,15 @@ func (m *Manager) push(s *undo.Stack, op, step string, fn func(context.Context) 
 // does the member, as [MemberUnclean]. Preconditions: mb.op is held.
 func (m *Manager) takeDownMember(ctx context.Context, b *box, mb *memb, op string) error {
 	r := mb.rec.Load()
+	hookCtx, cancel := m.patient(ctx)
+	defer cancel()
+	if err := m.predelete(hookCtx, b, mb); err != nil {
+		return err // the next daemon goes on
+	}
 	// The monitor's connection goes first: its end is no news now.
 	mb.setMonitor(nil)
 	err := m.undoMember(r, op).Unwind(ctx)
 	if err == nil && (r.Complete || subject{b, mb}.begun(ociCreate...)) {
-		hookCtx, cancel := m.patient(ctx)
-		defer cancel()
 		m.runHooks(hookCtx, subject{b, mb}, request.OCIPoststop, procid.ID{}) // failures are logged
 		if err := hookCtx.Err(); err != nil {
 			return err // the next daemon goes on
@@ -363,9 +366,6 @@ func (m *Manager) removeMember(ctx context.Context, b *box, mb *memb, ref string
 		err = m.run("remove", "member deleting", func() error {
 			return orFull(m.writeMember(mb, func(r *MemberRecord) { r.State = MemberDeleting }))
 		})
-	}
-	if err == nil {
-		err = m.predelete(hookCtx, b, mb)
 	}
 	if err != nil {
 		return opError("remove", ref, err, nil)
