@@ -332,6 +332,10 @@ func TestGarbage(t *testing.T) {
 	if at, stay := m.Waiting(); !at.Equal(now) || len(stay) != 1 || stay[0] != stuck {
 		t.Errorf("waiting = %v, %v", at, stay)
 	}
+	m.Garbage([]garbage.Finding{stuck})
+	if got := value(t, m, "sandboxd_garbage_found_total", "kind=tombstone"); got != 1 {
+		t.Errorf("a tombstone that stays was found %v times, want 1", got)
+	}
 	m.Garbage(nil)
 	if got := value(t, m, "sandboxd_garbage_waiting", "kind=tombstone"); got != 0 {
 		t.Errorf("%v tombstones wait, want 0", got)

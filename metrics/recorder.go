@@ -334,23 +334,31 @@ func (r *recorder) CustodyReleased(reason string) { r.releases.WithLabelValues(r
 
 // Garbage implements [sandbox.Observer].
 func (r *recorder) Garbage(found []garbage.Finding) {
+	now := r.now()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	known := map[[2]string]bool{}
+	for _, f := range r.gcStay {
+		known[[2]string{string(f.Kind), f.Name}] = true
+	}
 	waiting := map[garbage.Kind]int{}
+	var stay []garbage.Finding
 	for _, f := range found {
-		r.found.WithLabelValues(string(f.Kind)).Inc()
-		if f.Action == "removed" && f.Err == "" {
-			r.removed.WithLabelValues(string(f.Kind)).Inc()
-		} else {
-			waiting[f.Kind]++
+		// What could not be removed is found again each time.
+		if !known[[2]string{string(f.Kind), f.Name}] {
+			r.found.WithLabelValues(string(f.Kind)).Inc()
 		}
+		if f.Action == garbage.Removed {
+			r.removed.WithLabelValues(string(f.Kind)).Inc()
+			continue
+		}
+		waiting[f.Kind]++
+		stay = append(stay, f)
 	}
 	for _, k := range garbageKinds {
 		r.waiting.WithLabelValues(string(k)).Set(float64(waiting[k]))
 	}
-	now := r.now()
 	r.gcLast.Set(float64(now.UnixNano()) / 1e9)
-	stay := slices.DeleteFunc(slices.Clone(found), func(f garbage.Finding) bool { return f.Action == "removed" && f.Err == "" })
-	r.mu.Lock()
-	defer r.mu.Unlock()
 	r.gcAt, r.gcStay = now, stay
 }
 
