@@ -10,6 +10,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"runtime"
 	"strings"
 	"unicode"
 
@@ -29,6 +30,7 @@ const (
 )
 
 func main() {
+	runtime.MemProfileRate = 0
 	os.Exit(run(context.Background(), os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
 }
 

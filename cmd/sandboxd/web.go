@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -31,6 +32,10 @@ type webOptions struct {
 	pprof      bool
 }
 
+// memProfileRate is the runtime's own. The memory profiler, which comes with
+// net/http/pprof, is off unless it is asked for: see main.
+const memProfileRate = 512 << 10
+
 // perSandboxDefault is what --metrics-per-sandbox means without a number.
 const perSandboxDefault = 100
 
@@ -39,6 +44,9 @@ const perSandboxDefault = 100
 func startWeb(ctx context.Context, o webOptions, mt *metrics.Metrics, n *node, journal string, log *slog.Logger) (*web.Server, error) {
 	if o.address == "" {
 		return nil, nil
+	}
+	if o.pprof {
+		runtime.MemProfileRate = memProfileRate
 	}
 	l, err := listenWeb(ctx, o.address)
 	if err != nil {
