@@ -36,6 +36,9 @@ type scene struct {
 	// points are a part of those that act must pass, lest a scene lose its
 	// sense unseen.
 	points []string
+	// networks gives the daemon a host of its own, with a CNI network of two
+	// plugins.
+	networks bool
 }
 
 // Members of all scenes exit with this code if they exit by themselves.
@@ -151,6 +154,48 @@ var scenes = []scene{
 		before: alive,
 		act:    func(r *rig) { r.cli("rm", "-f", "box/running"); r.cli("rm", "-f", "box") },
 		points: []string{"remove monitor after", "remove member record before", "remove pause after", "remove record after"},
+	},
+	{
+		name:     "builtin network",
+		networks: true,
+		act: func(r *rig) {
+			r.cli("create", "box", "--net", "builtin", "--publish", "8080:80")
+			r.cli("rm", "box")
+		},
+		points: []string{"create network plan after", "network record after", "builtin attach lease after", "builtin attach link after", "create network after", "network down before", "builtin detach nft after", "remove network after"},
+	},
+	{
+		name:     "cni network",
+		networks: true,
+		act: func(r *rig) {
+			r.cli("create", "box", "--net", "cni")
+			r.cli("rm", "box")
+		},
+		points: []string{"network record after", "cni ADD after", "cni ADD after#2", "create network after", "cni DEL before", "cni DEL after#2", "network down after"},
+	},
+	{
+		name:     "cni network that does not go down",
+		networks: true,
+		before: func(r *rig) {
+			r.mustServe()
+			r.ok("create", "box", "--net", "cni")
+			r.failPlugins("DEL", true)
+		},
+		act: func(r *rig) {
+			r.cli("rm", "box")
+			r.failPlugins("DEL", false)
+			r.untilDeadOr(func() bool { return r.cli("ls", "-a", "-q").out == "" })
+		},
+		points: []string{"tombstone before", "tombstone after", "network down after"},
+	},
+	{
+		name:     "recovery of a network",
+		networks: true,
+		before: func(r *rig) {
+			r.mustServe()
+			r.ok("create", "box", "--net", "builtin")
+		},
+		points: []string{"recover network before", "recover network after"},
 	},
 	{
 		name:   "recovery",
@@ -328,7 +373,7 @@ func TestCrashMatrix(t *testing.T) {
 			for _, p := range points {
 				t.Run(p, func(t *testing.T) {
 					t.Parallel()
-					r := newRigOn(t, rootfs)
+					r := s.rig(t, rootfs)
 					r.play(s, "SANDBOXD_CRASH_AT="+p)
 					r.awaitCrash(p)
 					r.mustServe()
@@ -342,12 +387,23 @@ func TestCrashMatrix(t *testing.T) {
 	}
 }
 
+// rig makes what a scene is played on.
+func (s scene) rig(t *testing.T, rootfs string) *rig {
+	t.Helper()
+	if !s.networks {
+		return newRigOn(t, rootfs)
+	}
+	r := newNetRigOn(t, rootfs)
+	r.chain("one", "two")
+	return r.rig
+}
+
 // passed acts a scene without a crash and returns the points that it passes,
 // "NAME" and, for those passed more than once, "NAME#2".
 func passed(t *testing.T, rootfs string, s scene) []string {
 	var points []string
 	ok := t.Run("no crash", func(t *testing.T) {
-		r := newRigOn(t, rootfs)
+		r := s.rig(t, rootfs)
 		file := filepath.Join(r.TempDir(), "points")
 		r.play(s, "SANDBOXD_CRASH_LOG="+file)
 		// What was asked for last may still be going on behind the answer.
@@ -422,6 +478,8 @@ func (r *rig) sound() {
 		r.ok("create", name)
 		r.ok("rm", name)
 	}
+	r.failPlugins("DEL", false)
+	r.eventually("every network has been taken down", func() bool { return r.cli("ls", "-a", "-q").out == "" })
 	if left := r.list(); len(left) != 0 {
 		r.Errorf("after everything was removed there is %+v", left)
 	}

@@ -205,6 +205,7 @@ type daemon struct {
 	binary              string   // what start runs
 	env                 []string // what start adds to the environment
 	flags               []string // and to the command line of serve
+	netns               *os.File // the daemon's network namespace; nil: the machine's
 	cmd                 *exec.Cmd
 	exited              chan struct{} // closed when cmd has ended and was waited for
 	log                 lockedBuffer  // what it and its predecessors wrote to stderr
@@ -288,6 +289,9 @@ func (d *daemon) checkLeaks(t *testing.T) {
 	if d.cmd != nil {
 		o.PID = d.cmd.Process.Pid
 	}
+	if d.netns != nil {
+		o.NetNS = fmt.Sprintf("/proc/self/fd/%d", d.netns.Fd())
+	}
 	before, err := leak.Take(o)
 	if err != nil {
 		t.Fatal(err)
@@ -330,7 +334,11 @@ func (d *daemon) launch() error {
 	d.cmd = exec.Command(d.binary, d.serveArgs()...)
 	d.cmd.Env = append(os.Environ(), d.env...)
 	d.cmd.Stderr = &d.log
-	if err := d.cmd.Start(); err != nil {
+	start := d.cmd.Start
+	if d.netns != nil {
+		start = func() error { return startIn(d.netns, d.cmd) }
+	}
+	if err := start(); err != nil {
 		return err
 	}
 	d.exited = make(chan struct{})

@@ -32,8 +32,9 @@ const clientTimeout = 60 * time.Second
 // killed, and is started again. Tests with rigs may run in parallel.
 type rig struct {
 	*testing.T
-	d      *daemon
-	rootfs string
+	d       *daemon
+	rootfs  string
+	plugins string // directory of CNI plugins; empty if there are none
 }
 
 // newRig makes a rig without a running daemon. When the test ends, whatever
@@ -47,6 +48,13 @@ func newRig(t *testing.T) *rig {
 // newRigOn is newRig with a root file system that other rigs use too.
 func newRigOn(t *testing.T, rootfs string) *rig {
 	t.Helper()
+	return newRigWith(t, rootfs, nil)
+}
+
+// newRigWith is newRigOn for a daemon that edit, if not nil, changes before
+// anything is counted.
+func newRigWith(t *testing.T, rootfs string, edit func(*daemon)) *rig {
+	t.Helper()
 	bin, err := crashBinary()
 	if err != nil {
 		t.Fatal(err)
@@ -55,6 +63,9 @@ func newRigOn(t *testing.T, rootfs string) *rig {
 	t.Cleanup(func() { <-atOnce })
 	r := &rig{T: t, d: newDaemon(t), rootfs: rootfs}
 	r.d.binary = bin
+	if edit != nil {
+		edit(r.d)
+	}
 	// What every daemon makes, and leaves.
 	for _, dir := range []string{
 		"/sandboxes", "/quarantine", "/removed",
@@ -66,7 +77,7 @@ func newRigOn(t *testing.T, rootfs string) *rig {
 	for _, dir := range []string{
 		"/sandboxes", "/network", "/network/attachments", "/network/builtin", "/network/builtin/leases", "/network/cni", "/network/quarantine",
 	} {
-		if err := os.Mkdir(r.d.root+dir, 0o700); err != nil {
+		if err := os.Mkdir(r.d.root+dir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
 			t.Fatal(err)
 		}
 	}
