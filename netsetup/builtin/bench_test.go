@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/internal/network"
 )
@@ -100,7 +101,7 @@ func bare(ns *os.File, bridge netlink.Link, name string, n int) error {
 }
 
 func bareConfigure(name string, n int) error {
-	h, err := netlink.NewHandle()
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
 		return err
 	}

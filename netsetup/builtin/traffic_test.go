@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"slices"
 	"strings"
 	"sync"
@@ -397,7 +398,7 @@ func TestPortTaken(t *testing.T) {
 	}
 
 	// Chosen by us. For a third one, as the lease of the other may still be going.
-	ns, res, _ := attach(t, d, "cccccccccccc0003", &network.Request{Ports: []network.Port{
+	ns, res, _ := attach(t, d, testID(3), &network.Request{Ports: []network.Port{
 		{Port: 80, Protocol: network.TCP}, {Port: 81, Protocol: network.TCP},
 	}})
 	serve(t, ns, "tcp", ":81", "B")
@@ -405,5 +406,44 @@ func TestPortTaken(t *testing.T) {
 		t.Error("no port was chosen")
 	} else {
 		expect(t, "the host", nil, "tcp", fmt.Sprintf("127.0.0.1:%d", p), "B 10.99.0.1")
+	}
+}
+
+// TestForeignFirewall: beside somebody's firewall that forwards nothing, the
+// rules that docs/operations.md gives for it are enough, and needed. It is not touched.
+func TestForeignFirewall(t *testing.T) {
+	testenv.Root(t)
+	nft := testenv.Program(t, "nft")
+	run := func(stdin string, args ...string) string {
+		t.Helper()
+		cmd := exec.Command(nft, args...)
+		cmd.Stdin = strings.NewReader(stdin)
+		out, err := cmd.CombinedOutput()
+		if err != nil {
+			t.Fatalf("nft: %v: %s", err, out)
+		}
+		return string(out)
+	}
+	outside := newOutside(t, 2)
+	serve(t, outside, "tcp", ":90", "outside")
+	run("table inet corp { chain forward { type filter hook forward priority 0; policy drop; }; }", "-f", "-")
+	t.Cleanup(func() { run("", "delete", "table", "inet", "corp") })
+	d := newDriver(t)
+	a, _, _ := attach(t, d, idA, &network.Request{Ports: []network.Port{{HostPort: 8080, Port: 80, Protocol: network.TCP}}})
+	serve(t, a, "tcp", ":80", "A")
+	expect(t, "outside", outside, "tcp", "192.0.2.1:8080", "")
+	expect(t, "A", a, "tcp", "192.0.2.2:90", "")
+	expect(t, "the host", nil, "tcp", "127.0.0.1:8080", "A 10.99.0.1") // is not forwarded
+	run(`add rule inet corp forward iifname "sbtest0" accept
+add rule inet corp forward oifname "sbtest0" ct state established,related accept
+add rule inet corp forward oifname "sbtest0" ct status dnat accept`, "-f", "-")
+	before := run("", "list", "table", "inet", "corp")
+	for _, addr := range []string{"192.0.2.1:8080", "[2001:db8:2::1]:8080"} {
+		expect(t, "outside", outside, "tcp", addr, map[bool]string{true: "A 192.0.2.2", false: "A 2001:db8:2::2"}[addr[0] == '1'])
+	}
+	expect(t, "A", a, "tcp", "192.0.2.2:90", "outside 192.0.2.1")
+	expect(t, "A", a, "tcp", "10.99.0.1:8080", "A 10.99.0.1")
+	if after := run("", "list", "table", "inet", "corp"); after != before {
+		t.Errorf("somebody's table was %s and is %s", before, after)
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"slices"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/internal/namespace"
 	"github.com/sandboxd/sandboxd/internal/nsthread"
@@ -95,7 +96,7 @@ func (d *Driver) verifyElements(id string, p *plan, l lease) error {
 func (d *Driver) verifyInside(l lease, ns *os.File) error {
 	var h *netlink.Handle
 	err := nsthread.Do(map[namespace.Kind]*os.File{namespace.Net: ns}, func() (err error) {
-		h, err = netlink.NewHandle()
+		h, err = netlink.NewHandle(unix.NETLINK_ROUTE)
 		return err
 	})
 	if err != nil {
@@ -190,7 +191,7 @@ func addressesInside(ns *os.File) []netip.Addr {
 	}
 	var found []netip.Addr
 	nsthread.Do(map[namespace.Kind]*os.File{namespace.Net: ns}, func() error {
-		h, err := netlink.NewHandle()
+		h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 		if err != nil {
 			return err
 		}

@@ -56,7 +56,7 @@ ln -s ../bin "$image/usr/bin"
 printf 'root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n' >"$image/etc/passwd"
 printf 'root:x:0:\nnogroup:x:65534:\n' >"$image/etc/group"
 
-modules=(virtio_pci virtio_blk overlay veth bridge br_netfilter nf_tables nft_ct nft_nat nft_masq nft_chain_nat nft_fib_inet nf_nat nf_conntrack dummy tun ipvlan)
+modules=(virtio_pci virtio_blk overlay veth bridge br_netfilter nf_tables nft_ct nft_nat nft_masq nft_chain_nat nft_fib_inet nft_fib_ipv4 nft_fib_ipv6 nft_meta_bridge nf_nat nf_conntrack dummy tun ipvlan ifb sch_tbf sch_ingress cls_u32 act_mirred)
 printf '%s\n' "${modules[@]}" >"$image/modules"
 tree=lib/modules/$version
 [[ -e $kernel/$tree/modules.dep ]] || /bin/busybox depmod -b "$kernel" "$version"
