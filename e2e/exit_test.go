@@ -357,6 +357,11 @@ func TestMonitorStopped(t *testing.T) {
 	r.sig(m.MonitorPID, unix.SIGCONT)
 	r.ok("kill", "s/m", "KILL")
 	r.known("s/m", 137, 9, false)
+	// It is made to go on when there is an exit to record.
+	r.ok(long(r, "run", "s", "n")...)
+	r.sig(r.member("s/n").MonitorPID, unix.SIGSTOP)
+	r.ok("stop", "--time", "0", "s/n")
+	r.known("s/n", 137, 9, false)
 	r.ok("rm", "other")
 	r.ok("rm", "s")
 }

@@ -126,7 +126,8 @@ type MemberNode interface {
 	// hierarchy, with its limits. It may be called while StartMonitor prepares.
 	LimitMember(ctx context.Context, m *MemberRecord, spec *specs.Spec) error
 	// KillMemberCgroup kills every process in the member's cgroup and returns
-	// when none is left.
+	// when none is left. A monitor that somebody has stopped is made to go on,
+	// for it is to record the end of init.
 	KillMemberCgroup(ctx context.Context, m *MemberRecord) error
 	// RemoveMemberCgroup is KillMemberCgroup, and removes it.
 	RemoveMemberCgroup(ctx context.Context, m *MemberRecord) error

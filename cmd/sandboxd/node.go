@@ -476,6 +476,9 @@ func (n *node) LimitMember(_ context.Context, m *sandbox.MemberRecord, spec *spe
 
 // KillMemberCgroup implements [sandbox.MemberNode].
 func (n *node) KillMemberCgroup(ctx context.Context, m *sandbox.MemberRecord) error {
+	if proctree.Bears(m.Monitor, n.memberMark(m)) {
+		m.Monitor.Signal(unix.SIGCONT) // that it is gone is no news
+	}
 	return n.cg.Kill(ctx, m.Cgroup)
 }
 
@@ -592,7 +595,7 @@ func (n *node) monitorSpec(r *sandbox.Record, m *sandbox.MemberRecord, dir strin
 		return nil, nil, err
 	}
 	s := &member.MonitorSpec{
-		Mark: n.memberMark(m), Dir: dir, LogPath: m.LogPath, TTY: m.Config.TTY, Stdin: m.Config.Stdin,
+		Mark: n.memberMark(m), Dir: dir, LogPath: m.LogPath, LogMaxBytes: m.Config.LogMax, TTY: m.Config.TTY, Stdin: m.Config.Stdin,
 		Custody: m.MonitorPolicy(), OOMFile: n.cg.OOMFile(m.Cgroup), CgroupDir: tracking,
 	}
 	if tracking == nil {
