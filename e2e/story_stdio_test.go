@@ -8,7 +8,6 @@ import (
 	"encoding/hex"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -194,25 +193,6 @@ func TestStoryTerminal(t *testing.T) {
 	}
 }
 
-// reopenLog asks a member's monitor to open the log anew, as a program that
-// rotates logs does (docs/ARCHITECTURE.md, "The monitor").
-func (s *story) reopenLog(name string) {
-	s.t.Helper()
-	sock := filepath.Join(s.state, "sandboxes", s.sandboxID(), "m", s.inspect(name).ID, "monitor.sock")
-	conn, err := net.DialUnix("unixpacket", nil, &net.UnixAddr{Name: sock, Net: "unixpacket"})
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	defer conn.Close()
-	if _, err := conn.Write([]byte("r")); err != nil {
-		s.t.Fatal(err)
-	}
-	answer := make([]byte, 8)
-	if n, err := conn.Read(answer); err != nil || string(answer[:n]) != "k" {
-		s.t.Fatalf("reopen the log: %q, %v", answer[:n], err)
-	}
-}
-
 // What a member writes faster than run can read it comes all the same, byte for
 // byte, although its log is removed with it.
 func TestStoryMuchOutput(t *testing.T) {
@@ -256,7 +236,7 @@ func TestStoryLogs(t *testing.T) {
 	if err := os.Rename(path, path+".1"); err != nil {
 		t.Fatal(err)
 	}
-	s.reopenLog("m")
+	s.ok("logs", "--reopen", "web/m")
 	s.ok("exec", "web/m", "--", "touch", "/tmp/go")
 	s.eventually("it follows on", func() bool { return strings.Contains(out.String(), "half done\n") })
 	s.ok("exec", "web/m", "--", "touch", "/tmp/end")
@@ -274,6 +254,19 @@ func TestStoryLogs(t *testing.T) {
 	s.expect("the last line", s.ok("logs", "--tail", "1", "web/m"), "last\n")
 	if err := os.Remove(path + ".1"); err != nil {
 		t.Fatal(err)
+	}
+}
+
+func TestStoryLogMaxSize(t *testing.T) {
+	s := newStory(t)
+	s.startMember("m", `yes 0123456789abcdef | head -n 1000; exit 4`, "--log-max-size", "4k")
+	v := s.exited("m")
+	st, err := os.Stat(v.LogPath)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if st.Size() > 4096 || st.Size() < 4000 || v.Exit.Code != 4 {
+		t.Errorf("a log of %d bytes, exit %+v; want less than 4 KiB and 4", st.Size(), v.Exit)
 	}
 }
 

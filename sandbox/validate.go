@@ -137,6 +137,9 @@ func completeMember(c MemberConfig, id string) (MemberConfig, error) {
 	if err := checkMetadata("label", c.Labels); err != nil {
 		return c, err
 	}
+	if c.LogMax < 0 {
+		return c, invalidf("log limit of %d bytes is negative", c.LogMax)
+	}
 	if c.CustodyTTL < 0 {
 		return c, invalidf("custody ttl %s is negative", c.CustodyTTL)
 	}

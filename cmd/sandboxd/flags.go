@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/sandboxd/sandboxd/internal/namespace"
 	"github.com/sandboxd/sandboxd/internal/request"
@@ -175,6 +176,22 @@ func (v *value[T]) Set(s string) error {
 	}
 	*v.p, v.text = t, s
 	return nil
+}
+
+// parseTimeout parses a time to wait. A number without a unit is of seconds, as
+// users of other container tools write it.
+func parseTimeout(s string) (time.Duration, error) {
+	d, err := time.ParseDuration(s)
+	if n, nerr := strconv.ParseUint(s, 10, 31); nerr == nil {
+		d, err = time.Duration(n)*time.Second, nil
+	}
+	switch {
+	case err != nil:
+		return 0, fmt.Errorf("%q is no time such as 10, 500ms or 1m", s)
+	case d < 0:
+		return 0, fmt.Errorf("%s is negative", s)
+	}
+	return d, nil
 }
 
 // list is [value] for a flag that may be given several times.

@@ -59,6 +59,14 @@ func TestParseCPUs(t *testing.T) {
 	})
 }
 
+func TestParseTimeout(t *testing.T) {
+	testParser(t, "parseTimeout", parseTimeout, []parserTest[time.Duration]{
+		{in: "0", want: 0}, {in: "1", want: time.Second}, {in: "90", want: 90 * time.Second}, {in: "500ms", want: 500 * time.Millisecond},
+		{in: "1m30s", want: 90 * time.Second}, {in: "", fails: true}, {in: "-1", fails: true}, {in: "-1s", fails: true},
+		{in: "1.5", fails: true}, {in: "soon", fails: true}, {in: "99999999999", fails: true},
+	})
+}
+
 func TestParseVolume(t *testing.T) {
 	wd, err := os.Getwd()
 	if err != nil {

@@ -50,7 +50,7 @@ To look into a member that has exited use join.`,
 		Example: `  sandboxd exec web/redis -- redis-cli ping
   sandboxd exec -i -t -u 1000 -e TERM web/shell -- sh`,
 		Args:              argsBetween(2, -1),
-		ValidArgsFunction: a.completeRefs(1, false, true),
+		ValidArgsFunction: a.completeRunning(),
 	}
 	var o processFlags
 	o.declare(cmd)

@@ -12,11 +12,14 @@ import (
 
 func (a *app) logsCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use:   "logs [-f] [--tail N] [--timestamps] SANDBOX/MEMBER",
+		Use:   "logs [-f] [--tail N] [--timestamps] [--reopen] SANDBOX/MEMBER",
 		Short: "Show what a member has written",
 		Long: `Show what a member has written: its stdout on stdout, its stderr on stderr.
-Works without the daemon, from the state directory.`,
-		Example:           "  sandboxd logs web/redis\n  sandboxd logs -f --tail 20 --timestamps web/redis",
+Works without the daemon, from the state directory.
+
+With --reopen nothing is shown: the member's monitor, told by the daemon, opens
+the log by its name anew, after somebody has renamed the file to rotate it.`,
+		Example:           "  sandboxd logs web/redis\n  sandboxd logs -f --tail 20 --timestamps web/redis\n  mv redis.log redis.log.1 && sandboxd logs --reopen web/redis",
 		Args:              argsBetween(1, 1),
 		ValidArgsFunction: a.completeRefs(1, false, true),
 	}
@@ -24,12 +27,22 @@ Works without the daemon, from the state directory.`,
 	tail := cmd.Flags().Int("tail", -1, "begin with the last `N` lines")
 	cmd.Flags().Lookup("tail").DefValue = "all"
 	stamps := cmd.Flags().Bool("timestamps", false, "show when each line was written")
+	reopen := cmd.Flags().Bool("reopen", false, "open the file anew, after it was renamed")
+	cmd.MarkFlagsMutuallyExclusive("reopen", "follow")
+	cmd.MarkFlagsMutuallyExclusive("reopen", "tail")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if err := wantMember(cmd, args[0]); err != nil {
 			return err
 		}
 		if cmd.Flags().Changed("tail") && *tail < 0 {
 			return usageError(cmd, "--tail %d is negative", *tail)
+		}
+		if *reopen {
+			c, err := a.client()
+			if err != nil {
+				return err
+			}
+			return c.ReopenLog(cmd.Context(), args[0])
 		}
 		d, err := a.dir()
 		if err != nil {

@@ -55,6 +55,7 @@ func (a *app) memberFlags(cmd *cobra.Command) func(command []string) (sandbox.Me
 	f.Var(&list[request.Collect]{p: &c.Collect, typ: "path[,on=always|failure|oom|signal][,max=64m]", parse: parseCollect}, "collect", "file, directory or glob of its root that is put into the collection directory once it has exited")
 	f.StringArrayVar(&labels, "label", nil, "label, `KEY=VALUE`")
 	f.Var(&value[string]{p: &log, typ: "file", parse: parsePath}, "log", "log file (default under the daemon's root directory)")
+	f.Var(&value[int64]{p: &c.LogMax, typ: "size", parse: parseSize}, "log-max-size", "drop what would make the log longer, until it is reopened, such as 64m (default 0: no limit)")
 	hookFlag(cmd, &c.Hooks)
 	cmd.RegisterFlagCompletionFunc("custody", cobra.FixedCompletions([]string{"always", "failure", "never"}, cobra.ShellCompDirectiveNoFileComp))
 	cmd.MarkFlagDirname("rootfs")

@@ -282,6 +282,15 @@ type completion func(*cobra.Command, []string, string) ([]string, cobra.ShellCom
 // completeRefs completes names of sandboxes, of members, or both; for the first
 // n arguments, n < 0 for all.
 func (a *app) completeRefs(n int, sandboxes, members bool) completion {
+	return a.complete(n, sandboxes, func(sandbox.MemberInfo) bool { return members })
+}
+
+// completeRunning completes names of members that run, for the first argument.
+func (a *app) completeRunning() completion {
+	return a.complete(1, false, func(m sandbox.MemberInfo) bool { return m.State == sandbox.MemberRunning.String() })
+}
+
+func (a *app) complete(n int, sandboxes bool, member func(sandbox.MemberInfo) bool) completion {
 	return func(_ *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
 		if n >= 0 && len(args) >= n {
 			return nil, cobra.ShellCompDirectiveDefault
@@ -299,8 +308,8 @@ func (a *app) completeRefs(n int, sandboxes, members bool) completion {
 			if sandboxes {
 				out = append(out, cobra.CompletionWithDesc(i.Name, i.State))
 			}
-			if members {
-				for _, m := range i.Members {
+			for _, m := range i.Members {
+				if member(m) {
 					out = append(out, cobra.CompletionWithDesc(i.Name+"/"+m.Name, m.State))
 				}
 			}

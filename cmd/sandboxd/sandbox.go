@@ -87,16 +87,14 @@ stopped already.`,
 		Args:              argsBetween(1, -1),
 		ValidArgsFunction: a.completeRefs(-1, true, true),
 	}
-	timeout := cmd.Flags().Duration("time", sandbox.DefaultStopTimeout, "how long to wait before SIGKILL")
+	timeout := sandbox.DefaultStopTimeout
+	cmd.Flags().VarP(&value[time.Duration]{p: &timeout, typ: "duration", parse: parseTimeout}, "time", "t", "how long to wait before SIGKILL, such as 500ms; a bare number is of seconds (default 10s)")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		if *timeout < 0 {
-			return usageError(cmd, "--time %s is negative", *timeout)
-		}
 		return a.eachRef(args, func(ref string) error {
 			if isMember(ref) {
-				return a.conn.StopMember(cmd.Context(), ref, *timeout)
+				return a.conn.StopMember(cmd.Context(), ref, timeout)
 			}
-			return a.conn.Stop(cmd.Context(), ref, *timeout)
+			return a.conn.Stop(cmd.Context(), ref, timeout)
 		})
 	}
 	return cmd

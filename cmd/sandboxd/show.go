@@ -64,6 +64,8 @@ With -o json it writes an array of the objects that inspect shows of members.`,
 	}
 	isJSON := outputFlag(cmd)
 	quiet := cmd.Flags().BoolP("quiet", "q", false, "only references, SANDBOX/MEMBER, by id")
+	cmd.Flags().BoolP("all", "a", false, "those that have exited too, which are always shown")
+	cmd.Flags().MarkHidden("all") // a habit from other container tools
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		var infos []sandbox.Info
 		if len(args) == 0 {

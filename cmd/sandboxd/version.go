@@ -21,7 +21,7 @@ type versionInfo struct {
 func readVersion() versionInfo {
 	v := versionInfo{Version: "unknown", Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH}
 	if b, ok := debug.ReadBuildInfo(); ok {
-		if b.Main.Version != "" {
+		if b.Main.Version != "" && b.Main.Version != "(devel)" {
 			v.Version = b.Main.Version
 		}
 		for _, s := range b.Settings {

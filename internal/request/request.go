@@ -109,6 +109,7 @@ type Member struct {
 	AutoRemove bool                `json:"autoRemove,omitempty"` // rm once init has exited
 	Labels     map[string]string   `json:"labels,omitempty"`
 	LogPath    string              `json:"logPath,omitempty"` // absolute; default: under the root directory
+	LogMax     int64               `json:"logMax,omitempty"`  // bytes; what would make the log longer is dropped and counted; 0: no limit
 	Collect    []Collect           `json:"collect,omitempty"`
 	Hooks      []Hook              `json:"hooks,omitempty"`      // run in this order, after the host's own and the bundle's
 	CustodyTTL time.Duration       `json:"custodyTTL,omitempty"` // how long after its exit it is held at most, in nanoseconds; 0: until it is removed

@@ -66,7 +66,7 @@ func FromMemberConfig(c sandbox.MemberConfig) *pb.MemberConfig {
 		ReadOnly: c.ReadOnly, Memory: c.Memory, NanoCpus: c.NanoCPUs, PidsLimit: c.PidsLimit,
 		CapAdd: c.CapAdd, CapDrop: c.CapDrop, Privileged: c.Privileged,
 		StopSignal: c.StopSignal, Custody: string(c.Custody), Tty: c.TTY, Stdin: c.Stdin,
-		AutoRemove: c.AutoRemove, Labels: c.Labels, LogPath: c.LogPath,
+		AutoRemove: c.AutoRemove, Labels: c.Labels, LogPath: c.LogPath, LogMax: c.LogMax,
 	}
 	for _, v := range c.Volumes {
 		out.Volumes = append(out.Volumes, &pb.Volume{Source: v.Source, Target: v.Target, ReadOnly: v.ReadOnly})
@@ -99,6 +99,7 @@ func ToMemberConfig(m *pb.MemberConfig) (sandbox.MemberConfig, error) {
 		NanoCPUs: m.GetNanoCpus(), PidsLimit: m.GetPidsLimit(), CapAdd: m.GetCapAdd(), CapDrop: m.GetCapDrop(),
 		Privileged: m.GetPrivileged(), StopSignal: m.GetStopSignal(), Custody: sandbox.Custody(m.GetCustody()),
 		TTY: m.GetTty(), Stdin: m.GetStdin(), AutoRemove: m.GetAutoRemove(), Labels: m.GetLabels(), LogPath: m.GetLogPath(),
+		LogMax: m.GetLogMax(),
 	}
 	for _, v := range m.GetVolumes() {
 		c.Volumes = append(c.Volumes, request.Volume{Source: v.GetSource(), Target: v.GetTarget(), ReadOnly: v.GetReadOnly()})

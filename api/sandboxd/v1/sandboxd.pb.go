@@ -581,6 +581,7 @@ type MemberConfig struct {
 	LogPath       string                 `protobuf:"bytes,24,opt,name=log_path,json=logPath,proto3" json:"log_path,omitempty"` // absolute; default: under the root directory
 	Collect       []*Collect             `protobuf:"bytes,25,rep,name=collect,proto3" json:"collect,omitempty"`
 	CustodyTtl    *durationpb.Duration   `protobuf:"bytes,26,opt,name=custody_ttl,json=custodyTtl,proto3" json:"custody_ttl,omitempty"` // absent: held until it is removed
+	LogMax        int64                  `protobuf:"varint,27,opt,name=log_max,json=logMax,proto3" json:"log_max,omitempty"`            // bytes; what would make the log longer is dropped; 0 means no limit
 	Hooks         []*Hook                `protobuf:"bytes,40,rep,name=hooks,proto3" json:"hooks,omitempty"`                             // run in this order, after the host's own and the bundle's
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -796,6 +797,13 @@ func (x *MemberConfig) GetCustodyTtl() *durationpb.Duration {
 		return x.CustodyTtl
 	}
 	return nil
+}
+
+func (x *MemberConfig) GetLogMax() int64 {
+	if x != nil {
+		return x.LogMax
+	}
+	return 0
 }
 
 func (x *MemberConfig) GetHooks() []*Hook {
@@ -4123,7 +4131,7 @@ const file_sandboxd_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x0e\n" +
 	"\x02ip\x18\x02 \x01(\tR\x02ip\"&\n" +
 	"\x0eNamespaceKinds\x12\x14\n" +
-	"\x05kinds\x18\x01 \x03(\tR\x05kinds\"\xf4\a\n" +
+	"\x05kinds\x18\x01 \x03(\tR\x05kinds\"\x8d\b\n" +
 	"\fMemberConfig\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06rootfs\x18\x02 \x01(\tR\x06rootfs\x12\x16\n" +
@@ -4159,7 +4167,8 @@ const file_sandboxd_proto_rawDesc = "" +
 	"\blog_path\x18\x18 \x01(\tR\alogPath\x12.\n" +
 	"\acollect\x18\x19 \x03(\v2\x14.sandboxd.v1.CollectR\acollect\x12:\n" +
 	"\vcustody_ttl\x18\x1a \x01(\v2\x19.google.protobuf.DurationR\n" +
-	"custodyTtl\x12'\n" +
+	"custodyTtl\x12\x17\n" +
+	"\alog_max\x18\x1b \x01(\x03R\x06logMax\x12'\n" +
 	"\x05hooks\x18( \x03(\v2\x11.sandboxd.v1.HookR\x05hooks\x1a=\n" +
 	"\x0fNamespacesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
