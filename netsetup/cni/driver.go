@@ -193,7 +193,7 @@ func (d *Driver) del(ctx context.Context, id string, a attachment, ns *os.File) 
 	}
 	prev := d.previous(list, id, a)
 	var errs []error
-	ns, done, err := standIn(list, a.Interface, prev, ns)
+	ns, made, done, err := standIn(list, a.Interface, prev, ns)
 	defer done()
 	if err != nil {
 		errs = append(errs, err)
@@ -207,6 +207,11 @@ func (d *Driver) del(ctx context.Context, id string, a attachment, ns *os.File) 
 	for i, pl := range slices.Backward(list.Plugins) {
 		ctx, cancel := share(ctx, i+1)
 		err := d.delPlugin(ctx, pl, inject, rt)
+		if made && said(err) {
+			// Old ones (1.1.1) complain if the rules are gone too, as after a reboot.
+			// The interface is gone now, so that they do not look for rules again.
+			err = d.delPlugin(ctx, pl, inject, rt)
+		}
 		cancel()
 		if err != nil {
 			errs = append(errs, fmt.Errorf("plugin %s failed (delete): %w", pl.Network.Type, err))
@@ -220,6 +225,12 @@ func (d *Driver) del(ctx context.Context, id string, a attachment, ns *os.File) 
 		return nil
 	}
 	return err
+}
+
+// said reports whether err is what a plugin itself complains of.
+func said(err error) bool {
+	var pe *PluginError
+	return errors.As(err, &pe) && pe.Code != 0
 }
 
 // previous returns the result of ADD, nil if there is none.

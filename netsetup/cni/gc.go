@@ -142,7 +142,10 @@ func (d *Driver) collect(ctx context.Context, live func() map[string]json.RawMes
 		time.Sleep(5 * time.Millisecond)
 	}
 	defer d.gc.Unlock()
-	// Nothing can be attached now, so that this is complete.
+	// While this takes, nothing is attached or detached.
+	ctx, cancel := context.WithTimeout(ctx, d.o.Timeout)
+	defer cancel()
+	// So this is complete.
 	networks, err := d.collectable(live())
 	if err != nil {
 		return err

@@ -80,7 +80,7 @@ func TestInterfaceIsGone(t *testing.T) {
 			rules := func() string {
 				return in(t, nil, "nft", "list", "ruleset") + in(t, nil, "iptables-save") + in(t, nil, "ip6tables-save")
 			}
-			for _, gone := range []string{"interface", "namespace"} {
+			for _, gone := range []string{"interface", "namespace", "everything, by a reboot"} {
 				ns := newNS(t)
 				r.attach(id, plan, ns)
 				if !strings.Contains(rules(), "10.99.0.") || !strings.Contains(rules(), "fd99::") {
@@ -90,8 +90,14 @@ func TestInterfaceIsGone(t *testing.T) {
 				if err := r.Verify(t.Context(), id, plan, ns); err == nil || !strings.Contains(err.Error(), "no interface eth0 any more") {
 					t.Errorf("Verify: %v", err)
 				}
-				if gone == "namespace" {
+				if gone != "interface" {
 					ns = nil
+				}
+				if gone != "interface" && gone != "namespace" {
+					in(t, nil, "nft", "flush", "ruleset")
+					for _, l := range links(t, nil) {
+						in(t, nil, "ip", "link", "del", l)
+					}
 				}
 				r.detach(id, plan, ns)
 				if rs := rules(); strings.Contains(rs, "10.99.0.") || strings.Contains(rs, "fd99::") {

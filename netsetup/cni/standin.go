@@ -23,28 +23,28 @@ import (
 // that name with those addresses to delete, in ns or, without one, in a namespace
 // made for this.
 //
-// It returns the namespace to use, also with an error, and what takes the rest
-// away when DEL has run.
-func standIn(l *libcni.NetworkConfigList, ifname string, prev types.Result, ns *os.File) (_ *os.File, done func(), err error) {
+// It returns the namespace to use, also with an error, whether it has made
+// something, and what takes the rest away when DEL has run.
+func standIn(l *libcni.NetworkConfigList, ifname string, prev types.Result, ns *os.File) (_ *os.File, made bool, done func(), err error) {
 	done = func() {}
 	if !masquerades(l) || prev == nil {
-		return ns, done, nil
+		return ns, false, done, nil
 	}
 	r, err := types100.NewResultFromResult(prev)
 	if err != nil || len(r.IPs) == 0 {
-		return ns, done, nil
+		return ns, false, done, nil
 	}
 	if ns == nil {
 		if ns, err = nsthread.NewNet(); err != nil {
-			return nil, done, fmt.Errorf("a namespace to delete from: %w", err)
+			return nil, false, done, fmt.Errorf("a namespace to delete from: %w", err)
 		}
 		done = func() { ns.Close() }
 	}
-	err = nsthread.Do(map[namespace.Kind]*os.File{namespace.Net: ns}, func() error { return addStandIn(ifname, r) })
+	err = nsthread.Do(map[namespace.Kind]*os.File{namespace.Net: ns}, func() error { made, err = addStandIn(ifname, r); return err })
 	if err != nil {
 		err = fmt.Errorf("an interface to delete: %w", err)
 	}
-	return ns, done, err
+	return ns, made, done, err
 }
 
 // masquerades reports whether a plugin of the list makes rules that it can only
@@ -63,15 +63,15 @@ func masquerades(l *libcni.NetworkConfigList) bool {
 
 // addStandIn makes an interface with the addresses of a result, if there is none
 // of that name, in the namespace of the thread.
-func addStandIn(name string, r *types100.Result) error {
+func addStandIn(name string, r *types100.Result) (made bool, err error) {
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name = name
 	// Those plugins need veth as well; the kernel may lack dummy.
 	link := &netlink.Veth{LinkAttrs: attrs, PeerName: "peer"}
 	if err := netlink.LinkAdd(link); errors.Is(err, os.ErrExist) {
-		return nil
+		return false, nil
 	} else if err != nil {
-		return fmt.Errorf("add %s: %w", name, err)
+		return false, fmt.Errorf("add %s: %w", name, err)
 	}
 	for _, ip := range r.IPs {
 		if ip.Interface != nil && !ours(r.Interfaces, *ip.Interface, name) {
@@ -80,10 +80,10 @@ func addStandIn(name string, r *types100.Result) error {
 		// Without duplicate address detection, which would hide it for a while.
 		err := netlink.AddrAdd(link, &netlink.Addr{IPNet: &ip.Address, Flags: nodad(ip)})
 		if err != nil && !errors.Is(err, os.ErrExist) {
-			return errors.Join(fmt.Errorf("address %s: %w", &ip.Address, err), netlink.LinkDel(link))
+			return false, errors.Join(fmt.Errorf("address %s: %w", &ip.Address, err), netlink.LinkDel(link))
 		}
 	}
-	return nil
+	return true, nil
 }
 
 func nodad(ip *types100.IPConfig) int {
