@@ -77,7 +77,7 @@ generate-check: ## generated files are what their sources make, byte for byte
 	tools/generate-check.sh
 
 .PHONY: bench
-bench: build ## medians and ratios against runc, crun and a bare clone
+bench: build build/cni/bin ## medians and ratios against runc, crun and a bare clone
 	go build -o build/bench ./e2e/bench
 	tools/bench.sh $(BENCH)
 

@@ -2,7 +2,7 @@
 // prints medians and ratios. `make bench` builds what it needs and starts it as
 // root:
 //
-//	bench [--rounds 40] [--standing 1,10,100,500] [--sandboxd PATH] [--runc PATH] [--crun PATH]
+//	bench [--rounds 40] [--standing 1,10,100,500] [--networks] [--net-standing 1,100,500] [--sandboxd PATH] [--runc PATH] [--crun PATH]
 //
 // Every case is run once per round, in turn, so that whatever else the machine
 // does meets all of them alike. It asserts nothing: figures are for people.
@@ -60,12 +60,17 @@ type bench struct {
 func run(ctx context.Context) (err error) {
 	rounds := pflag.Int("rounds", 40, "how often each case is measured")
 	standing := pflag.IntSlice("standing", []int{1, 10, 100, 500}, "numbers of standing sandboxes to measure create at")
+	netStanding := pflag.IntSlice("net-standing", []int{1, 100, 500}, "numbers of standing sandboxes with the builtin network")
+	onlyNetworks := pflag.Bool("networks", false, "measure networks and nothing else")
 	bin := pflag.String("sandboxd", "build/sandboxd", "the daemon's `path`")
 	runc := pflag.String("runc", "runc", "the peer's `path`; empty leaves it out")
 	crun := pflag.String("crun", "crun", "the peer's `path`; empty leaves it out")
 	pflag.Parse()
 	if os.Geteuid() != 0 {
 		return errors.New("needs root")
+	}
+	if elsewhere, err := enterOwnNetwork(ctx); elsewhere || err != nil {
+		return err
 	}
 	// The state directory is on a tmpfs, as /run is on every distribution: on a
 	// disk, each record would cost an fsync.
@@ -86,6 +91,10 @@ func run(ctx context.Context) (err error) {
 	}
 	defer func() { err = errors.Join(err, b.stopDaemon()) }()
 
+	if *onlyNetworks {
+		fmt.Printf("%s, %d CPUs, %d rounds, medians in milliseconds\n", kernel(), cpus(), *rounds)
+		return b.networks(*rounds, *netStanding)
+	}
 	peers := map[string]string{}
 	for name, path := range map[string]string{"runc": *runc, "crun": *crun} {
 		if path == "" {
@@ -107,10 +116,11 @@ func run(ctx context.Context) (err error) {
 		}
 	}
 	b.report(peers)
-	if err := b.standing(*standing, *rounds); err != nil {
-		return err
+	// Before those that stand weigh on the host.
+	if err := b.networks(*rounds, *netStanding); err != nil {
+		return fmt.Errorf("networks: %w", err)
 	}
-	return nil
+	return b.standing(*standing, *rounds)
 }
 
 // round runs every case once.
@@ -267,17 +277,24 @@ func (b *bench) awaitFirstInstruction() error {
 	return nil
 }
 
+// confDir is where the daemon looks for CNI networks.
+func (b *bench) confDir() string { return filepath.Join(b.dir, "net.d") }
+
 func (b *bench) state() string { return filepath.Join(b.dir, "state") }
 
 func (b *bench) startDaemon() error {
 	address := "unix://" + filepath.Join(b.dir, "sock")
+	if err := os.Mkdir(b.confDir(), 0o700); err != nil {
+		return err
+	}
 	log, err := os.Create(filepath.Join(b.dir, "daemon.log"))
 	if err != nil {
 		return err
 	}
 	defer log.Close()
 	b.daemon = exec.Command(b.sandboxd, "serve", "--address", address, "--state", b.state(),
-		"--root", filepath.Join(b.dir, "root"), "--cgroup-parent", "/"+filepath.Base(b.dir), "--log-level", "warn", "--network-default", "none")
+		"--root", filepath.Join(b.dir, "root"), "--cgroup-parent", "/"+filepath.Base(b.dir), "--log-level", "warn", "--network-default", "none",
+		"--cni-conf-dir", b.confDir(), "--cni-bin-dir", "build/cni/bin")
 	b.daemon.Stdout, b.daemon.Stderr = log, log
 	if err := b.daemon.Start(); err != nil {
 		return err

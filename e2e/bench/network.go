@@ -1,0 +1,305 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/containernetworking/cni/libcni"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/internal/namespace"
+	"github.com/sandboxd/sandboxd/internal/network"
+	"github.com/sandboxd/sandboxd/internal/nsthread"
+	"github.com/sandboxd/sandboxd/sandbox"
+)
+
+// ownNetwork is in the environment of the bench that runs in a network namespace
+// of its own: neither the machine's network nor what is in it matters then.
+const ownNetwork = "SANDBOXD_BENCH_NETNS"
+
+// enterOwnNetwork runs the bench again in a new network namespace, and says so, or
+// prepares the namespace that it is in.
+func enterOwnNetwork(ctx context.Context) (elsewhere bool, err error) {
+	if os.Getenv(ownNetwork) == "" {
+		cmd := exec.CommandContext(ctx, "/proc/self/exe", os.Args[1:]...)
+		cmd.Env = append(os.Environ(), ownNetwork+"=1")
+		cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET}
+		cmd.Cancel = func() error { return cmd.Process.Signal(unix.SIGTERM) }
+		return true, cmd.Run()
+	}
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		return false, err
+	}
+	up := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "up0"}, PeerName: "up1"}
+	addr, err := netlink.ParseAddr("192.0.2.1/24")
+	if err != nil {
+		return false, err
+	}
+	return false, errors.Join(netlink.LinkSetUp(lo), netlink.LinkAdd(up), netlink.AddrAdd(up, addr), netlink.LinkSetUp(up),
+		netlink.RouteAdd(&netlink.Route{LinkIndex: up.Attrs().Index, Gw: net.IPv4(192, 0, 2, 254)}))
+}
+
+// chain is the CNI network that is measured, by plugins of this version.
+const chain = `{"cniVersion":"1.0.0","name":"bench","plugins":[
+ {"type":"bridge","bridge":"benchcni0","isGateway":true,"ipMasq":true,
+  "ipam":{"type":"host-local","dataDir":%q,"ranges":[[{"subnet":"10.97.0.0/16"}]],"routes":[{"dst":"0.0.0.0/0"}]}},
+ {"type":"portmap","capabilities":{"portMappings":true},"snat":true}]}`
+
+// networks measures networks: interleaved, like everything.
+func (b *bench) networks(rounds int, levels []int) error {
+	plugins, err := filepath.Abs("build/cni/bin")
+	if err != nil {
+		return err
+	}
+	cni := true
+	if _, err := os.Stat(filepath.Join(plugins, "bridge")); err != nil {
+		fmt.Printf("CNI is left out: %v (make build/cni/bin)\n", err)
+		cni = false
+	}
+	conf := fmt.Sprintf(chain, filepath.Join(b.dir, "ipam"))
+	if err := os.WriteFile(filepath.Join(b.confDir(), "10-bench.conflist"), []byte(conf), 0o644); err != nil {
+		return err
+	}
+	list, err := libcni.ConfListFromBytes([]byte(conf))
+	if err != nil {
+		return err
+	}
+	lib := libcni.NewCNIConfigWithCacheDir([]string{plugins}, filepath.Join(b.dir, "cache"), nil)
+	bridge := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "bare0"}}
+	if err := errors.Join(netlink.LinkAdd(bridge), netlink.LinkSetUp(bridge)); err != nil {
+		return err
+	}
+	defer netlink.LinkDel(bridge)
+
+	clear(b.times)
+	for i := range rounds + 3 {
+		if i == 3 {
+			clear(b.times)
+		}
+		for _, c := range []struct {
+			name  string
+			mode  sandbox.NetworkMode
+			ports int
+		}{{"none", network.ModeNone, 0}, {"builtin", network.ModeBuiltin, 0}, {"1 port", network.ModeBuiltin, 1}, {"20 ports", network.ModeBuiltin, 20}, {"cni", network.ModeCNI, 0}} {
+			if c.mode == network.ModeCNI && !cni {
+				continue
+			}
+			if err := b.createWith(c.name, i, c.mode, c.ports); err != nil {
+				return err
+			}
+		}
+		for _, c := range []struct {
+			name string
+			fn   func(ns *os.File, bridge netlink.Link, n int) error
+		}{{"moved", bareMoved}, {"inside", bareInside}} {
+			ns, err := newNetNS()
+			if err != nil {
+				return err
+			}
+			err = b.measure(c.name, func() error { return c.fn(ns, bridge, i) })
+			ns.Close()
+			if err != nil {
+				return fmt.Errorf("bare netlink: %w", err)
+			}
+		}
+		if cni {
+			if err := b.chainAlone(lib, list, i); err != nil {
+				return err
+			}
+		}
+		if err := b.ctx.Err(); err != nil {
+			return err
+		}
+	}
+	none, builtin := b.median("none"), b.median("builtin")
+	row := func(what string, ms float64, text string) { fmt.Printf("%-52s %9.2f   %s\n", what, ms, text) }
+	fmt.Println()
+	row("create, no network", none, "")
+	row("create, builtin", builtin, fmt.Sprintf("none + %.2f × bare netlink (to reach: 1.5 × made and moved)", (builtin-none)/b.median("moved")))
+	row("  bare netlink: made, moved, address, route", b.median("moved"), "")
+	row("  bare netlink: made inside, address, route", b.median("inside"), fmt.Sprintf("builtin is none + %.2f × this", (builtin-none)/b.median("inside")))
+	row("create, builtin, 1 port", b.median("1 port"), "")
+	row("create, builtin, 20 ports", b.median("20 ports"), fmt.Sprintf("%.2f × 1 port", b.median("20 ports")/b.median("1 port")))
+	row("delete, builtin, to the answer", b.median("builtin delete"), "(to reach: 8 ms)")
+	row("delete, no network", b.median("none delete"), "")
+	if cni {
+		alone := b.median("chain")
+		row("create, cni bridge+host-local+portmap", b.median("cni"), fmt.Sprintf("%.2f × (chain alone + no network) (to reach: 1.10)", b.median("cni")/(alone+none)))
+		row("  the chain alone, by libcni", alone, fmt.Sprintf("builtin is %.2f × create with cni (to reach: 0.12 of the chain: it is %.2f)", builtin/b.median("cni"), builtin/alone))
+		row("delete, cni", b.median("cni delete"), "")
+	}
+	fmt.Println()
+	if err := b.many(); err != nil {
+		return err
+	}
+	return b.networksStanding(rounds, levels)
+}
+
+// createWith measures the creation and removal of one sandbox.
+func (b *bench) createWith(what string, i int, mode sandbox.NetworkMode, ports int) error {
+	c := sandbox.Config{Name: fmt.Sprintf("net-%d", i), Network: mode}
+	for p := range ports {
+		c.Net.Ports = append(c.Net.Ports, network.Port{HostPort: uint16(20000 + p), Port: uint16(80 + p)})
+	}
+	err := b.measure(what, func() error { _, err := b.client.Create(b.ctx, c); return err })
+	if err != nil {
+		return err
+	}
+	return b.measure(what+" delete", func() error { return b.client.Remove(b.ctx, c.Name, false) })
+}
+
+// chainAlone is what any caller of the plugins has to wait for.
+func (b *bench) chainAlone(lib *libcni.CNIConfig, list *libcni.NetworkConfigList, i int) error {
+	ns, err := newNetNS()
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	rt := &libcni.RuntimeConf{ContainerID: fmt.Sprintf("bench%d", i), IfName: "eth0", NetNS: fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), ns.Fd())}
+	err = b.measure("chain", func() error { _, err := lib.AddNetworkList(b.ctx, list, rt); return err })
+	return errors.Join(err, lib.DelNetworkList(context.WithoutCancel(b.ctx), list, rt))
+}
+
+// many makes a hundred sandboxes from sixteen clients.
+func (b *bench) many() error {
+	const n, clients = 100, 16
+	for _, mode := range []sandbox.NetworkMode{network.ModeNone, network.ModeBuiltin} {
+		errs := make([]error, n)
+		slots := make(chan struct{}, clients)
+		var wg sync.WaitGroup
+		each := func(fn func(name string) error) time.Duration {
+			start := time.Now()
+			for i := range n {
+				slots <- struct{}{}
+				wg.Go(func() {
+					defer func() { <-slots }()
+					errs[i] = errors.Join(errs[i], fn(fmt.Sprintf("many-%d", i)))
+				})
+			}
+			wg.Wait()
+			return time.Since(start)
+		}
+		made := each(func(name string) error {
+			_, err := b.client.Create(b.ctx, sandbox.Config{Name: name, Network: mode})
+			return err
+		})
+		gone := each(func(name string) error { return b.client.Remove(b.ctx, name, false) })
+		if err := errors.Join(errs...); err != nil {
+			return err
+		}
+		fmt.Printf("%d creates by %d clients, %-8s %8.1f ms each %6.2f; deletes each %6.2f\n", n, clients, mode, milliseconds(made), milliseconds(made)/n, milliseconds(gone)/n)
+	}
+	return nil
+}
+
+// networksStanding measures create among n sandboxes with the builtin network.
+func (b *bench) networksStanding(rounds int, levels []int) error {
+	fmt.Printf("\n%-10s %14s %14s %12s\n", "standing", "create ms", "delete ms", "create vs 1")
+	var first float64
+	made := 0
+	for _, n := range levels {
+		for ; made < n; made++ {
+			if _, err := b.client.Create(b.ctx, sandbox.Config{Name: fmt.Sprintf("held-%d", made), Network: network.ModeBuiltin}); err != nil {
+				return err
+			}
+		}
+		clear(b.times)
+		for i := range rounds {
+			if err := b.createWith("builtin", i, network.ModeBuiltin, 0); err != nil {
+				return err
+			}
+		}
+		c := b.median("builtin")
+		if first == 0 {
+			first = c
+		}
+		fmt.Printf("%-10d %14.2f %14.2f %12.2f\n", n, c, b.median("builtin delete"), c/first)
+	}
+	fmt.Println("\nto reach: create with builtin at 500 ≤ 1.5 × at 1")
+	for i := range made {
+		if err := b.client.Remove(b.ctx, fmt.Sprintf("held-%d", i), false); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// newNetNS returns a network namespace that is nobody's.
+func newNetNS() (*os.File, error) {
+	cmd := exec.Command("cat")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET}
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	defer cmd.Wait()
+	defer in.Close()
+	return os.Open(fmt.Sprintf("/proc/%d/ns/net", cmd.Process.Pid))
+}
+
+// bareMoved makes a pair here, moves one end, and gives it an address and a route:
+// what somebody would write who thinks of nothing but that.
+func bareMoved(ns *os.File, bridge netlink.Link, n int) error {
+	name := fmt.Sprintf("bare%dm", n)
+	veth := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: name}, PeerName: name + "p"}
+	if err := netlink.LinkAdd(veth); err != nil {
+		return err
+	}
+	peer, err := netlink.LinkByName(name + "p")
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(netlink.LinkSetNsFd(peer, int(ns.Fd())), netlink.LinkSetMaster(veth, bridge), netlink.LinkSetUp(veth)); err != nil {
+		return err
+	}
+	return bareInNS(ns, name+"p", n)
+}
+
+// bareInside makes the pair with one end where it belongs.
+func bareInside(ns *os.File, bridge netlink.Link, n int) error {
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name, attrs.MasterIndex = fmt.Sprintf("bare%di", n), bridge.Attrs().Index
+	veth := &netlink.Veth{LinkAttrs: attrs, PeerName: "eth0", PeerNamespace: netlink.NsFd(ns.Fd())}
+	if err := errors.Join(netlink.LinkAdd(veth), netlink.LinkSetUp(veth)); err != nil {
+		return err
+	}
+	return bareInNS(ns, "eth0", n)
+}
+
+func bareInNS(ns *os.File, name string, n int) error {
+	return nsthread.Do(map[namespace.Kind]*os.File{namespace.Net: ns}, func() error {
+		h, err := netlink.NewHandle()
+		if err != nil {
+			return err
+		}
+		defer h.Close()
+		peer, err := h.LinkByName(name)
+		if err != nil {
+			return err
+		}
+		if name != "eth0" {
+			if err := h.LinkSetName(peer, "eth0"); err != nil {
+				return err
+			}
+		}
+		addr := &netlink.Addr{IPNet: &net.IPNet{IP: net.IPv4(10, 98, byte(n>>8), byte(n)+1), Mask: net.CIDRMask(16, 32)}}
+		if err := errors.Join(h.LinkSetUp(peer), h.AddrAdd(peer, addr)); err != nil {
+			return err
+		}
+		return h.RouteAdd(&netlink.Route{LinkIndex: peer.Attrs().Index, Gw: net.IPv4(10, 98, 255, 254)})
+	})
+}
