@@ -40,7 +40,7 @@ run() {
 	local out code=0
 	prompt "$1"
 	out=$(eval "$1" 2>&1) || code=$?
-	[[ -z $out ]] || cut -c1-110 <<<"$out"
+	[[ -z $out ]] || cut -c1-120 <<<"$out"
 	[[ $code == "${3:-0}" ]] || die "exit code $code, want ${3:-0}: $1"
 	grep -qE -- "${2:-}" <<<"$out" || die "no \"$2\" in the output of: $1"
 }
@@ -98,7 +98,7 @@ sandboxd create first >/dev/null
 sandboxd run --rm first --rootfs rootfs -- true
 sandboxd rm first
 end TERM
-leakcheck snapshot --dir "$work/state" --dir "$work/root" --cgroup-parent "/$parent" >before.json
+leakcheck snapshot --dir "$work/state" --dir "$work/root" --keep "$work/root/events" --keep "$work/root/collected" --cgroup-parent "/$parent" >before.json
 serve
 
 say "A sandbox: a network, IPC objects and a host name that need no process of yours to stay"
@@ -150,6 +150,10 @@ run 'sandboxd stop web'
 run 'sandboxd ps web' 'redis2 +Exited \(0\)'
 run 'sandboxd rm web'
 run 'sandboxd ls -o json' '^\[\]$'
+
+say "Nothing of it is left but what was taken down at its death: its postmortem"
+run 'sandboxd collected ls' 'web/redis-1 .* 139, SIGSEGV'
+run 'sandboxd postmortem web/redis' 'web/redis: It was killed by signal 11 .SIGSEGV.'
 end TERM
 
 say "The leak oracle: processes, namespaces, mounts, cgroups, files that were not there before"

@@ -33,6 +33,7 @@ func run(args []string) (int, error) {
 	flags := pflag.NewFlagSet("leakcheck", pflag.ContinueOnError)
 	var o leak.Options
 	flags.StringSliceVar(&o.Dirs, "dir", nil, "`directory` below which everything is ours; repeatable")
+	flags.StringSliceVar(&o.Keep, "keep", nil, "`path` that is not looked at, nor what is below it; repeatable")
 	flags.StringVar(&o.CgroupParent, "cgroup-parent", "", "`path` of the cgroup that is ours")
 	flags.StringSliceVar(&o.Marks, "mark", nil, "installation's `mark`; repeatable")
 	flags.IntVar(&o.PID, "pid", 0, "`process` whose descriptors are counted")
