@@ -29,7 +29,9 @@ type postmortem struct {
 		Counters struct {
 			Memory struct{ PeakBytes, LimitBytes, OOMKills int64 }
 		}
-		Log     struct{ Lines []struct{ Stream, Text string } }
+		Log struct {
+			Lines []struct{ Stream, Text string }
+		}
 		Samples *struct{ UnixMs []int64 }
 		Files   []struct {
 			Path, Type, Why string

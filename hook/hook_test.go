@@ -104,7 +104,8 @@ func TestFromSpec(t *testing.T) {
 	}
 	hs, err := FromSpec(&specs.Hooks{
 		Poststop: h("/6"), Poststart: h("/5"), StartContainer: h("/4"), CreateContainer: h("/3"), CreateRuntime: h("/2"),
-		Prestart: []specs.Hook{{Path: "/1"}}, //nolint:staticcheck // deprecated, and used
+		//lint:ignore SA1019 deprecated, and used
+		Prestart: []specs.Hook{{Path: "/1"}},
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -148,7 +148,8 @@ func FromSpec(hooks *specs.Hooks) ([]request.Hook, error) {
 		stage request.Stage
 		hooks []specs.Hook
 	}{
-		{"prestart", request.OCIPrestart, hooks.Prestart}, //nolint:staticcheck // deprecated, and used
+		//lint:ignore SA1019 deprecated, and used
+		{"prestart", request.OCIPrestart, hooks.Prestart},
 		{"createRuntime", request.CreateRuntime, hooks.CreateRuntime},
 		{"createContainer", request.CreateContainer, hooks.CreateContainer},
 		{"startContainer", request.StartContainer, hooks.StartContainer},
