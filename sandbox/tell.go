@@ -318,7 +318,9 @@ func (m *Manager) retire(dir string, n removedName, t *told, es []Event) error {
 			return err
 		}
 	}
+	crash.Point("removal before told")
 	m.append(es...)
+	crash.Point("removal after told")
 	t.state, t.gone, t.outbox = "", true, nil
 	if m.o.Journal.Behind() {
 		return nil // the next start will see whether it was told
