@@ -9,6 +9,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	pb "github.com/sandboxd/sandboxd/api/sandboxd/v1"
+	"github.com/sandboxd/sandboxd/internal/procid"
 	"github.com/sandboxd/sandboxd/sandbox"
 )
 
@@ -45,6 +46,9 @@ func ToStatus(err error) error {
 			code = k.code
 			break
 		}
+	}
+	if code == codes.Unknown && errors.Is(err, procid.ErrGone) {
+		code = codes.FailedPrecondition // it has ended in the meantime
 	}
 	st := status.New(code, err.Error())
 	if start, ok := errors.AsType[*sandbox.StartError](err); ok {

@@ -17,6 +17,7 @@ import (
 
 	pb "github.com/sandboxd/sandboxd/api/sandboxd/v1"
 	"github.com/sandboxd/sandboxd/internal/namespace"
+	"github.com/sandboxd/sandboxd/internal/procid"
 	"github.com/sandboxd/sandboxd/sandbox"
 )
 
@@ -149,6 +150,7 @@ func TestErrors(t *testing.T) {
 		{context.Canceled, context.Canceled, codes.Canceled},
 		{context.DeadlineExceeded, context.DeadlineExceeded, codes.DeadlineExceeded},
 		{errors.New("disk is full"), nil, codes.Unknown},
+		{fmt.Errorf("exec a/b: %w", procid.ErrGone), sandbox.ErrState, codes.FailedPrecondition},
 		{&sandbox.OpError{Op: "start", Err: &sandbox.StartError{Text: "execute nope", Errno: unix.ENOENT}}, os.ErrNotExist, codes.FailedPrecondition},
 	} {
 		st := ToStatus(tt.err)
