@@ -123,7 +123,10 @@ func New(o Options) *Metrics {
 // src has recovered; before, only what has happened is shown.
 func (m *Metrics) Attach(src Source, r Readers) {
 	m.output.prime(src, r.Output)
-	m.reg.MustRegister(&state{src: src, r: r, now: m.o.Now, output: m.output})
+	m.reg.MustRegister(&state{
+		src: src, r: r, now: m.o.Now, output: m.output,
+		tmpfs: tmpfsCache{read: r.HeldTmpfs, entries: map[string]*tmpfsEntry{}},
+	})
 	if r.PerSandbox > 0 && r.Usage != nil {
 		m.reg.MustRegister(&usage{src: src, read: r.Usage, max: r.PerSandbox})
 	}

@@ -240,6 +240,37 @@ func TestState(t *testing.T) {
 	}
 }
 
+// What members hold is read once, and then a few at each scrape when it is old.
+func TestHeldTmpfsIsReadSeldom(t *testing.T) {
+	at, reads, each := now, 0, int64(1)
+	src := &source{}
+	const n = heldReads + 10
+	for i := range n {
+		src.add(fmt.Sprint(i), sandbox.Ready, &sandbox.MemberRecord{
+			ID: fmt.Sprint("m", i), State: sandbox.MemberExited, Exit: &sandbox.Exit{}, HeldSince: now, Monitor: alive(t),
+		})
+	}
+	m := New(Options{Now: func() time.Time { return at }})
+	m.Attach(src, Readers{HeldTmpfs: func(*sandbox.MemberRecord, string) int64 { reads++; return each }})
+	check := func(wantReads int, want float64) {
+		t.Helper()
+		reads = 0
+		if got := value(t, m, "sandboxd_custody_held_tmpfs_bytes"); got != want || reads != wantReads {
+			t.Errorf("%v bytes with %d reads, want %v with %d", got, reads, want, wantReads)
+		}
+	}
+	check(n, n)
+	check(0, n)
+	at, each = at.Add(heldFor), 2
+	check(heldReads, n+heldReads)
+	check(10, 2*n)
+	check(0, 2*n)
+	src.records = src.records[:1]
+	check(0, 2)
+	src.add("new", sandbox.Ready, &sandbox.MemberRecord{ID: "new", State: sandbox.MemberExited, Exit: &sandbox.Exit{}, HeldSince: now, Monitor: alive(t)})
+	check(1, 4)
+}
+
 // The counts of members go with them, the total stays, and a new daemon's total
 // begins with nothing.
 func TestOutput(t *testing.T) {

@@ -18,7 +18,7 @@ var (
 	heldOldest = prometheus.NewDesc("sandboxd_custody_oldest_age_seconds",
 		"For how long the oldest of them has been held, 0 if there is none.", nil, nil)
 	heldTmpfs = prometheus.NewDesc("sandboxd_custody_held_tmpfs_bytes",
-		"Memory that the tmpfs of exited members hold; sandboxd ps shows whose. Remove them, or set --custody-max-tmpfs, if it is too much.", nil, nil)
+		"Memory that the tmpfs of exited members hold; sandboxd ps shows whose. It may be some minutes old. Remove them, or set --custody-max-tmpfs, if it is too much.", nil, nil)
 	eventSequence = prometheus.NewDesc("sandboxd_event_sequence",
 		"Number of the last event in the journal. One that stands still while things happen means that the journal cannot be written.", nil, nil)
 	eventsBehind = prometheus.NewDesc("sandboxd_events_behind",
@@ -56,6 +56,7 @@ type state struct {
 	r      Readers
 	now    func() time.Time
 	output *outputs
+	tmpfs  tmpfsCache // guarded by output.mu
 }
 
 // Describe implements [prometheus.Collector].
@@ -95,7 +96,9 @@ func (s *state) Collect(ch chan<- prometheus.Metric) {
 		tmpfs       int64
 		oldest      time.Time
 	)
+	now := s.now()
 	s.output.mu.Lock()
+	s.tmpfs.begin()
 	for r, ms := range s.src.Records() {
 		ofSandboxes[r.State]++
 		for _, m := range ms {
@@ -107,7 +110,7 @@ func (s *state) Collect(ch chan<- prometheus.Metric) {
 			if m.Exit != nil && !m.HeldSince.IsZero() && m.Released == nil && m.Monitor.Alive() {
 				nHeld++
 				if s.r.HeldTmpfs != nil {
-					tmpfs += s.r.HeldTmpfs(m, s.src.MemberDir(m))
+					tmpfs += s.tmpfs.of(m, s.src.MemberDir(m), now)
 				}
 				if oldest.IsZero() || m.HeldSince.Before(oldest) {
 					oldest = m.HeldSince
@@ -119,6 +122,7 @@ func (s *state) Collect(ch chan<- prometheus.Metric) {
 		}
 	}
 	s.output.forget()
+	s.tmpfs.end()
 	out := s.output.total
 	s.output.mu.Unlock()
 
