@@ -294,7 +294,8 @@ func (b *bench) startDaemon() error {
 	defer log.Close()
 	b.daemon = exec.Command(b.sandboxd, "serve", "--address", address, "--state", b.state(),
 		"--root", filepath.Join(b.dir, "root"), "--cgroup-parent", "/"+filepath.Base(b.dir), "--log-level", "warn", "--network-default", "none",
-		"--cni-conf-dir", b.confDir(), "--cni-bin-dir", "build/cni/bin")
+		"--cni-conf-dir", b.confDir(), "--cni-bin-dir", "build/cni/bin",
+		"--metrics-address", "unix://"+b.metrics())
 	b.daemon.Stdout, b.daemon.Stderr = log, log
 	if err := b.daemon.Start(); err != nil {
 		return err
@@ -313,6 +314,9 @@ func (b *bench) startDaemon() error {
 		}
 	}
 }
+
+// metrics is the socket of the daemon's metrics.
+func (b *bench) metrics() string { return filepath.Join(b.dir, "metrics") }
 
 // stopDaemon removes every sandbox, ends the daemon and removes its cgroup.
 func (b *bench) stopDaemon() error {
@@ -431,7 +435,7 @@ func (b *bench) report(peers map[string]string) {
 // standing measures create and delete among n other sandboxes, each with a
 // running member, and what all of them weigh.
 func (b *bench) standing(levels []int, rounds int) error {
-	fmt.Printf("%-10s %10s %10s %10s %12s   %s\n", "standing", "clone ms", "create ms", "delete ms", "create vs 1", "resident / proportional KiB")
+	fmt.Printf("%-10s %10s %10s %10s %12s   %s\n", "standing", "clone ms", "create ms", "delete ms", "create vs 1", "resident / proportional KiB; a scrape of the metrics")
 	var first float64
 	made := 0
 	for _, n := range levels {
@@ -473,9 +477,13 @@ func (b *bench) standing(levels []int, rounds int) error {
 		if err != nil {
 			return err
 		}
-		fmt.Printf("%-10d %10.2f %10.2f %10.2f %12.2f   %s\n", n, b.median("clone"), c, milliseconds(median(remove)), c/first, memory)
+		scrape, err := b.scrapes(rounds)
+		if err != nil {
+			return err
+		}
+		fmt.Printf("%-10d %10.2f %10.2f %10.2f %12.2f   %s; scrape %s\n", n, b.median("clone"), c, milliseconds(median(remove)), c/first, memory, scrape)
 	}
-	fmt.Println("\nto reach: create at 500 ≤ 1.3 × at 1; pause ≤ 16 KiB, monitor ≤ 32 KiB, daemon ≤ 30 MiB at 500")
+	fmt.Println("\nto reach: create at 500 ≤ 1.3 × at 1; pause ≤ 16 KiB, monitor ≤ 32 KiB, daemon ≤ 30 MiB at 500; scrape ≤ 20 ms and 1 MiB at 500")
 	return nil
 }
 
