@@ -15,6 +15,7 @@ packages=(
 	runc crun                                        # what the benchmark compares with
 	containernetworking-plugins iptables dnsmasq-base # CNI: plugins of an old version, their tools, a DHCP server
 	prometheus                                       # and promtool: alerts, dashboard and metrics are tried with them
+	curl conntrack util-linux                        # what the samples of hooks use
 	strace iproute2 nftables procps zstd attr libcap2-bin jq shellcheck make git ca-certificates
 )
 

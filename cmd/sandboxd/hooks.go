@@ -115,17 +115,19 @@ func (n *node) runHook(ctx context.Context, c *sandbox.HookCall) (sandbox.HookOu
 	if c.Member != nil {
 		leaf += "-" + c.Member.ID
 	}
+	if c.Attempt > 1 {
+		// One that was cut off with its daemon may be at work. The cgroup goes too: Linux
+		// 6.18 kills what is cloned into a cgroup that was killed before (cgroup_post_fork
+		// compares its kill_seq with that of the parent's cgroup).
+		if err := n.cg.Remove(ctx, leaf); err != nil {
+			return sandbox.HookOutcome{}, err
+		}
+	}
 	if err := n.cg.MakeLeaf(leaf); err != nil {
 		return sandbox.HookOutcome{}, err
 	}
 	// It stays if the hook has left something running, until the sandbox goes.
 	defer os.Remove(filepath.Dir(n.cg.LeafProcs(leaf)))
-	if c.Attempt > 1 {
-		// One that was cut off with its daemon may be at work.
-		if err := n.cg.Kill(ctx, leaf); err != nil {
-			return sandbox.HookOutcome{}, err
-		}
-	}
 	dir, err := n.cg.TrackingDir(leaf)
 	if err != nil {
 		return sandbox.HookOutcome{}, err
@@ -163,7 +165,7 @@ func (n *node) runHook(ctx context.Context, c *sandbox.HookCall) (sandbox.HookOu
 		// Killed, perhaps; those of its children that had left its process group are not yet.
 		bounded, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 		defer cancel()
-		if err := n.cg.Kill(bounded, leaf); err != nil {
+		if err := n.cg.Remove(bounded, leaf); err != nil {
 			n.Log.Warn("Processes of a hook not killed", "hook", c.Hook.Path, "err", err)
 		}
 	}
@@ -248,6 +250,11 @@ func (n *node) hookInput(c *sandbox.HookCall) (*hook.Input, error) {
 				Namespaces: map[namespace.Kind]string{},
 			},
 		},
+	}
+	for _, a := range r.Networks {
+		for _, p := range a.Addresses {
+			in.Sandboxd.Sandbox.Addresses = append(in.Sandboxd.Sandbox.Addresses, p.Addr().String())
+		}
 	}
 	if r.Pause.Alive() {
 		for _, k := range r.Config.Share {
