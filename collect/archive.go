@@ -130,7 +130,7 @@ func (p *packer) admit(e tarstream.Entry) error {
 		return tarstream.ErrEnough
 	case p.c.Bytes+int64(p.c.Taken+1)*entryCost > p.c.Max:
 		p.c.Why = fmt.Sprintf("the limit of %s is reached", size(p.c.Max))
-		p.file(e, false, "left out: the collector's limit is reached")
+		p.file(e, false, "the collector's limit is reached")
 		return tarstream.ErrEnough
 	case p.c.Bytes+int64(p.c.Taken)*entryCost+cost > p.c.Max:
 		p.c.Why = fmt.Sprintf("some is more than fits into the limit of %s", size(p.c.Max))
@@ -171,6 +171,7 @@ func (p *packer) file(e tarstream.Entry, taken bool, why string) {
 
 // note is told of what is not as it was.
 func (p *packer) note(name, what string) {
+	what = strings.TrimPrefix(what, "left out: ")
 	if i, ok := p.index[name]; ok {
 		p.m.Files[i].Why = what
 		return
