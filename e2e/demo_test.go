@@ -26,7 +26,16 @@ func TestDemo(t *testing.T) {
 	if err := os.Symlink(binary, filepath.Join(bin, "sandboxd")); err != nil {
 		t.Fatal(err)
 	}
-	out, err := exec.CommandContext(t.Context(), "../tools/demo.sh", bin).CombinedOutput()
+	// On a host of its own: it publishes a port.
+	ns := newHost(t)
+	var buf lockedBuffer
+	cmd := exec.CommandContext(t.Context(), "../tools/demo.sh", bin)
+	cmd.Stdout, cmd.Stderr = &buf, &buf
+	err := startIn(ns, cmd)
+	if err == nil {
+		err = cmd.Wait()
+	}
+	out := []byte(buf.String())
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}

@@ -41,6 +41,26 @@ func newNetRig(t *testing.T) *netRig {
 func newNetRigOn(t *testing.T, rootfs string) *netRig {
 	t.Helper()
 	testenv.Root(t)
+	ns := newHost(t)
+	conf, bin := t.TempDir(), t.TempDir()
+	r := newRigWith(t, rootfs, func(d *daemon) {
+		d.netns = ns
+		// What libcni makes and leaves, and plugins of tests do.
+		for _, dir := range []string{"network/cni/results", "one", "two"} {
+			if err := os.MkdirAll(filepath.Join(d.root, dir), 0o700); err != nil {
+				t.Fatal(err)
+			}
+		}
+		d.flags = append(d.flags, "--network-default", "builtin", "--subnet6", "fd00:88::/64", "--cni-conf-dir", conf, "--cni-bin-dir", bin)
+	})
+	r.plugins = bin
+	return &netRig{r, conf}
+}
+
+// newHost returns a network namespace that looks like a host's: it has an uplink,
+// up0, behind which nobody is.
+func newHost(t *testing.T) *os.File {
+	t.Helper()
 	ns := newNetNS(t)
 	for _, line := range []string{
 		"ip link set lo up",
@@ -55,19 +75,7 @@ func newNetRigOn(t *testing.T, rootfs string) *netRig {
 			t.Fatalf("%s: %v: %s", line, err, out)
 		}
 	}
-	conf, bin := t.TempDir(), t.TempDir()
-	r := newRigWith(t, rootfs, func(d *daemon) {
-		d.netns = ns
-		// What libcni makes and leaves, and plugins of tests do.
-		for _, dir := range []string{"network/cni/results", "one", "two"} {
-			if err := os.MkdirAll(filepath.Join(d.root, dir), 0o700); err != nil {
-				t.Fatal(err)
-			}
-		}
-		d.flags = append(d.flags, "--network-default", "builtin", "--subnet6", "fd00:88::/64", "--cni-conf-dir", conf, "--cni-bin-dir", bin)
-	})
-	r.plugins = bin
-	return &netRig{r, conf}
+	return ns
 }
 
 // newNetNS returns a network namespace that is nobody's. It ends with the test.

@@ -49,7 +49,7 @@ serve() {
 	cat "$work/serve.log" >>"$work/daemon.log"
 	: >"$work/serve.log"
 	# In a session of its own: an interrupt of this script is not one of the daemon.
-	setsid sandboxd serve --root "$work/root" --cgroup-parent "/$parent" --network-default none >"$work/serve.log" 2>&1 &
+	setsid sandboxd serve --root "$work/root" --cgroup-parent "/$parent" --bridge sbdemo0 --subnet 10.231.88.0/24 >"$work/serve.log" 2>&1 &
 	daemon=$!
 	disown
 	until grep -q msg=Ready "$work/serve.log"; do
@@ -98,20 +98,24 @@ sandboxd create first >/dev/null
 sandboxd run --rm first --rootfs rootfs -- true
 sandboxd rm first
 end TERM
-leakcheck snapshot --dir "$work/state" --dir "$work/root" --keep "$work/root/events" --keep "$work/root/collected" --cgroup-parent "/$parent" >before.json
+leakcheck snapshot --netns /proc/self/ns/net --dir "$work/state" --dir "$work/root" --keep "$work/root/events" --keep "$work/root/collected" --cgroup-parent "/$parent" >before.json
 serve
 
 say "A sandbox: a network, IPC objects and a host name that need no process of yours to stay"
-run 'sandboxd create web --label app=shop' '^[0-9a-f]{16}$'
-run 'sandboxd ls' 'web +Ready'
+run 'sandboxd create web --label app=shop --net builtin --publish 16379:6379' '^[0-9a-f]{16}$'
+run 'sandboxd ls' 'web +Ready .* builtin'
 
 say "A member: Debian's redis-server. What it saves goes to a tmpfs"
-run 'sandboxd run web -d --name redis --rootfs rootfs --memory 64m --tmpfs /data -- redis-server --dir /data --enable-debug-command yes' '^[0-9a-f]{16}$'
+run 'sandboxd run web -d --name redis --rootfs rootfs --memory 64m --tmpfs /data -- redis-server --dir /data --protected-mode no --enable-debug-command yes' '^[0-9a-f]{16}$'
 until [[ $(sandboxd exec web/redis -- redis-cli ping 2>/dev/null) == PONG ]]; do sleep 0.05; done
 
 say "A second member talks to it over the sandbox's loopback"
 run 'sandboxd run web --rm --rootfs rootfs -- redis-cli set answer 42' '^OK$'
 run 'sandboxd run web --rm --rootfs rootfs -- redis-cli save' '^OK$'
+
+say "The host asks too, at the port that the sandbox publishes"
+run 'redis-cli -p 16379 get answer' '42'
+run 'sandboxd check --sandbox web && sandboxd inspect web | grep -A1 addresses' '10\.231\.88\.'
 
 say "A third joins the first one's pid namespace, and a program of the host the sandbox's network"
 run 'sandboxd run web --rm --rootfs rootfs --ns pid=member:redis -- ps' '^ +1 .*redis-server'
@@ -139,11 +143,12 @@ serve
 run 'sandboxd ps web' 'redis +Exited \(139\) .* held'
 
 say "A successor in the same sandbox: created, given the file, and only then started"
-run 'sandboxd add web --name redis2 --rootfs rootfs --tmpfs /data -- redis-server --dir /data' '^[0-9a-f]{16}$'
+run 'sandboxd add web --name redis2 --rootfs rootfs --tmpfs /data -- redis-server --dir /data --protected-mode no' '^[0-9a-f]{16}$'
 run 'sandboxd cp dump.rdb web/redis2:/data'
 run 'sandboxd start web/redis2'
 until [[ $(sandboxd exec web/redis2 -- redis-cli ping 2>/dev/null) == PONG ]]; do sleep 0.05; done
 run 'sandboxd run web --rm --rootfs rootfs -- redis-cli get answer' '^42$'
+run 'redis-cli -p 16379 get answer' '42'
 
 say "Teardown, on purpose"
 run 'sandboxd stop web'
@@ -156,5 +161,5 @@ run 'sandboxd collected ls' 'web/redis-1 .* 139, SIGSEGV'
 run 'sandboxd postmortem web/redis' 'web/redis: It was killed by signal 11 .SIGSEGV.'
 end TERM
 
-say "The leak oracle: processes, namespaces, mounts, cgroups, files that were not there before"
+say "The leak oracle: processes, namespaces, mounts, cgroups, files, links, routes, rules that were not there before"
 run 'leakcheck verdict before.json'
