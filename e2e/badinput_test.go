@@ -120,9 +120,12 @@ func (d *daemon) must(t *testing.T, args ...string) string {
 
 // startWarm returns a daemon that has had a member already: what it opens or
 // makes once for all of them is not a finding.
-func startWarm(t *testing.T, rootfs string) *daemon {
+func startWarm(t *testing.T, rootfs string, edits ...func(*daemon)) *daemon {
 	t.Helper()
 	d := newDaemon(t)
+	for _, edit := range edits {
+		edit(d)
+	}
 	d.start(t)
 	d.must(t, "create", "warm")
 	d.must(t, append([]string{"run", "warm", "--rootfs", rootfs}, sh("exit 0")...)...)

@@ -286,7 +286,9 @@ var scenes = []scene{
 	{
 		name:   "garbage collection",
 		before: lostRecord,
-		act:    func(r *rig) { r.untilDeadOr(func() bool { return r.cli("gc", "--dry-run", "-o", "json").out == "[]\n" }) },
+		act: func(r *rig) {
+			r.untilDeadOr(func() bool { return r.cli("gc", "--dry-run", "-o", "json").out == "[]\n" })
+		},
 		after: func(r *rig) {
 			r.ok("gc") // the one of the start may be under way
 			if left := r.garbage("--dry-run"); len(left) > 0 {

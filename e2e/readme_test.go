@@ -5,6 +5,7 @@ package e2e
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -125,7 +126,12 @@ func TestPages(t *testing.T) {
 	for _, page := range []string{"../README.md", "../docs/operations.md"} {
 		t.Run(filepath.Base(page), func(t *testing.T) {
 			testenv.Program(t, "redis-server")
-			d := startWarm(t, testenv.Busybox(t))
+			// On a host of its own, as pages take the default network.
+			ns := newHost(t)
+			d := startWarm(t, testenv.Busybox(t), func(d *daemon) {
+				d.netns = ns
+				d.flags = []string{"--network-default", "builtin", "--subnet6", "fd00:88::/64", "--cni-conf-dir", t.TempDir()}
+			})
 			var cs []command
 			for _, f := range fences(t, page) {
 				if f.lang == "console" {
@@ -184,7 +190,11 @@ func shell(t *testing.T, d *daemon, cs []command) (outs []string, codes []int) {
 		"SANDBOXD_STATE="+d.state, "SANDBOXD_ADDRESS="+d.address())
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
-	cmd.Run() // its code is the last command's
+	run := cmd.Run // its code is the last command's
+	if d.netns != nil {
+		run = func() error { return errors.Join(startIn(d.netns, cmd), cmd.Wait()) }
+	}
+	run()
 	for part := range strings.SplitSeq(out.String(), "\n"+mark) {
 		if len(outs) > 0 {
 			var code string
