@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
@@ -255,6 +256,11 @@ func (d *Driver) teardown() error {
 	if !d.leases.empty() {
 		return nil
 	}
+	if !d.up {
+		if nothing, err := d.nothingLeft(); err != nil || nothing {
+			return err
+		}
+	}
 	if err := d.unclaim(); err != nil {
 		return fmt.Errorf("put sysctls back: %w", err)
 	}
@@ -269,6 +275,31 @@ func (d *Driver) teardown() error {
 		return err
 	}
 	return d.socks.do(deleteLink(d.opts.Bridge))
+}
+
+// nothingLeft reports whether the host has nothing that this or an earlier
+// daemon has made.
+func (d *Driver) nothingLeft() (bool, error) {
+	record, err := d.readHostRecord()
+	if err != nil || len(record.Sysctls) > 0 {
+		return false, err
+	}
+	link, err := findLink(d.opts.Bridge)
+	if err != nil || link != nil && d.ours(link) == nil {
+		return false, err
+	}
+	there := false
+	err = d.nft.conns.use(func(c *nftables.Conn) error {
+		for _, t := range []*nftables.Table{d.nft.inet, d.nft.br} {
+			has, err := hasTable(c, t)
+			if err != nil {
+				return err
+			}
+			there = there || has
+		}
+		return nil
+	})
+	return !there, err
 }
 
 // Close stops watching the host. Networks stay; if there are none, the host is
