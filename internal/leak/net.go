@@ -68,6 +68,9 @@ func (t *taker) routes() error {
 			if r.Dst != nil {
 				dst = r.Dst.String()
 			}
+			if r.Type == unix.RTN_MULTICAST && r.Table == unix.RT_TABLE_LOCAL {
+				continue // comes with a device that is up, when the kernel has time
+			}
 			t.add(Route, fmt.Sprintf("%s via %v dev %d table %d type %d", dst, r.Gw, r.LinkIndex, r.Table, r.Type), "")
 		}
 	}
