@@ -19,6 +19,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -142,6 +143,19 @@ func (d *Driver) Attach(_ context.Context, id string, raw json.RawMessage, ns *o
 	if err != nil {
 		return nil, err
 	}
+	res, err := d.attach(id, p, ns)
+	if err == nil || !d.lost() {
+		return res, err
+	}
+	// Somebody has just removed the bridge or the table, and the background has
+	// not seen to it yet.
+	if rerr := errors.Join(d.removeEach([]string{id}), d.repair()); rerr != nil {
+		return nil, errors.Join(err, rerr)
+	}
+	return d.attach(id, p, ns)
+}
+
+func (d *Driver) attach(id string, p *plan, ns *os.File) (*network.Result, error) {
 	unlock, err := d.prepared()
 	if err != nil {
 		return nil, err
@@ -169,6 +183,22 @@ func (d *Driver) Attach(_ context.Context, id string, raw json.RawMessage, ns *o
 	}
 	crash.Point("builtin attach nft after")
 	return d.result(p, l, mac), nil
+}
+
+// lost reports whether the bridge or the table is no longer what it was when
+// the host was prepared.
+func (d *Driver) lost() bool {
+	d.host.RLock()
+	defer d.host.RUnlock()
+	if !d.up {
+		return false
+	}
+	link, err := findLink(d.opts.Bridge)
+	if err != nil {
+		return false
+	}
+	whole, err := d.nft.whole(d.anyIsolated())
+	return err == nil && (!whole || link == nil || link.Attrs().Index != d.bridge)
 }
 
 func (d *Driver) result(p *plan, l lease, mac net.HardwareAddr) *network.Result {

@@ -30,7 +30,7 @@ import (
 
 const (
 	linkGrace = 200 * time.Millisecond // for a link to go with its namespace
-	hostGrace = 5 * time.Second        // for the next sandbox to come, before bridge and table go
+	hostGrace = 2 * time.Second        // for the next sandbox to come, before bridge and table go
 	closeWait = 2 * time.Second        // for links to go, in Close
 )
 

@@ -169,6 +169,33 @@ func TestRepair(t *testing.T) {
 	check()
 }
 
+// TestAttachMeanwhile: what somebody removed a moment ago keeps nobody from
+// getting a network.
+func TestAttachMeanwhile(t *testing.T) {
+	testenv.Root(t)
+	for name, damage := range map[string]func(*Driver){
+		"bridge": func(d *Driver) { del(t, d.opts.Bridge) },
+		"rules":  func(*Driver) { flush(t) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := newDriver(t)
+			attach(t, d, idB, &network.Request{})
+			d.cancel() // nobody watches
+			d.done.Wait()
+			damage(d)
+			a, _, raw := attach(t, d, idA, &network.Request{Ports: webPort})
+			serve(t, a, "tcp", ":80", "A")
+			expect(t, "the host", nil, "tcp", "127.0.0.1:8080", "A 10.99.0.1")
+			if err := d.Verify(t.Context(), idA, raw, a); err != nil {
+				t.Error(err)
+			}
+			if err := d.verifyHost(idB); err != nil {
+				t.Errorf("the other sandbox: %v", err)
+			}
+		})
+	}
+}
+
 // TestRestart: a driver that is killed leaves networks that work, and the next
 // one takes them over, with whatever was lost meanwhile.
 func TestRestart(t *testing.T) {
