@@ -378,7 +378,7 @@ func (r *rig) play(s scene, env string) {
 func TestCrashMatrix(t *testing.T) {
 	testenv.Root(t)
 	rootfs := testenv.Busybox(t)
-	for _, s := range scenes {
+	for _, s := range slices.Concat(scenes, hookScenes) {
 		t.Run(s.name, func(t *testing.T) {
 			t.Parallel()
 			points := passed(t, rootfs, s)
@@ -391,6 +391,7 @@ func TestCrashMatrix(t *testing.T) {
 				t.Run(p, func(t *testing.T) {
 					t.Parallel()
 					r := s.rig(t, rootfs)
+					r.dies = p
 					r.play(s, "SANDBOXD_CRASH_AT="+p)
 					r.awaitCrash(p)
 					r.mustServe()

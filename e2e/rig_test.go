@@ -35,6 +35,7 @@ type rig struct {
 	d       *daemon
 	rootfs  string
 	plugins string // directory of CNI plugins; empty if there are none
+	dies    string // where the daemon of a scene is killed
 }
 
 // newRig makes a rig without a running daemon. When the test ends, whatever
@@ -213,7 +214,7 @@ func (r *rig) exited(ref string) exit.Record {
 	var m sandbox.MemberInfo
 	r.eventually(ref+" has exited", func() bool {
 		m = r.member(ref)
-		return m.State == "Exited" && m.Exit != nil
+		return (m.State == "Exited" || m.State == "Collected") && m.Exit != nil
 	})
 	return *m.Exit
 }

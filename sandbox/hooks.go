@@ -280,8 +280,6 @@ func (m *Manager) attempt(ctx context.Context, s subject, i int, h request.Hook,
 	run = HookRun{
 		Stage: h.Stage, Path: h.Path, State: HookRunning, Attempt: run.Attempt + 1, Failures: run.Failures, StartedAt: m.now(),
 	}
-	op := "hook " + string(h.Stage)
-	crash.Point(op + " record before")
 	if err := m.noteRun(s, i, run, false); err != nil {
 		return run, err
 	}
@@ -299,7 +297,6 @@ func (m *Manager) attempt(ctx context.Context, s subject, i int, h request.Hook,
 	if ctx.Err() != nil {
 		return run, ctx.Err()
 	}
-	crash.Point(op + " result before")
 	text := strings.ToValidUTF8(string(out.Output), "\uFFFD")
 	run.Duration, run.Code, run.Truncated = out.Took, out.Code, out.Truncated
 	run.State = HookSucceeded
@@ -313,12 +310,11 @@ func (m *Manager) attempt(ctx context.Context, s subject, i int, h request.Hook,
 	}
 	m.o.Observer.Hook(string(h.Stage), out.Took, out.Err)
 	m.keepOutput(s, i, run.Attempt, text)
-	crash.Point(op + " output after")
 	if err := m.noteRun(s, i, run, true); err != nil {
 		// It has run all the same; the next daemon takes it for one that was cut off.
 		m.o.Log.Warn("Hook result not written", "path", s.dir(), "err", err)
 	}
-	crash.Point(op + " result after")
+	crash.Point("hook " + string(h.Stage) + " result after")
 	m.hookDone(s, run)
 	return run, nil
 }
