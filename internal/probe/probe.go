@@ -58,6 +58,7 @@ func Host(root string) []Result {
 		{"idmapped mounts on " + dir, false, "members with --rootfs in a sandbox with --share user (Linux 5.12; overlay 5.19, tmpfs 6.3)", func() (string, error) { return "", idmap(dir) }},
 		{"time namespaces", false, "--share time (Linux 5.6)", func() (string, error) { return "", unshare(unix.CLONE_NEWTIME) }},
 		{"CAP_SYS_RESOURCE", false, "oom_score_adj cannot be lowered, rlimits not be raised", sysResource},
+		{"builtin network", false, "--net builtin (bridges, veth pairs, NAT by nftables)", builtinNetwork},
 		{"pidfd exit status", false, "the exit status of a member whose monitor was killed may stay unknown (Linux 6.15)", pidfdExit},
 	}
 	out := make([]Result, 0, len(probes))
