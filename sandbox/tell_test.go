@@ -358,3 +358,37 @@ func TestGCTakesDownWhatIsUnclean(t *testing.T) {
 		t.Errorf("a file that was just made: %+v, %v", found, err)
 	}
 }
+
+// BenchmarkChange writes records with and without a journal.
+func BenchmarkChange(b *testing.B) {
+	for _, kept := range []string{"nowhere", "journal"} {
+		b.Run(kept, func(b *testing.B) {
+			n := newFakeNode()
+			n.state = b.TempDir()
+			o := testOptions(n)
+			if kept == "journal" {
+				j, err := journal.Open(b.TempDir(), journal.Options{})
+				if err != nil {
+					b.Fatal(err)
+				}
+				defer j.Close()
+				o.Journal = j
+			}
+			m, err := Open(b.Context(), n.state, n, o)
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer m.Close()
+			if _, err := m.Create(b.Context(), Config{Name: "web"}); err != nil {
+				b.Fatal(err)
+			}
+			box := m.all()[0]
+			states := []State{NotReady, Ready}
+			for i := 0; b.Loop(); i++ {
+				if err := m.write(box, func(r *Record) { r.State = states[i%2] }); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"iter"
 	"log/slog"
 	"net"
 	"os"
@@ -18,6 +19,7 @@ import (
 
 	"github.com/sandboxd/sandboxd/api"
 	"github.com/sandboxd/sandboxd/api/server"
+	"github.com/sandboxd/sandboxd/internal/garbage"
 	"github.com/sandboxd/sandboxd/internal/request"
 	"github.com/sandboxd/sandboxd/sandbox"
 )
@@ -30,6 +32,8 @@ type fake struct {
 	info   sandbox.Info
 	member sandbox.MemberInfo
 	exit   sandbox.Exit
+
+	following chan struct{} // closed when events are followed
 
 	asked []any
 }
@@ -85,6 +89,29 @@ func (f *fake) ReopenLog(_ context.Context, ref string) error {
 func (f *fake) InspectMember(ref string) (sandbox.MemberInfo, error) {
 	f.ask("inspectmember", ref)
 	return f.member, f.err
+}
+
+func (f *fake) Events(ctx context.Context, q sandbox.EventQuery) iter.Seq2[sandbox.Event, error] {
+	f.ask("events", *q.After, q.Follow)
+	return func(yield func(sandbox.Event, error) bool) {
+		for n := uint64(1); n <= 3; n++ {
+			if !yield(sandbox.Event{Seq: n, Time: time.Unix(int64(n), 0).UTC(), Type: "state"}, nil) {
+				return
+			}
+		}
+		if q.Follow {
+			close(f.following)
+			<-ctx.Done()
+			yield(sandbox.Event{}, ctx.Err())
+		} else if f.err != nil {
+			yield(sandbox.Event{}, f.err)
+		}
+	}
+}
+
+func (f *fake) GC(_ context.Context, dryRun bool) ([]garbage.Finding, error) {
+	f.ask("gc", dryRun)
+	return []garbage.Finding{{Kind: garbage.Link, Name: "x"}}, f.err
 }
 
 func (f *fake) Exec(_ context.Context, ref string, r sandbox.ExecRequest) (sandbox.ExecResult, error) {
@@ -283,5 +310,50 @@ func TestListen(t *testing.T) {
 	}
 	if b, err := os.ReadFile(file); err != nil || string(b) != "precious" {
 		t.Errorf("file is now %q, %v", b, err)
+	}
+}
+
+func TestEventsAreStreamed(t *testing.T) {
+	f := &fake{following: make(chan struct{})}
+	c, shutdown := start(t, f)
+	after := uint64(7)
+	read := func(q sandbox.EventQuery) (seqs []uint64, err error) {
+		for e, err := range c.Events(t.Context(), q) {
+			if err != nil {
+				return seqs, err
+			}
+			seqs = append(seqs, e.Seq)
+		}
+		return seqs, nil
+	}
+	if seqs, err := read(sandbox.EventQuery{After: &after}); err != nil || len(seqs) != 3 {
+		t.Errorf("events %v, %v", seqs, err)
+	}
+	if d := cmp.Diff([]any{"events", uint64(7), false}, f.asked); d != "" {
+		t.Errorf("asked (-want +got):\n%s", d)
+	}
+	f.err = &sandbox.EventGap{After: 7, First: 20, Last: 30}
+	var gap *sandbox.EventGap
+	if seqs, err := read(sandbox.EventQuery{After: &after}); len(seqs) != 3 || !errors.As(err, &gap) || gap.First != 20 {
+		t.Errorf("events %v, %v; want a gap", seqs, err)
+	}
+	f.err = nil
+	if found, err := c.GC(t.Context(), true); err != nil || len(found) != 1 || found[0].Kind != garbage.Link {
+		t.Errorf("garbage %v, %v", found, err)
+	}
+	f.err = errors.New("somewhere")
+	if found, err := c.GC(t.Context(), false); err == nil || err.Error() != "somewhere" || len(found) != 1 {
+		t.Errorf("garbage %v, %v", found, err)
+	}
+	// Whoever follows is told that the daemon ends, and nobody waits for him.
+	got := make(chan error)
+	go func() {
+		_, err := read(sandbox.EventQuery{After: &after, Follow: true})
+		got <- err
+	}()
+	<-f.following
+	shutdown()
+	if err := <-got; !errors.Is(err, api.ErrUnavailable) {
+		t.Errorf("followed to %v", err)
 	}
 }

@@ -591,3 +591,12 @@ func FuzzScan(f *testing.F) {
 		}
 	})
 }
+
+// BenchmarkAppend is what an event costs an operation.
+func BenchmarkAppend(b *testing.B) {
+	j := open(b, b.TempDir(), Options{})
+	e := Event{Time: time.Now(), Type: State, Sandbox: "a5e2f18065b00463", SandboxName: "web", Rev: 3, From: "Creating", To: "Ready"}
+	for b.Loop() {
+		put(b, j, e)
+	}
+}

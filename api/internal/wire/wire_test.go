@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	pb "github.com/sandboxd/sandboxd/api/sandboxd/v1"
+	"github.com/sandboxd/sandboxd/internal/garbage"
 	"github.com/sandboxd/sandboxd/internal/namespace"
 	"github.com/sandboxd/sandboxd/internal/procid"
 	"github.com/sandboxd/sandboxd/sandbox"
@@ -112,6 +113,43 @@ func TestEveryFieldSurvives(t *testing.T) {
 	e := filled[sandbox.Exit](t)
 	if d := cmp.Diff(e, ToExit(FromExit(e))); d != "" {
 		t.Errorf("exit record (-want +got):\n%s", d)
+	}
+}
+
+func TestEventsAndFindingsSurvive(t *testing.T) {
+	e := filled[sandbox.Event](t)
+	if d := cmp.Diff(e, ToEvent(FromEvent(e))); d != "" {
+		t.Errorf("event (-want +got):\n%s", d)
+	}
+	if e := (sandbox.Event{Time: e.Time}); ToEvent(FromEvent(e)).Exit != nil {
+		t.Error("an exit record is made up")
+	}
+	f := filled[[]garbage.Finding](t)
+	if d := cmp.Diff(f, ToFindings(FromFindings(f))); d != "" {
+		t.Errorf("findings (-want +got):\n%s", d)
+	}
+	if f := ToFindings(FromFindings([]garbage.Finding{{Kind: garbage.Link}})); !f[0].Since.IsZero() {
+		t.Errorf("a time is made up: %+v", f)
+	}
+	after := uint64(7)
+	for _, q := range []sandbox.EventQuery{
+		{}, {After: &after}, {Since: e.Time}, {New: true, Follow: true}, {Filter: sandbox.EventFilter{"type": {"exit", "oom"}, "attr.a": {"b=c"}}},
+	} {
+		got, err := ToEventQuery(FromEventQuery(q))
+		if q.Filter == nil {
+			q.Filter = sandbox.EventFilter{}
+		}
+		if d := cmp.Diff(q, got); err != nil || d != "" {
+			t.Errorf("query %v (-want +got):\n%s", err, d)
+		}
+	}
+	if _, err := ToEventQuery(&pb.ReadEventsRequest{Filter: []string{"colour=red"}}); !errors.Is(err, sandbox.ErrInvalid) {
+		t.Errorf("an unknown filter: %v", err)
+	}
+	gap := &sandbox.EventGap{After: 1, First: 5, Last: 9}
+	var got *sandbox.EventGap
+	if err := FromStatus(ToStatus(fmt.Errorf("read: %w", gap))); !errors.As(err, &got) || *got != *gap || !errors.Is(err, sandbox.ErrEventGap) {
+		t.Errorf("a gap became %v", err)
 	}
 }
 
