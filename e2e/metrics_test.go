@@ -42,16 +42,27 @@ func metricsAddress(r *rig) string {
 	return address
 }
 
-// get fetches http://ADDRESS PATH and returns status and body.
+// get fetches http://ADDRESS PATH and returns status and body. An address that
+// begins with / is a Unix socket's.
 func get(r *rig, address, path string) (int, string) {
 	r.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), clientTimeout)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, "GET", "http://"+address+path, nil)
+	host := address
+	if strings.HasPrefix(address, "/") {
+		host = "localhost"
+	}
+	req, err := http.NewRequestWithContext(ctx, "GET", "http://"+host+path, nil)
 	if err != nil {
 		r.Fatal(err)
 	}
-	c := http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	c := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, network, to string) (net.Conn, error) {
+		var d net.Dialer
+		if host != address {
+			network, to = "unix", address
+		}
+		return d.DialContext(ctx, network, to)
+	}}}
 	res, err := c.Do(req)
 	if err != nil {
 		r.Fatal(err)

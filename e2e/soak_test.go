@@ -54,6 +54,7 @@ const (
 //     record when it has ended: with the code of its command, or 137 if it was
 //     killed, or unknown if its monitor was;
 //   - what was declared to happen after the exit has happened;
+//   - no two sandboxes have one address;
 //   - events have numbers without gaps, and tell each sandbox's and member's life
 //     without gaps: every state follows the one before;
 //   - at the end nothing is left;
@@ -62,8 +63,8 @@ const (
 // SANDBOXD_SOAK_SEED repeats the choices of a run, though not its timing.
 func TestSoak(t *testing.T) {
 	t.Parallel()
-	r := newRig(t)
-	r.d.flags = []string{"--metrics-address", "127.0.0.1:0", "--gc-interval", "2s"}
+	r := newNetRig(t).rig
+	r.d.flags = append(r.d.flags, "--metrics-address", "unix://"+r.d.state+"/metrics", "--gc-interval", "2s")
 	seed := uint64(time.Now().UnixNano())
 	if text := os.Getenv("SANDBOXD_SOAK_SEED"); text != "" {
 		var err error
@@ -104,10 +105,11 @@ type soak struct {
 	ops, refused, started, waited atomic.Int64
 	daemons, pauses, monitors     int
 
-	mu     sync.Mutex
-	hooked map[string]bool // ids of members with a hook whose exit was seen; guarded by mu
-	flat   []soakSample
-	failed atomic.Bool
+	mu        sync.Mutex
+	hooked    map[string]bool   // ids of members with a hook whose exit was seen; guarded by mu
+	addresses map[string]string // sandboxes by address; guarded by mu
+	flat      []soakSample
+	failed    atomic.Bool
 }
 
 // soakSample is what the daemon uses while it has nothing.
@@ -116,7 +118,7 @@ type soakSample struct{ fds, goroutines, memory float64 }
 func newSoak(r *rig, seed uint64) *soak {
 	r.Helper()
 	dir := r.TempDir()
-	s := &soak{rig: r, seed: seed, hookLog: filepath.Join(dir, "hooked"), hook: filepath.Join(dir, "hook"), hooked: map[string]bool{}}
+	s := &soak{rig: r, seed: seed, hookLog: filepath.Join(dir, "hooked"), hook: filepath.Join(dir, "hook"), hooked: map[string]bool{}, addresses: map[string]string{}}
 	// One write a line, so that lines of several hooks do not mix.
 	script := "#!/bin/sh\nprintf '%s\\n' \"$(tr -d '\\n')\" >>" + s.hookLog + "\n"
 	if err := os.WriteFile(s.hook, []byte(script), 0o700); err != nil {
@@ -211,7 +213,7 @@ func (s *soak) errorf(format string, args ...any) {
 var soakRefusals = regexp.MustCompile(strings.Join([]string{
 	`no daemon answers`, `connection (error|reset|refused)`, `error reading from server`, `\bEOF\b`, `shutting down`, `the daemon`,
 	`is (NotReady|Stopped|Deleting|Creating|Exited|Collected|Created|Running)`, `already exists`, `no (sandbox|member) `, `was removed`,
-	`being stopped or removed`, `has exited`, `are not held`, `is not held`, `is gone`, `pid namespace`, `monitor`, `was killed`,
+	`being stopped or removed`, `has exited`, `are not held`, `port \d+`, `is not held`, `is gone`, `pid namespace`, `monitor`, `was killed`,
 }, "|"))
 
 // do runs a client, again and again while no daemon answers, and returns how it
@@ -278,11 +280,17 @@ type soakMember struct {
 
 // round makes a sandbox, does things in it, and removes it.
 func (w *worker) round() {
-	args := []string{"create", w.box, "--net", "none"}
+	args := []string{"create", w.box}
+	if w.random.IntN(2) == 0 {
+		args = append(args, "--net", "none")
+	} else if w.random.IntN(2) == 0 {
+		args = append(args, "--publish", fmt.Sprintf("127.0.0.1:%d:80", 8000+w.random.IntN(10)))
+	}
 	if w.sharePID = w.random.IntN(4) == 0; w.sharePID {
 		args = append(args, "--share", "net,ipc,uts,pid")
 	}
 	w.do(w.random, 0, args...)
+	w.claim()
 	for range 3 + w.random.IntN(8) {
 		if w.failed.Load() {
 			return
@@ -295,11 +303,44 @@ func (w *worker) round() {
 	if w.random.IntN(2) == 0 {
 		w.do(w.random, 0, "stop", "--time", "100ms", w.box)
 	}
+	w.unclaim() // it may be given to another before the answer is here
 	res := w.do(w.random, 0, "rm", "-f", w.box)
 	if res.code != 0 && !strings.Contains(res.err, "no sandbox") {
 		w.errorf("%v", res)
 	}
 	clear(w.members)
+}
+
+// claim notes the sandbox's addresses as its own.
+func (w *worker) claim() {
+	var box struct {
+		Network struct {
+			Networks []struct{ Addresses []string }
+		}
+	}
+	if res := w.do(w.random, -1, "inspect", w.box); res.code != 0 || json.Unmarshal([]byte(res.out), &box) != nil {
+		return
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, n := range box.Network.Networks {
+		for _, a := range n.Addresses {
+			if other, ok := w.addresses[a]; ok {
+				w.errorf("%s and %s both have %s", w.box, other, a)
+			}
+			w.addresses[a] = w.box
+		}
+	}
+}
+
+func (w *worker) unclaim() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for a, box := range w.addresses {
+		if box == w.box {
+			delete(w.addresses, a)
+		}
+	}
 }
 
 // step does one thing.
