@@ -1,6 +1,7 @@
 package sandbox
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -61,6 +62,7 @@ type fakeNode struct {
 	started  map[string]bool // members whose init ever ran its command
 	truth    map[string]Exit // exits that somebody was there to see
 	leftover map[string]bool // members with processes other than init
+	network  NetworkMode     // the default
 	networks map[string]bool // sandboxes with a network, those of tombstones not among them
 	tombs    map[string]bool // networks that the node takes down by itself, sooner or later
 
@@ -360,7 +362,7 @@ func (n *fakeNode) RemoveSandboxData(ctx context.Context, r *Record) error {
 	return n.call(ctx, "RemoveSandboxData", func() error { return nil })
 }
 
-func (n *fakeNode) DefaultNetwork() NetworkMode { return request.NetworkNone }
+func (n *fakeNode) DefaultNetwork() NetworkMode { return cmp.Or(n.network, request.NetworkNone) }
 
 func (n *fakeNode) PlanNetwork(ctx context.Context, r *Record) (plan json.RawMessage, err error) {
 	err = n.call(ctx, "PlanNetwork", func() error {
