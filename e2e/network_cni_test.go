@@ -84,7 +84,7 @@ func TestDaemonKilledWhilePluginRuns(t *testing.T) {
 	slow := fmt.Sprintf(`#!/bin/busybox sh
 cat >/dev/null
 case $CNI_COMMAND in
-ADD) : >%[1]s/started; sleep 2; : >%[1]s/late; echo '{"cniVersion":"1.0.0"}' ;;
+ADD) echo $$ >%[1]s/pid; mv %[1]s/pid %[1]s/started; sleep 5; : >%[1]s/late; echo '{"cniVersion":"1.0.0"}' ;;
 DEL) : >%[1]s/freed ;;
 esac
 `, r.cniConf)
@@ -105,8 +105,13 @@ esac
 	create.Wait() // fails, or not: its daemon is gone
 	r.mustServe()
 	r.eventually("the network is taken down", func() bool { return there("freed") && r.ok("ls", "-a", "-q") == "" })
-	if there("late") {
-		t.Error("the plugin went on, and has allocated")
+	pid, err := os.ReadFile(filepath.Join(r.cniConf, "started"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	env, _ := os.ReadFile("/proc/" + strings.TrimSpace(string(pid)) + "/environ") // of a zombie it is empty
+	if there("late") || strings.Contains(string(env), "CNI_COMMAND=ADD") {
+		t.Error("the plugin went on, and will allocate, or has")
 	}
 	if left, _ := os.ReadDir(filepath.Join(r.d.root, "one")); len(left) > 0 {
 		t.Errorf("one has %v", left)
