@@ -65,6 +65,7 @@ func alive(r *rig) {
 	r.ok(long(r, "add", "box", "created")...)
 	r.ok(quick(r, "box", "exited")...)
 	r.exited("box/exited")
+	r.collected("box/exited") // it has failed; what follows that is another scene
 }
 
 // dead is the same, with a daemon that is dead.
