@@ -71,10 +71,15 @@ func TestInterfaceIsGone(t *testing.T) {
 			if kind == "ptp" && version != "1.1.0" {
 				return // its code is that of bridge, and each attachment takes a second
 			}
+			six := kind == "bridge" && version == "1.1.0" // plugins wait for duplicate address detection
+			ranges := `[{"subnet":"10.99.0.0/24"}]`
+			if six {
+				ranges += `,[{"subnet":"fd99::/64"}]`
+			}
 			r := newRig(t, dir)
 			r.config("10-a.conflist", `{"cniVersion":"`+version+`","name":"a","plugins":[
 				{"type":"`+kind+`","bridge":"cbr0","isGateway":true,"ipMasq":true,
-				"ipam":{"type":"host-local","dataDir":"LEASES","ranges":[[{"subnet":"10.99.0.0/24"}],[{"subnet":"fd99::/64"}]]}}]}`)
+				"ipam":{"type":"host-local","dataDir":"LEASES","ranges":[`+ranges+`]}}]}`)
 			const id = "0123456789abcdef"
 			plan := r.plan(id, network.Request{})
 			rules := func() string {
@@ -83,7 +88,7 @@ func TestInterfaceIsGone(t *testing.T) {
 			for _, gone := range []string{"interface", "namespace", "everything, by a reboot"} {
 				ns := newNS(t)
 				r.attach(id, plan, ns)
-				if !strings.Contains(rules(), "10.99.0.") || !strings.Contains(rules(), "fd99::") {
+				if !strings.Contains(rules(), "10.99.0.") || six != strings.Contains(rules(), "fd99::") {
 					t.Fatalf("no rules: %s", rules())
 				}
 				in(t, ns, "ip", "link", "del", "eth0")
