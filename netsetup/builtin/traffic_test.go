@@ -207,9 +207,18 @@ func TestLoopbackIsSafe(t *testing.T) {
 		if err != nil {
 			return err
 		}
-		os.WriteFile("/proc/sys/net/ipv4/conf/eth0/route_localnet", []byte("1"), 0)
-		if err := netlink.LinkSetDown(lo); err != nil { // its routes are local no more
+		if err := writeSysctl("net/ipv4/conf/eth0/route_localnet", "1"); err != nil {
 			return err
+		}
+		// As long as lo has the addresses they are the sandbox's own.
+		addrs, err := netlink.AddrList(lo, netlink.FAMILY_ALL)
+		if err != nil {
+			return err
+		}
+		for _, a := range addrs {
+			if err := netlink.AddrDel(lo, &a); err != nil {
+				return err
+			}
 		}
 		for _, dst := range []string{"127.0.0.1/32", "::1/128"} {
 			_, n, err := net.ParseCIDR(dst)
