@@ -461,8 +461,8 @@ func TestBadInput(t *testing.T) {
 		{"a bundle with a hook without time", inBundle(func(c map[string]any) {
 			c["hooks"] = map[string]any{"poststop": []any{map[string]any{"path": "/bin/true", "timeout": 0}}}
 		}), 0, []string{"hooks.poststop[0]", "timeout"}},
-		{"a hook that is missing", []string{"run", "web", "--rootfs", rootfs, "--hook", "poststop=/no/such/hook"}, 0, []string{"/no/such/hook", "no such file"}},
-		{"a hook that is not executable", []string{"run", "web", "--rootfs", rootfs, "--hook", "poststop=" + file}, 0, []string{file, "not executable"}},
+		{"a hook that is missing", []string{"run", "web", "--rootfs", rootfs, "--hook", "poststop=/no/such/hook", "--", "/bin/true"}, 0, []string{"/no/such/hook", "no such file"}},
+		{"a hook that is not executable", []string{"run", "web", "--rootfs", rootfs, "--hook", "poststop=" + file, "--", "/bin/true"}, 0, []string{file, "not executable"}},
 		{"a hook that is a directory", []string{"create", "hooked", "--hook", "poststop=/usr"}, 0, []string{"/usr", "not a regular file"}},
 		{"a hook of no stage", []string{"run", "web", "--rootfs", rootfs, "--hook", "never=/bin/true"}, 0, []string{"never", "poststop"}},
 		{"a hook of a member's stage for a sandbox", []string{"create", "hooked", "--hook", "prestart=/bin/true"}, 0, []string{"prestart", "poststop"}},

@@ -46,6 +46,7 @@ func TestProgramsAreAsReviewed(t *testing.T) {
 	}{
 		{"default", func(*Input) {}},
 		{"read-only", func(in *Input) { in.Root.ReadOnly = true }},
+		{"hooks", func(in *Input) { in.Made = aFile }},
 		{"files", func(in *Input) { in.Files = map[string]string{"/etc/hosts": "/srv/hosts"} }},
 		{"tty", func(in *Input) {
 			in.Spec.Process.Terminal = true
