@@ -38,7 +38,7 @@ test-root: | $(RESULTS) ## all tests of all packages; nothing that this machine 
 
 .PHONY: test-race
 test-race: | $(RESULTS) ## packages with goroutines under the race detector, which needs cgo
-	CGO_ENABLED=1 $(TEST) -race -timeout=15m ./api/... ./cmd/... ./collect ./internal/crilog ./internal/nsthread ./member ./metrics ./pause ./sandbox ./web | $(SUM)
+	CGO_ENABLED=1 $(TEST) -race -timeout=15m ./api/... ./cmd/... ./collect ./internal/crilog ./internal/journal ./internal/nsthread ./member ./metrics ./pause ./sandbox ./web | $(SUM)
 
 .PHONY: test-fuzz
 test-fuzz: | $(RESULTS) ## each fuzz target for a moment: as many inputs everywhere
