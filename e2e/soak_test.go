@@ -78,14 +78,16 @@ func TestSoak(t *testing.T) {
 
 	total := soakFor(t)
 	s.run(total-total/soakCalm, true)
-	s.run(total/soakCalm, false)
-	for _, name := range s.sandboxes {
-		s.do(rand.New(rand.NewPCG(seed, 99)), 0, "rm", "-f", name)
-	}
+	// One daemon: first it opens what it keeps, then it must not grow.
+	s.run(total/soakCalm/3, false)
+	s.removeAll()
+	before := s.atRest(nil)
+	s.run(total/soakCalm*2/3, false)
+	s.removeAll()
 	if list := r.list(); len(list) != 0 {
 		t.Errorf("%d sandboxes are left: %v", len(list), list)
 	}
-	s.checkFlat()
+	s.checkFlat(before)
 	s.checkEvents()
 	s.checkHooks()
 	t.Logf("%d operations, %d refused; %d members, %d exits were looked at; killed: %d daemons, %d pauses, %d monitors",
@@ -108,7 +110,6 @@ type soak struct {
 	mu        sync.Mutex
 	hooked    map[string]bool   // ids of members with a hook whose exit was seen; guarded by mu
 	addresses map[string]string // sandboxes by address; guarded by mu
-	flat      []soakSample
 	failed    atomic.Bool
 }
 
@@ -146,10 +147,6 @@ func (s *soak) run(d time.Duration, chaos bool) {
 	}
 	if chaos {
 		s.kill(rand.New(rand.NewPCG(s.seed, 77)), over)
-	}
-	for !chaos && !over() {
-		time.Sleep(d / 20)
-		s.sample()
 	}
 	wg.Wait()
 	if chaos && !s.running() {
@@ -471,37 +468,44 @@ func (w *worker) check(name string) {
 	}
 }
 
-// sample notes what the daemon uses.
-func (s *soak) sample() {
-	s.flat = append(s.flat, soakSample{
-		metric(s.rig, "process_open_fds"), metric(s.rig, "go_goroutines"), metric(s.rig, "process_resident_memory_bytes"),
-	})
+func (s *soak) removeAll() {
+	for _, name := range s.sandboxes {
+		s.do(rand.New(rand.NewPCG(s.seed, 99)), 0, "rm", "-f", name)
+	}
 }
 
-// checkFlat compares what the daemon uses now, with nothing left, with what it
-// used in the first half of the calm time, at its most.
-func (s *soak) checkFlat() {
+// atRest is what the daemon uses when it has nothing and does nothing: it waits
+// until that is no more than what it was, or for the first time until it does not change.
+func (s *soak) atRest(was *soakSample) soakSample {
 	s.Helper()
-	if len(s.flat) < 4 {
-		s.Errorf("only %d samples", len(s.flat))
-		return
-	}
-	var most soakSample
-	for _, f := range s.flat[:len(s.flat)/2] {
-		most.fds, most.goroutines, most.memory = max(most.fds, f.fds), max(most.goroutines, f.goroutines), max(most.memory, f.memory)
-	}
 	var last soakSample
-	s.eventually("the daemon lets go of what it held", func() bool {
-		s.sample()
-		last = s.flat[len(s.flat)-1]
-		return last.fds <= most.fds && last.goroutines <= most.goroutines
-	})
-	// The runtime gives memory back when it likes to.
-	if last.memory > 1.5*most.memory+8<<20 {
-		s.Errorf("the daemon has grown from %.0f to %.0f bytes", most.memory, last.memory)
+	for deadline := time.Now().Add(ready); time.Now().Before(deadline); time.Sleep(300 * time.Millisecond) {
+		now := soakSample{metric(s.rig, "process_open_fds"), metric(s.rig, "go_goroutines"), metric(s.rig, "process_resident_memory_bytes")}
+		same := now.fds == last.fds && now.goroutines == last.goroutines
+		last = now
+		if was == nil && same || was != nil && !grown(*was, now) {
+			break
+		}
 	}
-	s.Logf("descriptors %.0f, goroutines %.0f, resident %.1f MiB; at most, while it worked: %.0f, %.0f, %.1f MiB",
-		last.fds, last.goroutines, last.memory/(1<<20), most.fds, most.goroutines, most.memory/(1<<20))
+	return last
+}
+
+// grown reports whether more is in use than what may differ from one moment to the
+// next: a connection, a timer.
+func grown(was, now soakSample) bool {
+	return now.fds > was.fds+4 || now.goroutines > was.goroutines+4
+}
+
+// checkFlat compares what the daemon uses now, with nothing left, with before.
+func (s *soak) checkFlat(before soakSample) {
+	s.Helper()
+	now := s.atRest(&before)
+	// The runtime gives memory back when it likes to.
+	if grown(before, now) || now.memory > 1.5*before.memory+8<<20 {
+		s.Errorf("the daemon has grown")
+	}
+	s.Logf("at rest: descriptors %.0f, then %.0f; goroutines %.0f, %.0f; resident %.1f MiB, %.1f MiB",
+		before.fds, now.fds, before.goroutines, now.goroutines, before.memory/(1<<20), now.memory/(1<<20))
 }
 
 // checkEvents reads the journal as a whole.
