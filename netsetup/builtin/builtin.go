@@ -30,6 +30,8 @@ import (
 	"strings"
 	"sync"
 
+	"github.com/google/nftables"
+
 	"github.com/sandboxd/sandboxd/internal/crash"
 	"github.com/sandboxd/sandboxd/internal/hostport"
 	"github.com/sandboxd/sandboxd/internal/network"
@@ -120,6 +122,11 @@ func New(o Options) (*Driver, error) {
 	if d.leases, err = openLeases(root, o.Subnet, o.Subnet6, o.Log); err != nil {
 		root.Close()
 		return nil, err
+	}
+	// The first connection is made here, so that a daemon at rest has as many
+	// descriptors sooner as later.
+	if err := d.nft.conns.use(func(*nftables.Conn) error { return nil }); err != nil {
+		o.Log.Warn("Nftables cannot be reached", "err", err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	d.cancel = cancel

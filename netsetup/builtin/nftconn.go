@@ -31,10 +31,7 @@ func (p *nftPool) use(fn func(c *nftables.Conn) error) error {
 	p.mu.Unlock()
 	if c == nil {
 		var err error
-		c, err = nftables.New(nftables.AsLasting(), nftables.WithSockOptions(func(c *netlink.Conn) error {
-			return c.SetWriteBuffer(nftBuffer)
-		}))
-		if err != nil {
+		if c, err = dialNft(); err != nil {
 			return err
 		}
 	}
@@ -44,12 +41,22 @@ func (p *nftPool) use(fn func(c *nftables.Conn) error) error {
 	}
 	if err != nil {
 		// There may be answers that nobody has read, or requests that were not sent.
-		return errors.Join(err, c.CloseLasting())
+		err = errors.Join(err, c.CloseLasting())
+		var derr error
+		if c, derr = dialNft(); derr != nil {
+			return err
+		}
 	}
 	p.mu.Lock()
 	p.free = append(p.free, c)
 	p.mu.Unlock()
-	return nil
+	return err
+}
+
+func dialNft() (*nftables.Conn, error) {
+	return nftables.New(nftables.AsLasting(), nftables.WithSockOptions(func(c *netlink.Conn) error {
+		return c.SetWriteBuffer(nftBuffer)
+	}))
 }
 
 func (p *nftPool) close() {
