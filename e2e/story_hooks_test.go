@@ -226,7 +226,9 @@ func TestStoryBundleHooks(t *testing.T) {
 		Mounts:  []specs.Mount{{Destination: "/proc", Type: "proc", Source: "proc"}},
 		Linux:   &specs.Linux{Namespaces: []specs.LinuxNamespace{{Type: "mount"}, {Type: "pid"}}},
 		Hooks: &specs.Hooks{
-			Prestart: ociHooks(h), CreateRuntime: ociHooks(h), CreateContainer: ociHooks(inside), //nolint:staticcheck // deprecated, and used
+			//lint:ignore SA1019 deprecated, and used
+			Prestart:      ociHooks(h),
+			CreateRuntime: ociHooks(h), CreateContainer: ociHooks(inside),
 			StartContainer: ociHooks("/bin/inside", "one"), Poststart: ociHooks(h), Poststop: ociHooks(h),
 		},
 	}
