@@ -19,9 +19,11 @@ import (
 )
 
 const (
-	// entryCost is what an entry counts beside its content: a header, more or
-	// less. Else empty files without number would cost nothing.
+	// entryCost is what an entry counts at least beside its content: a header, more
+	// or less. Else empty files without number would cost nothing.
 	entryCost = 1 << 10
+	// maxWhy is how much is said of one file.
+	maxWhy = 300
 	// maxMatches is how many paths a glob may match; each is looked up by itself.
 	maxMatches = 10_000
 	// zstdWindow bounds the memory of whoever packs or unpacks.
@@ -51,7 +53,7 @@ func pack(ctx context.Context, s *Subject, e exit.Record, m *Manifest, w io.Writ
 	}
 	p := &packer{m: m, archive: tarstream.NewArchive(z), root: root, ids: s.IDs, index: map[string]int{}, until: time.Now().Add(limitTime)}
 	for _, c := range s.Collect {
-		p.c = Collector{Collect: c, Applied: Applies(c.On, e)}
+		p.c, p.spent = Collector{Collect: c, Applied: Applies(c.On, e)}, 0
 		if p.c.Applied {
 			if err := p.collect(ctx); err != nil {
 				return err
@@ -83,6 +85,8 @@ type packer struct {
 	ids     *tarstream.IDs
 	until   time.Time
 	c       Collector      // the one whose turn it is
+	spent   int64          // of its limit
+	listed  int            // bytes of what m.Files says
 	index   map[string]int // in m.Files, by the name in the archive
 }
 
@@ -124,15 +128,16 @@ func (p *packer) has(path string) bool {
 
 // admit decides whether an entry is taken.
 func (p *packer) admit(e tarstream.Entry) error {
-	switch cost := e.Size + entryCost; {
+	cost := e.Size + max(e.Extra, entryCost)
+	switch {
 	case time.Now().After(p.until):
 		p.c.Why = fmt.Sprintf("it took longer than %s", limitTime)
 		return tarstream.ErrEnough
-	case p.c.Bytes+int64(p.c.Taken+1)*entryCost > p.c.Max:
+	case p.spent+entryCost > p.c.Max:
 		p.c.Why = fmt.Sprintf("the limit of %s is reached", size(p.c.Max))
 		p.file(e, false, "the collector's limit is reached")
 		return tarstream.ErrEnough
-	case p.c.Bytes+int64(p.c.Taken)*entryCost+cost > p.c.Max:
+	case p.spent+cost > p.c.Max:
 		p.c.Why = fmt.Sprintf("some is more than fits into the limit of %s", size(p.c.Max))
 		p.file(e, false, "")
 		return fmt.Errorf("%s do not fit into what is left of the collector's limit", size(e.Size))
@@ -144,17 +149,21 @@ func (p *packer) admit(e tarstream.Entry) error {
 	}
 	p.c.Taken++
 	p.c.Bytes += e.Size
+	p.spent += cost
 	p.m.Archive.Entries++
 	p.file(e, true, "")
 	return nil
 }
+
+// full reports whether the list of files has what fits into a manifest.
+func (p *packer) full() bool { return len(p.m.Files) == maxFiles || p.listed > maxFileBytes }
 
 // file enters a file into the list, as far as that goes.
 func (p *packer) file(e tarstream.Entry, taken bool, why string) {
 	if !taken {
 		p.c.Skipped++
 	}
-	if len(p.m.Files) == maxFiles {
+	if p.full() {
 		p.m.FilesMore++
 		return
 	}
@@ -165,6 +174,7 @@ func (p *packer) file(e tarstream.Entry, taken bool, why string) {
 	if taken {
 		f.Bytes = e.Size
 	}
+	p.listed += len(f.Path) + len(f.Why)
 	p.index[e.Name] = len(p.m.Files)
 	p.m.Files = append(p.m.Files, f)
 }
@@ -172,11 +182,14 @@ func (p *packer) file(e tarstream.Entry, taken bool, why string) {
 // note is told of what is not as it was.
 func (p *packer) note(name, what string) {
 	what = strings.TrimPrefix(what, "left out: ")
+	if n := len(what) - maxWhy; n > 0 {
+		what = "…" + strings.ToValidUTF8(what[n:], "") // names come first, and what is wrong last
+	}
 	if i, ok := p.index[name]; ok {
 		p.m.Files[i].Why = what
 		return
 	}
-	if len(p.m.Files) == maxFiles {
+	if p.full() {
 		return // counted already, or not one that was admitted
 	}
 	p.file(tarstream.Entry{Name: name}, false, what)

@@ -415,6 +415,60 @@ func TestLimits(t *testing.T) {
 	}
 }
 
+// What takes room in an archive counts, also if it is no content.
+func TestLimitsOfWhatHasNoContent(t *testing.T) {
+	m := newMember(t, "1", crashed, request.Collect{Path: "/links", Max: 100 << 10}, request.Collect{Path: "/names", Max: 100 << 10})
+	m.file("links/0", "x")
+	for i := range 1000 {
+		if err := os.Link(filepath.Join(m.root, "links/0"), filepath.Join(m.root, "links", fmt.Sprint(i+1))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	long := filepath.Join("names", strings.Repeat("n", 250), strings.Repeat("n", 250), strings.Repeat("n", 250), strings.Repeat("n", 250))
+	for i := range 100 {
+		m.file(filepath.Join(long, strings.Repeat("n", 200)+fmt.Sprint(i)), "")
+	}
+	got := newStore(t, Options{}).mustCollect(t, &m.Subject)
+	if c := got.Collectors[0]; c.Taken != 99 || c.Why == "" {
+		t.Errorf("of 1001 names of one file: %+v", c)
+	}
+	if c := got.Collectors[1]; c.Taken < 60 || c.Taken > 90 || c.Why == "" {
+		t.Errorf("of 100 files with long names: %+v", c)
+	}
+}
+
+// A manifest can be read, whatever a member has called its files.
+func TestManifestOfLongNames(t *testing.T) {
+	m := newMember(t, "1", crashed, request.Collect{Path: "/d", Max: 64 << 20})
+	m.file("d/x", "x")
+	dir, err := unix.Open(filepath.Join(m.root, "d"), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { unix.Close(dir) }()
+	name := strings.Repeat("\x01", 250)
+	for level := range 100 { // much deeper than a path can name
+		for i := range 20 {
+			if err := unix.Mknodat(dir, fmt.Sprint(name[3:], i), unix.S_IFREG|0o600, 0); err != nil {
+				t.Fatal(level, err)
+			}
+		}
+		if err := unix.Mkdirat(dir, name, 0o755); err != nil {
+			t.Fatal(level, err)
+		}
+		next, err := unix.Openat(dir, name, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(level, err)
+		}
+		unix.Close(dir)
+		dir = next
+	}
+	got := newStore(t, Options{}).mustCollect(t, &m.Subject)
+	if n := len(got.Files); n < 50 || n+got.FilesMore < 1000 || got.Archive.Err != "" {
+		t.Errorf("%d files are listed, %d more; archive %+v", n, got.FilesMore, got.Archive)
+	}
+}
+
 // The list of files is bounded, the archive is not by that.
 func TestMoreFilesThanAreListed(t *testing.T) {
 	m := newMember(t, "1", crashed, request.Collect{Path: "/many", Max: 64 << 20})

@@ -124,7 +124,8 @@ const (
 	maxLogLines    = 100
 	maxLogLine     = 4 << 10
 	maxLogBytes    = 64 << 10
-	maxFiles       = 1000 // listed one by one
+	maxFiles       = 1000      // listed one by one
+	maxFileBytes   = 512 << 10 // of what is listed; in JSON a byte can become six
 	maxManifest    = 8 << 20
 	maxCommand     = 8 << 10 // bytes
 	maxMountPoints = 256

@@ -27,6 +27,10 @@ import (
 // deeper trees than this cannot be reached by paths anyway (PATH_MAX).
 const maxDepth = 2048
 
+// maxName is how long an entry's name may be. Each level of a tree has that of its
+// directory in memory, and who makes the tree decides how long names are.
+const maxName = 4 * unix.PathMax
+
 // IDs says which ids of the host a user namespace has: 0 to Size-1 inside are
 // Start to Start+Size-1 on the host.
 type IDs struct{ Start, Size uint32 }
@@ -49,9 +53,10 @@ type Options struct {
 
 // Entry is a file that is about to be written.
 type Entry struct {
-	Name string // in the stream
-	Mode uint32 // st_mode (inode(7))
-	Size int64  // bytes of content that will be written; 0 for what is no regular file
+	Name  string // in the stream
+	Mode  uint32 // st_mode (inode(7))
+	Size  int64  // bytes of content that will be written; 0 for what is no regular file, or a link to one
+	Extra int64  // bytes of its names and extended attributes
 }
 
 // ErrEnough is what [Options.Admit] returns to end a copy.

@@ -225,17 +225,25 @@ func (t *writer) entry(f *os.File, name string, parent uint64) error {
 		Gid:     t.o.IDs.inside(st.Gid),
 		ModTime: time.Unix(st.Mtim.Unix()),
 	}
-	if !isType(&st, unix.S_IFREG) {
-		if err := t.admit(name, &st, 0); err != nil {
-			return err
-		}
+	if len(name) > maxName {
+		return fmt.Errorf("%.100s…: the path has more than %d bytes", name, maxName)
 	}
 	if h.PAXRecords, err = readXattrs(f, t.o.IDs); err != nil {
 		return err
 	}
+	if !isType(&st, unix.S_IFREG) {
+		if err := t.admit(h, &st, 0); err != nil {
+			return err
+		}
+	}
 	if st.Nlink > 1 && !isType(&st, unix.S_IFDIR) && !isType(&st, unix.S_IFSOCK) {
 		if first := t.seen(&st, name); first != "" {
 			h.Typeflag, h.Linkname, h.PAXRecords = tar.TypeLink, first, nil
+			if isType(&st, unix.S_IFREG) {
+				if err := t.admit(h, &st, 0); err != nil {
+					return err
+				}
+			}
 			return t.header(h)
 		}
 	}
@@ -351,7 +359,7 @@ func (t *writer) regular(f *os.File, h *tar.Header, st *unix.Stat_t) error {
 			size += p.length
 		}
 	}
-	if err := t.admit(h.Name, st, size); err != nil {
+	if err := t.admit(h, st, size); err != nil {
 		return err
 	}
 	if parts != nil {
@@ -370,11 +378,15 @@ func (t *writer) regular(f *os.File, h *tar.Header, st *unix.Stat_t) error {
 }
 
 // admit asks whether an entry is to be written.
-func (t *writer) admit(name string, st *unix.Stat_t, size int64) error {
+func (t *writer) admit(h *tar.Header, st *unix.Stat_t, size int64) error {
 	if t.o.Admit == nil {
 		return nil
 	}
-	return t.o.Admit(Entry{name, st.Mode, size})
+	extra := len(h.Name) + len(h.Linkname)
+	for k, v := range h.PAXRecords {
+		extra += len(k) + len(v)
+	}
+	return t.o.Admit(Entry{Name: h.Name, Mode: st.Mode, Size: size, Extra: int64(extra)})
 }
 
 // copy writes exactly p of r.
