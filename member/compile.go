@@ -120,7 +120,8 @@ type compiler struct {
 	dev    launch.Arg // and of its /dev, where devices are made
 	ownDev bool       // /dev is a fresh tmpfs, and /dev/null in it is what this program makes
 	nulls  []launch.Arg
-	kernel []*mount // proc and sysfs; what is masked below them is found from their trees
+	kernel []*mount    // proc and sysfs; what is masked below them is found from their trees
+	master *launch.Arg // of the terminal, if there is one
 }
 
 // check refuses what is not supported and what cannot be meant.
@@ -233,6 +234,11 @@ func (c *compiler) compile() error {
 		if err := c.closeRoot(); err != nil {
 			return err
 		}
+	}
+	if c.master != nil {
+		// Not before: any result, the terminal's other side too, may have that
+		// number. EINVAL: it is the master itself.
+		c.p.Call("keep the terminal's master", unix.SYS_DUP3, *c.master, launch.Int(launch.MasterFD), launch.Int(unix.O_CLOEXEC)).Ignore(unix.EINVAL)
 	}
 	if err := c.personality(); err != nil {
 		return err
@@ -399,7 +405,7 @@ func (c *compiler) stdio() error {
 	if c.Root != nil {
 		c.makeConsole(slave)
 	}
-	p.Call("keep the terminal's master", unix.SYS_DUP3, master, launch.Int(launch.MasterFD), launch.Int(unix.O_CLOEXEC))
+	c.master = &master
 	p.Call("make a session", unix.SYS_SETSID).Ignore(unix.EPERM)
 	p.Call("make the terminal the controlling one", unix.SYS_IOCTL, slave, launch.Int(unix.TIOCSCTTY), launch.Int(0))
 	for n := range 3 {

@@ -349,13 +349,29 @@ func userNS(t *testing.T, ids []specs.LinuxIDMapping) *os.File {
 	return f
 }
 
+// Whatever number the terminal's descriptors get: files that are mounted leave
+// other ones free.
 func TestTerminal(t *testing.T) {
 	testenv.Root(t)
+	for n := range 5 {
+		t.Run(fmt.Sprintf("%d files", n), func(t *testing.T) { testTerminal(t, n) })
+	}
+}
+
+func testTerminal(t *testing.T, files int) {
 	in := realInput(t, "sh", "-c", "tty; stty size; ls -1 /proc/1/fd; stat -c '%u %a' /dev/pts/0; echo console >/dev/console; exec stat -c %t:%T /dev/console")
 	in.Spec.Process.Terminal = true
 	in.Spec.Process.User.UID = 12
 	in.Spec.Process.Capabilities = nil
 	in.Spec.Process.ConsoleSize = &specs.Box{Height: 33, Width: 77}
+	in.Files = map[string]string{}
+	for i := range files {
+		file := filepath.Join(t.TempDir(), "file")
+		if err := os.WriteFile(file, nil, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		in.Files[fmt.Sprintf("/etc/file%d", i)] = file
+	}
 	p, err := Compile(in)
 	if err != nil {
 		t.Fatal(err)
