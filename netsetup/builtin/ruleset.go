@@ -69,8 +69,12 @@ func (t *table) rules() map[string][][]expr.Any {
 	// Loopback addresses may be routed from and to the bridge (route_localnet),
 	// for ports published on 127.0.0.1. Nobody in a sandbox may make use of that:
 	// an answer has the bridge's address here, since it is not translated back yet.
-	add("raw", iif(br), daddr4(netip.MustParsePrefix("127.0.0.0/8")), drop())
+	add("raw", iif(br), daddr4(loopback4), drop())
 
+	// What the host sends to 127.0.0.1 is translated in output. Who sends such a packet
+	// to the host is on a network of its: once translated, the kernel would not see
+	// any more that it has to be dropped.
+	add("prerouting", daddr4(loopback4), verdict(expr.VerdictReturn))
 	for _, chain := range []string{"prerouting", "output"} {
 		add(chain, family(nat4), t.publish(t.addr4, true))
 		add(chain, family(nat4), localDestination(), t.publish(t.any4, false))
@@ -85,7 +89,7 @@ func (t *table) rules() map[string][][]expr.Any {
 
 	// What comes to a published port from the host itself, or from a sandbox, gets
 	// the bridge's address: otherwise the answer would take another way back.
-	add("postrouting", oif(br), translated(), saddr4(netip.MustParsePrefix("127.0.0.0/8")), masquerade())
+	add("postrouting", oif(br), translated(), saddr4(loopback4), masquerade())
 	add("postrouting", oif(br), translated(), saddr4(t.subnet), masquerade())
 	add("postrouting", notOif(br), saddr4(t.subnet), masquerade())
 	if six {
@@ -188,7 +192,10 @@ func daddr4(p netip.Prefix) []expr.Any { return address(nat4, 16, p) }
 func saddr6(p netip.Prefix) []expr.Any { return address(nat6, 8, p) }
 func daddr6(p netip.Prefix) []expr.Any { return address(nat6, 24, p) }
 
-var loopback6 = netip.MustParsePrefix("::1/128")
+var (
+	loopback4 = netip.MustParsePrefix("127.0.0.0/8")
+	loopback6 = netip.MustParsePrefix("::1/128")
+)
 
 func address(fam byte, offset uint32, p netip.Prefix) []expr.Any {
 	n := uint32(p.Addr().BitLen() / 8)

@@ -198,7 +198,16 @@ func TestLoopbackIsSafe(t *testing.T) {
 	a, _, _ := attach(t, d, idA, &network.Request{})
 	serve(t, nil, "tcp", "127.0.0.1:99", "host")
 	serve(t, nil, "tcp", "[::1]:99", "host")
-	inside(t, a, func() error {
+	sendLoopbackTo(t, a, gateway(testSubnet), gateway(testSubnet6))
+	expect(t, "A", a, "tcp", "127.0.0.1:99", "")
+	expect(t, "A", a, "tcp", "[::1]:99", "")
+}
+
+// sendLoopbackTo makes the namespace, which has eth0, send what is for 127.0.0.1
+// and ::1 to gateways.
+func sendLoopbackTo(t *testing.T, ns *os.File, gateways ...netip.Addr) {
+	t.Helper()
+	inside(t, ns, func() error {
 		lo, err := netlink.LinkByName("lo")
 		if err != nil {
 			return err
@@ -210,7 +219,7 @@ func TestLoopbackIsSafe(t *testing.T) {
 		if err := writeSysctl("net/ipv4/conf/eth0/route_localnet", "1"); err != nil {
 			return err
 		}
-		// As long as lo has the addresses they are the sandbox's own.
+		// As long as lo has the addresses they are the namespace's own.
 		addrs, err := netlink.AddrList(lo, netlink.FAMILY_ALL)
 		if err != nil {
 			return err
@@ -220,23 +229,43 @@ func TestLoopbackIsSafe(t *testing.T) {
 				return err
 			}
 		}
-		for _, dst := range []string{"127.0.0.1/32", "::1/128"} {
-			_, n, err := net.ParseCIDR(dst)
-			if err != nil {
-				return err
+		for _, gw := range gateways {
+			dst := &net.IPNet{IP: net.IPv6loopback, Mask: net.CIDRMask(128, 128)}
+			if gw.Is4() {
+				dst = &net.IPNet{IP: net.IPv4(127, 0, 0, 1), Mask: net.CIDRMask(32, 32)}
 			}
-			gw := net.IP(gateway(testSubnet).AsSlice())
-			if n.IP.To4() == nil {
-				gw = gateway(testSubnet6).AsSlice()
-			}
-			if err := netlink.RouteReplace(&netlink.Route{LinkIndex: eth.Attrs().Index, Dst: n, Gw: gw}); err != nil {
+			if err := netlink.RouteReplace(&netlink.Route{LinkIndex: eth.Attrs().Index, Dst: dst, Gw: gw.AsSlice()}); err != nil {
 				return err
 			}
 		}
 		return nil
 	})
-	expect(t, "A", a, "tcp", "127.0.0.1:99", "")
-	expect(t, "A", a, "tcp", "[::1]:99", "")
+}
+
+// TestLoopbackIsTheHosts: nobody but the host reaches what is published on its
+// loopback addresses, also not by sending it packets for them.
+func TestLoopbackIsTheHosts(t *testing.T) {
+	testenv.Root(t)
+	outside := newOutside(t, 2)
+	withBridgeNetfilter(t, func(t *testing.T, on bool) {
+		d := newDriver(t)
+		a, _, _ := attach(t, d, idA, &network.Request{Ports: []network.Port{
+			{HostIP: netip.MustParseAddr("127.0.0.1"), HostPort: 8080, Port: 80, Protocol: network.TCP},
+			{HostIP: netip.MustParseAddr("::1"), HostPort: 8080, Port: 80, Protocol: network.TCP},
+		}})
+		b, _, _ := attach(t, d, idB, &network.Request{})
+		serve(t, a, "tcp", ":80", "A")
+		sendLoopbackTo(t, outside, netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8:2::1"))
+		sendLoopbackTo(t, b, gateway(testSubnet), gateway(testSubnet6))
+		for _, addr := range []string{"127.0.0.1:8080", "[::1]:8080"} {
+			expect(t, "outside", outside, "tcp", addr, "")
+			expect(t, "B", b, "tcp", addr, "")
+		}
+		expect(t, "the host", nil, "tcp", "127.0.0.1:8080", "A 10.99.0.1")
+		if !on {
+			expect(t, "the host", nil, "tcp", "[::1]:8080", "A fd99::1")
+		}
+	})
 }
 
 // TestNoRouter: that the host passes on what is for sandboxes makes it no
