@@ -69,7 +69,10 @@ func (t *table) rules() map[string][][]expr.Any {
 	// Loopback addresses may be routed from and to the bridge (route_localnet),
 	// for ports published on 127.0.0.1. Nobody in a sandbox may make use of that:
 	// an answer has the bridge's address here, since it is not translated back yet.
+	// Nor may anybody there pass for the host: for the kernel only those loopback
+	// addresses are its own that are on lo, and route_localnet lets the others in.
 	add("raw", iif(br), daddr4(loopback4), drop())
+	add("raw", iif(br), saddr4(loopback4), drop())
 
 	// What the host sends to 127.0.0.1 is translated in output. Who sends such a packet
 	// to the host is on a network of its: once translated, the kernel would not see

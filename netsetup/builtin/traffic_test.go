@@ -268,6 +268,40 @@ func TestLoopbackIsTheHosts(t *testing.T) {
 	})
 }
 
+// TestLoopbackSource: a sandbox that sends with a loopback address as its own is
+// not heard by the host, some of whose services trust those.
+func TestLoopbackSource(t *testing.T) {
+	testenv.Root(t)
+	d := newDriver(t)
+	a, _, _ := attach(t, d, idA, &network.Request{})
+	heard, err := net.ListenPacket("udp4", "10.99.0.1:99")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer heard.Close()
+	inside(t, a, func() error {
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+		to := gateway(testSubnet).As4()
+		for _, from := range []string{"127.0.0.1", "127.0.0.2", "10.99.0.2"} { // the last one is its own
+			p := []byte{0x45, 0, 0, 28, 0, 1, 0, 0, 64, unix.IPPROTO_UDP, 0, 0, 12: 0, 19: 0, 21: 99, 23: 99, 25: 8, 27: 0}
+			copy(p[12:], netip.MustParseAddr(from).AsSlice())
+			copy(p[16:], to[:])
+			if err := unix.Sendto(fd, p, 0, &unix.SockaddrInet4{Addr: to}); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	heard.SetReadDeadline(time.Now().Add(soon))
+	if _, from, err := heard.ReadFrom(make([]byte, 10)); err != nil || from.String() != "10.99.0.2:99" {
+		t.Errorf("the host hears %v, %v; want 10.99.0.2:99", from, err)
+	}
+}
+
 // TestNoRouter: that the host passes on what is for sandboxes makes it no
 // router between the networks that it is in.
 func TestNoRouter(t *testing.T) {
