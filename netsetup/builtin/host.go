@@ -81,7 +81,11 @@ func (d *Driver) makeTable() error {
 		if err := d.nft.makeBridgeTable(); err != nil {
 			return err
 		}
-		if err := d.nft.addElements(elements{d.nft.isolated: all[d.nft.isolated], d.nft.own: all[d.nft.own]}); err != nil {
+		ports := make(elements)
+		for _, s := range d.nft.bridgeSets() {
+			ports[s] = all[s]
+		}
+		if err := d.nft.addElements(ports); err != nil {
 			return err
 		}
 	}

@@ -41,6 +41,7 @@ type table struct {
 	bridgeMu      sync.Mutex // held while the bridge table is made
 	br            *nftables.Table
 	isolated, own *nftables.Set // ports of isolated sandboxes, and pairs of a port with itself
+	from4, from6  *nftables.Set // pairs of such a port with the sandbox's address
 }
 
 func tableName(mark string) string { return "sandboxd_" + mark }
@@ -69,11 +70,17 @@ func newTable(o Options) *table {
 	}
 	t.isolated = &nftables.Set{Table: br, ID: 1, Name: "isolated", KeyType: name}
 	t.own = &nftables.Set{Table: br, ID: 2, Name: "self", KeyType: concat(name, name)}
+	t.from4 = &nftables.Set{Table: br, ID: 3, Name: "from4", KeyType: concat(name, ip4)}
+	t.from6 = &nftables.Set{Table: br, ID: 4, Name: "from6", KeyType: concat(name, ip6)}
 	return t
 }
 
 func (t *table) inetSets() []*nftables.Set {
 	return []*nftables.Set{t.any4, t.any6, t.addr4, t.addr6, t.isolated4, t.isolated6, t.self4, t.self6, t.forward4, t.forward6}
+}
+
+func (t *table) bridgeSets() []*nftables.Set {
+	return []*nftables.Set{t.isolated, t.own, t.from4, t.from6}
 }
 
 type element = nftables.SetElement
@@ -117,6 +124,10 @@ func (t *table) elementsOf(e elements, id string, p *plan, l lease) {
 	name := ifname(hostName(id))
 	e.add(t.isolated, id, name, nil)
 	e.add(t.own, id, field(name, name), nil)
+	e.add(t.from4, id, field(name, l.v4.AsSlice()), nil)
+	if l.v6.IsValid() {
+		e.add(t.from6, id, field(name, l.v6.AsSlice()), nil)
+	}
 }
 
 // field concatenates parts of a key, each of which begins at a register of
@@ -257,7 +268,7 @@ func (t *table) removeByID(ids map[string]bool) error {
 // sandbox's id as comment.
 func (t *table) owned() (elements, error) {
 	e := make(elements)
-	for _, s := range append(t.inetSets(), t.isolated, t.own) {
+	for _, s := range append(t.inetSets(), t.bridgeSets()...) {
 		var vals []element
 		err := t.conns.use(func(c *nftables.Conn) (err error) {
 			vals, err = c.GetSetElements(reference(s))
@@ -284,7 +295,7 @@ func (t *table) whole(isolated bool) (whole bool, err error) {
 	err = t.conns.use(func(c *nftables.Conn) error {
 		whole, err = t.tableWhole(c, t.inet, len(t.inetSets()), t.rules())
 		if whole && err == nil && isolated {
-			whole, err = t.tableWhole(c, t.br, 2, t.bridgeRules())
+			whole, err = t.tableWhole(c, t.br, len(t.bridgeSets()), t.bridgeRules())
 		}
 		return err
 	})

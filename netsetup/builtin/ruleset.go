@@ -198,17 +198,24 @@ func daddr6(p netip.Prefix) []expr.Any { return address(nat6, 24, p) }
 var (
 	loopback4 = netip.MustParsePrefix("127.0.0.0/8")
 	loopback6 = netip.MustParsePrefix("::1/128")
+
+	linkLocal6 = netip.MustParsePrefix("fe80::/10")
 )
 
 func address(fam byte, offset uint32, p netip.Prefix) []expr.Any {
+	return append(family(fam), prefixAt(offset, p)...)
+}
+
+// prefixAt matches an address at an offset of the network header.
+func prefixAt(offset uint32, p netip.Prefix) []expr.Any {
 	n := uint32(p.Addr().BitLen() / 8)
 	mask := make([]byte, n)
 	for i := range p.Bits() {
 		mask[i/8] |= 1 << (7 - i%8)
 	}
-	return append(family(fam), payload(reg, expr.PayloadBaseNetworkHeader, offset, n),
+	return []expr.Any{payload(reg, expr.PayloadBaseNetworkHeader, offset, n),
 		&expr.Bitwise{SourceRegister: reg, DestRegister: reg, Len: n, Mask: mask, Xor: make([]byte, n)},
-		equal(p.Masked().Addr().AsSlice()))
+		equal(p.Masked().Addr().AsSlice())}
 }
 
 // localDestination matches what is sent to an address of the host's.

@@ -382,6 +382,50 @@ func TestIsolated(t *testing.T) {
 	})
 }
 
+// TestIsolatedAsAnother: an isolated sandbox reaches no other one by taking an
+// address that is not its own.
+func TestIsolatedAsAnother(t *testing.T) {
+	testenv.Root(t)
+	withBridgeNetfilter(t, func(t *testing.T, _ bool) {
+		d := newDriver(t)
+		a, _, _ := attach(t, d, idA, &network.Request{Isolated: true})
+		b, _, _ := attach(t, d, idB, &network.Request{Ports: []network.Port{{HostPort: 8081, Port: 80, Protocol: network.TCP}}})
+		serve(t, b, "tcp", ":80", "B")
+		serve(t, nil, "tcp", ":99", "host")
+		expect(t, "A", a, "tcp", "10.99.0.1:99", "host 10.99.0.2")
+		expect(t, "A", a, "tcp", "[fd99::1]:99", "host fd99::2")
+		inside(t, a, func() error {
+			eth, err := netlink.LinkByName("eth0")
+			if err != nil {
+				return err
+			}
+			for _, s := range []string{"10.99.0.77/24", "fd99::77/64"} {
+				addr, err := netlink.ParseAddr(s)
+				if err != nil {
+					return err
+				}
+				if err := netlink.AddrAdd(eth, addr); err != nil {
+					return err
+				}
+			}
+			for _, s := range []string{"10.99.0.2/24", "fd99::2/64"} {
+				addr, err := netlink.ParseAddr(s)
+				if err != nil {
+					return err
+				}
+				if err := netlink.AddrDel(eth, addr); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		for _, addr := range []string{"10.99.0.1:8081", "[fd99::1]:8081", "10.99.0.3:80", "[fd99::3]:80"} {
+			expect(t, "A as another", a, "tcp", addr, "")
+		}
+		expect(t, "B", b, "tcp", "10.99.0.1:99", "host 10.99.0.3")
+	})
+}
+
 // TestPublishSCTP sends the first packet of an association, since not every
 // kernel has sockets for it.
 func TestPublishSCTP(t *testing.T) {
