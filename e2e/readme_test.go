@@ -126,11 +126,13 @@ func TestPages(t *testing.T) {
 	for _, page := range []string{"../README.md", "../docs/operations.md"} {
 		t.Run(filepath.Base(page), func(t *testing.T) {
 			testenv.Program(t, "redis-server")
+			testenv.Program(t, "curl")
 			// On a host of its own, as pages take the default network.
 			ns := newHost(t)
 			d := startWarm(t, testenv.Busybox(t), func(d *daemon) {
 				d.netns = ns
-				d.flags = []string{"--network-default", "builtin", "--subnet6", "fd00:88::/64", "--cni-conf-dir", t.TempDir()}
+				d.flags = []string{"--network-default", "builtin", "--subnet6", "fd00:88::/64", "--cni-conf-dir", t.TempDir(),
+					"--metrics-address", "127.0.0.1:9477"}
 			})
 			var cs []command
 			for _, f := range fences(t, page) {
