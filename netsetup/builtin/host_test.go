@@ -632,6 +632,18 @@ func TestBandwidth(t *testing.T) {
 	}
 }
 
+// TestBandwidthLimits: the kernel takes the lowest and the highest rate, and
+// something comes through.
+func TestBandwidthLimits(t *testing.T) {
+	testenv.Root(t)
+	d := newDriver(t)
+	for i, rate := range []uint64{minRate, maxRate} {
+		ns, res, _ := attach(t, d, testID(i), &network.Request{Isolated: true, Bandwidth: network.Bandwidth{Ingress: rate, Egress: rate}})
+		serve(t, ns, "tcp", ":80", "it")
+		expect(t, "the host", nil, "tcp", res.Networks[0].Addresses[0].Addr().String()+":80", "it 10.99.0.1")
+	}
+}
+
 var update = flag.Bool("update", false, "write testdata anew")
 
 // TestRuleset compares the rules as nft shows them.

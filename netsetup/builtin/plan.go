@@ -84,6 +84,11 @@ func (d *Driver) check(req *network.Request) error {
 			return fmt.Errorf("MAC address %s is not a unicast one of 6 bytes", req.MAC)
 		}
 	}
+	for _, rate := range []uint64{req.Bandwidth.Ingress, req.Bandwidth.Egress} {
+		if rate != 0 && (rate < minRate || rate > maxRate) {
+			return fmt.Errorf("bandwidth of %d bits per second: the builtin network can keep limits from %d to %d", rate, uint64(minRate), uint64(maxRate))
+		}
+	}
 	for _, p := range req.Ports {
 		if p.HostIP.Is6() && !d.opts.Subnet6.IsValid() {
 			return fmt.Errorf("port %s: the network has no IPv6 subnet", hostport.Name(p))

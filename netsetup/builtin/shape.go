@@ -70,6 +70,13 @@ func (d *Driver) shapeEgress(id string, link netlink.Link, rate uint64) error {
 	})
 }
 
+// Limits that the kernel can keep, in bits per second: it counts the time for which
+// a bucket lasts in 32 bits, too few for the smallest bucket at a lower rate.
+const (
+	minRate = 8e3
+	maxRate = 1e15
+)
+
 // A bucket holds what goes out in bucketTime, and no less than the biggest
 // packet; what would have to wait for longer than queueTime is dropped.
 const (
