@@ -30,8 +30,6 @@ import (
 	"strings"
 	"sync"
 
-	"github.com/google/nftables"
-
 	"github.com/sandboxd/sandboxd/internal/crash"
 	"github.com/sandboxd/sandboxd/internal/hostport"
 	"github.com/sandboxd/sandboxd/internal/network"
@@ -58,7 +56,7 @@ type Driver struct {
 	log    *slog.Logger
 	root   *os.Root
 	leases *leases
-	socks  socketPool
+	socks  *socketPool
 	nft    *table
 	ports  *hostport.Registry // what is published, by other drivers too
 
@@ -117,20 +115,19 @@ func New(o Options) (*Driver, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &Driver{opts: o, log: o.Log, root: root, attached: make(map[string]*attachment), ports: cmp.Or(o.Ports, new(hostport.Registry)), wake: make(chan struct{}, 1)}
+	d := &Driver{opts: o, log: o.Log, root: root, socks: newSocketPool(), attached: make(map[string]*attachment), ports: cmp.Or(o.Ports, new(hostport.Registry)), wake: make(chan struct{}, 1)}
 	d.nft = newTable(o)
 	if d.leases, err = openLeases(root, o.Subnet, o.Subnet6, o.Log); err != nil {
 		root.Close()
 		return nil, err
 	}
-	// The first connection is made here, so that a daemon at rest has as many
-	// descriptors sooner as later.
-	if err := d.nft.conns.use(func(*nftables.Conn) error { return nil }); err != nil {
-		o.Log.Warn("Nftables cannot be reached", "err", err)
+	if err := errors.Join(d.socks.open(), d.nft.conns.open()); err != nil {
+		o.Log.Warn("The kernel's networks cannot be reached", "err", err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	d.cancel = cancel
-	d.done.Go(func() { d.background(ctx) })
+	events := d.watch(ctx)
+	d.done.Go(func() { d.background(ctx, events) })
 	return d, nil
 }
 

@@ -91,8 +91,7 @@ func (d *Driver) goingGroup() uint32 {
 }
 
 // background does what nobody waits for.
-func (d *Driver) background(ctx context.Context) {
-	events := d.watch(ctx)
+func (d *Driver) background(ctx context.Context, events <-chan event) {
 	var idle time.Time              // since when nobody has had a lease
 	pending := make(map[event]bool) // events that are to be handled, perhaps again
 	for {
@@ -315,7 +314,7 @@ func (d *Driver) Close() error {
 			break
 		}
 	}
-	d.socks.close()
-	d.nft.conns.close()
+	d.socks.end()
+	d.nft.conns.end()
 	return d.root.Close()
 }

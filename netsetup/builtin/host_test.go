@@ -541,8 +541,8 @@ func TestLeftovers(t *testing.T) {
 			if steps > 2 {
 				del(t, d.opts.Bridge)
 			}
-			d.socks.close()
-			d.nft.conns.close()
+			d.socks.end()
+			d.nft.conns.end()
 			d.root.Close()
 			next, err := New(d.opts)
 			if err != nil {
@@ -561,7 +561,8 @@ func replace(d, next *Driver) {
 	next.done.Wait()
 	ctx, cancel := context.WithCancel(context.Background())
 	d.cancel = cancel
-	d.done.Go(func() { d.background(ctx) })
+	events := d.watch(ctx)
+	d.done.Go(func() { d.background(ctx, events) })
 }
 
 func TestManyAtOnce(t *testing.T) {

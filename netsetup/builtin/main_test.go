@@ -117,8 +117,8 @@ func difference(before, after []string) string {
 func abandon(d *Driver) {
 	d.cancel()
 	d.done.Wait()
-	d.socks.close()
-	d.nft.conns.close()
+	d.socks.end()
+	d.nft.conns.end()
 	d.root.Close()
 }
 

@@ -24,7 +24,7 @@ type table struct {
 	bridge          string
 	subnet, subnet6 netip.Prefix
 
-	conns nftPool
+	conns *nftPool
 
 	// Ports are published on ::1. Changed only while nobody uses the table.
 	loopback6 bool
@@ -49,7 +49,7 @@ func tableName(mark string) string { return "sandboxd_" + mark }
 func newTable(o Options) *table {
 	inet := &nftables.Table{Name: tableName(o.Mark), Family: nftables.TableFamilyINet}
 	br := &nftables.Table{Name: tableName(o.Mark), Family: nftables.TableFamilyBridge}
-	t := &table{bridge: o.Bridge, subnet: o.Subnet, subnet6: o.Subnet6, inet: inet, br: br}
+	t := &table{conns: newNftPool(), bridge: o.Bridge, subnet: o.Subnet, subnet6: o.Subnet6, inet: inet, br: br}
 	ip4, ip6, name := nftables.TypeIPAddr, nftables.TypeIP6Addr, nftables.TypeIFName
 	proto, port := nftables.TypeInetProto, nftables.TypeInetService
 	concat := nftables.MustConcatSetType

@@ -3,18 +3,18 @@ package builtin
 import (
 	"errors"
 	"slices"
-	"sync"
 
 	"github.com/google/nftables"
 	"github.com/mdlayher/netlink"
 )
 
-// nftPool has connections to nftables: as many as were in use at once. They
-// are kept because closing one waits until the kernel has got rid of what was
-// deleted before: 10 ms, an RCU grace period.
-type nftPool struct {
-	mu   sync.Mutex
-	free []*nftables.Conn
+// nftPool has connections to nftables. They are kept, because closing one waits
+// until the kernel has got rid of what was deleted before: 10 ms, an RCU grace
+// period.
+type nftPool struct{ connPool[*nftables.Conn] }
+
+func newNftPool() *nftPool {
+	return &nftPool{connPool[*nftables.Conn]{dial: dialNft, close: func(c *nftables.Conn) { c.CloseLasting() }}}
 }
 
 // nftBuffer is for the biggest transaction, which makes the tables again with
@@ -23,20 +23,11 @@ const nftBuffer = 16 << 20
 
 // use runs fn with a connection, and sends what fn has put into it as one transaction.
 func (p *nftPool) use(fn func(c *nftables.Conn) error) error {
-	p.mu.Lock()
-	var c *nftables.Conn
-	if n := len(p.free); n > 0 {
-		c, p.free = p.free[n-1], p.free[:n-1]
+	c, err := p.get()
+	if err != nil {
+		return err
 	}
-	p.mu.Unlock()
-	if c == nil {
-		var err error
-		if c, err = dialNft(); err != nil {
-			return err
-		}
-	}
-	err := fn(c)
-	if err == nil {
+	if err = fn(c); err == nil {
 		err = c.Flush()
 	}
 	if err != nil {
@@ -47,9 +38,7 @@ func (p *nftPool) use(fn func(c *nftables.Conn) error) error {
 			return err
 		}
 	}
-	p.mu.Lock()
-	p.free = append(p.free, c)
-	p.mu.Unlock()
+	p.put(c)
 	return err
 }
 
@@ -57,15 +46,6 @@ func dialNft() (*nftables.Conn, error) {
 	return nftables.New(nftables.AsLasting(), nftables.WithSockOptions(func(c *netlink.Conn) error {
 		return c.SetWriteBuffer(nftBuffer)
 	}))
-}
-
-func (p *nftPool) close() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for _, c := range p.free {
-		c.CloseLasting()
-	}
-	p.free = nil
 }
 
 // elementsPerMessage keeps a message below 64 KiB, the most that an attribute

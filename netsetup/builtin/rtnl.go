@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"sync"
 	"syscall"
 
 	"github.com/vishvananda/netlink/nl"
@@ -138,38 +137,19 @@ func extAck(m syscall.NetlinkMessage) string {
 	return ""
 }
 
-// socketPool has sockets of the host's namespace: as many as were in use at once.
-type socketPool struct {
-	mu   sync.Mutex
-	free []*socket
+// socketPool has sockets of the host's namespace.
+type socketPool struct{ connPool[*socket] }
+
+func newSocketPool() *socketPool {
+	return &socketPool{connPool[*socket]{dial: newSocket, close: (*socket).close}}
 }
 
 // do sends requests on a socket of its own, as [socket.do] does.
 func (p *socketPool) do(reqs ...request) error {
-	p.mu.Lock()
-	var s *socket
-	if n := len(p.free); n > 0 {
-		s, p.free = p.free[n-1], p.free[:n-1]
+	s, err := p.get()
+	if err != nil {
+		return err
 	}
-	p.mu.Unlock()
-	if s == nil {
-		var err error
-		if s, err = newSocket(); err != nil {
-			return err
-		}
-	}
-	err := s.do(reqs...)
-	p.mu.Lock()
-	p.free = append(p.free, s)
-	p.mu.Unlock()
-	return err
-}
-
-func (p *socketPool) close() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for _, s := range p.free {
-		s.close()
-	}
-	p.free = nil
+	defer p.put(s)
+	return s.do(reqs...)
 }
