@@ -15,9 +15,11 @@ import (
 )
 
 // Collects implements [sandbox.CollectNode]. Of a failure, there is always
-// something to say.
+// something to say; but a command that could not be executed has not failed: who
+// asked for it has been told why, and it has left nothing.
 func (n *node) Collects(m *sandbox.MemberRecord) bool {
-	return len(m.Config.Collect) > 0 || m.Exit != nil && (!m.Exit.Known || m.Exit.Code != 0)
+	failed := m.Exit != nil && (!m.Exit.Known || m.Exit.Code != 0)
+	return len(m.Config.Collect) > 0 || failed && m.StartError == ""
 }
 
 // Collect implements [sandbox.CollectNode].
