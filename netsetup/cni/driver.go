@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containernetworking/cni/libcni"
@@ -53,9 +54,10 @@ type Driver struct {
 	log   *slog.Logger
 	known versions
 
-	// gc is held shared by ADD and DEL, and exclusively while plugins are
-	// asked to collect garbage (specification, "GC").
-	gc sync.RWMutex
+	// gc is held shared by ADD and DEL, by [Driver.working], and exclusively while
+	// plugins are asked to collect garbage (specification, "GC").
+	gc     sync.RWMutex
+	stopGC atomic.Pointer[context.CancelFunc] // kills those plugins
 }
 
 var _ netsetup.Driver = (*Driver)(nil)
@@ -134,7 +136,9 @@ func (d *Driver) Attach(ctx context.Context, id string, plan json.RawMessage, ns
 	if err := d.o.Ports.Claim(id, p.ports()); err != nil {
 		return nil, err
 	}
-	d.gc.RLock()
+	if err := d.working(ctx); err != nil {
+		return nil, err
+	}
 	defer d.gc.RUnlock()
 	res := &network.Result{Networks: []network.Attachment{}}
 	for _, a := range p.Networks {
@@ -166,7 +170,9 @@ func (d *Driver) Detach(ctx context.Context, id string, plan json.RawMessage, ns
 	if err != nil {
 		return err
 	}
-	d.gc.RLock()
+	if err := d.working(ctx); err != nil {
+		return err
+	}
 	defer d.gc.RUnlock()
 	var errs []error
 	for i, a := range slices.Backward(p.Networks) {

@@ -18,8 +18,13 @@ import (
 	"github.com/sandboxd/sandboxd/internal/garbage"
 )
 
-// gcWait is how long GC waits for a moment in which no ADD and no DEL runs.
-const gcWait = 10 * time.Second
+const (
+	// gcWait is how long GC waits for a moment in which no ADD and no DEL runs.
+	gcWait = 10 * time.Second
+	// gcPatience is how long ADD and DEL wait for plugins that collect garbage,
+	// before those are killed. Removing a sandbox waits for its network for 10 s.
+	gcPatience = 3 * time.Second
+)
 
 // cached is an entry of libcni's cache, which is written by [libcni] in this form.
 type cached struct {
@@ -122,11 +127,29 @@ func (d *Driver) dropCached(ctx context.Context, e cached) error {
 	if e.err != nil {
 		return os.Remove(e.file)
 	}
-	d.gc.RLock()
+	if err := d.working(ctx); err != nil {
+		return err
+	}
 	defer d.gc.RUnlock()
 	return d.del(ctx, e.ContainerID, attachment{
 		Network: e.NetworkName, Interface: e.IfName, Config: e.Config, Args: e.CNIArgs, Capabilities: e.CapabilityArgs,
 	}, nil)
+}
+
+// working takes d.gc for ADD or DEL. Garbage can be collected another time: who hangs
+// at it holds nobody up.
+func (d *Driver) working(ctx context.Context) error {
+	for end := time.Now().Add(gcPatience); !d.gc.TryRLock(); {
+		if stop := d.stopGC.Load(); stop != nil && time.Now().After(end) {
+			(*stop)()
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("plugins that collect garbage were waited for: %w", ctx.Err())
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+	return nil
 }
 
 // collect runs GC of the plugins of networks that have attachments.
@@ -145,6 +168,8 @@ func (d *Driver) collect(ctx context.Context, live func() map[string]json.RawMes
 	// While this takes, nothing is attached or detached.
 	ctx, cancel := context.WithTimeout(ctx, d.o.Timeout)
 	defer cancel()
+	d.stopGC.Store(&cancel)
+	defer d.stopGC.Store(nil)
 	// So this is complete.
 	networks, err := d.collectable(live())
 	if err != nil {

@@ -202,6 +202,40 @@ func TestGCExcludesADD(t *testing.T) {
 	r.wantNothingLeft()
 }
 
+// TestGCHangs: a plugin that hangs in GC does not keep other sandboxes from being
+// removed in time.
+func TestGCHangs(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.chain("a", "one")
+	r.chain("b", "two")
+	ns := newNS(t)
+	stays, goes := r.plan(alive, network.Request{}), r.plan(dead, network.Request{Attach: []network.Attach{{Network: "b"}}})
+	r.attach(alive, stays, ns)
+	r.attach(dead, goes, newNS(t))
+	r.plugin("one", holder("one", `if [ $CNI_COMMAND = GC ]; then : >$D/hangs; sleep 1000; fi`))
+	gone := make(chan error)
+	go func() {
+		_, err := r.GC(t.Context(), func() map[string]json.RawMessage { return map[string]json.RawMessage{alive: stays, dead: goes} }, false)
+		gone <- err
+	}()
+	for ; ; time.Sleep(5 * time.Millisecond) {
+		if _, err := os.Stat(filepath.Join(r.dir, "hangs")); err == nil {
+			break
+		}
+	}
+	begin := time.Now()
+	r.detach(dead, goes, nil)
+	if took := time.Since(begin); took > 2*gcPatience {
+		t.Errorf("detached after %s", took)
+	}
+	if err := <-gone; err == nil || !strings.Contains(err.Error(), "failed to GC plugin one: killed") {
+		t.Errorf("GC: %v", err)
+	}
+	r.detach(alive, stays, ns)
+	r.wantNothingLeft()
+}
+
 func TestIDInName(t *testing.T) {
 	for in, want := range map[string]string{
 		"a-0123456789abcdef-eth0":    "0123456789abcdef",
