@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
+	"strings"
 
 	"github.com/containernetworking/cni/pkg/types"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
@@ -94,16 +96,28 @@ func prefix(n net.IPNet) (netip.Prefix, bool) {
 }
 
 // dnsOf translates name servers. The local domain is the list of names to search
-// in, if there is no other (resolv.conf(5)).
+// in, if there is no other (resolv.conf(5)). A plugin may have the words from a
+// server that it asked: in the file they must not become more than that.
 func dnsOf(d types.DNS) network.DNS {
-	out := network.DNS{Search: d.Search, Options: d.Options}
+	out := network.DNS{Search: words(d.Search), Options: words(d.Options)}
 	for _, s := range d.Nameservers {
 		if a, err := netip.ParseAddr(s); err == nil {
 			out.Servers = append(out.Servers, a)
 		}
 	}
-	if len(out.Search) == 0 && d.Domain != "" {
-		out.Search = []string{d.Domain}
+	if len(out.Search) == 0 {
+		out.Search = words([]string{d.Domain})
 	}
 	return out
+}
+
+func words(all []string) []string {
+	ok := strings.Fields(strings.Join(all, " "))
+	ok = slices.DeleteFunc(ok, func(s string) bool {
+		return strings.ContainsFunc(s, func(r rune) bool { return r <= ' ' || r > '~' || r == '#' || r == ';' })
+	})
+	if len(ok) == 0 {
+		return nil
+	}
+	return ok
 }

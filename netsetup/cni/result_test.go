@@ -24,6 +24,8 @@ func TestAttachmentOf(t *testing.T) {
 				`"dns":{"servers":["10.0.0.53"],"search":["a"],"options":["ndots:2"]},"ports":[]}`, ""},
 		{"0.3.1, no interfaces", `{"cniVersion":"0.3.1","ips":[{"version":"4","address":"10.0.0.2/24"}],"dns":{"domain":"d"}}`,
 			`{"name":"a","interface":"eth0","addresses":["10.0.0.2/24"],"mac":"","mtu":0,"routes":[],"gateway":[],"dns":{"search":["d"]},"ports":[]}`, ""},
+		{"lines in DNS", `{"cniVersion":"1.0.0","dns":{"search":["a\nnameserver 10.0.0.66","b#"],"options":["ndots:2\r\noptions","\u0085"],"domain":"c"}}`,
+			`{"name":"a","interface":"eth0","addresses":[],"mac":"","mtu":0,"routes":[],"gateway":[],"dns":{"search":["a","nameserver","10.0.0.66"],"options":["ndots:2","options"]},"ports":[]}`, ""},
 		{"no addresses", `{"cniVersion":"1.0.0"}`,
 			`{"name":"a","interface":"eth0","addresses":[],"mac":"","mtu":0,"routes":[],"gateway":[],"dns":{},"ports":[]}`, ""},
 		{"an interface that is not there", `{"cniVersion":"1.0.0","ips":[{"address":"10.0.0.2/24","interface":7},{"address":"10.0.0.3/24","interface":-1}],"interfaces":[null]}`,
