@@ -54,10 +54,8 @@ func (w *world) unchanged(t *testing.T) {
 	}
 	for _, f := range leak.Diff(after, w.before) {
 		// Descriptors of the daemon come and go with connections, and so do
-		// processes that only look at what is ours, such as an oracle. A zombie
-		// goes when the daemon gets to it.
-		ours := strings.Contains(f.Detail, "(sandboxd-") && !strings.Contains(f.String(), "zombie")
-		if f.Kind != leak.FD && (f.Kind != leak.Process || ours) {
+		// processes that only look at what is ours, such as an oracle.
+		if f.Kind != leak.FD && (f.Kind != leak.Process || strings.Contains(f.Detail, "(sandboxd-")) {
 			t.Errorf("gone: %s", f)
 		}
 	}

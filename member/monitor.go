@@ -582,8 +582,17 @@ func (m *Monitor) InitEnded() bool {
 // Gone is closed when the monitor is gone, or Close was called.
 func (m *Monitor) Gone() <-chan struct{} { return m.gone }
 
-// Close ends the connection. The monitor goes on.
-func (m *Monitor) Close() error { return m.conn.Close() }
+// Close ends the connection. The monitor goes on. One that keeps no custody and
+// ends by itself, since init has, is waited for in the background: nobody else
+// would reap it at once.
+func (m *Monitor) Close() error {
+	if m.child && m.InitEnded() {
+		if st, err := ReadStatus(m.dir); err == nil && !st.Custody {
+			return nil // its end ends the connection
+		}
+	}
+	return m.conn.Close()
+}
 
 // Start lets a created init execute. It returns when that has succeeded, also
 // if somebody else has started it before. If the execve failed, the error is a

@@ -629,12 +629,14 @@ func TestMonitorCustodyPolicy(t *testing.T) {
 			m.spec.Custody = tt.custody
 			m.start()
 			m.exit()
-			if !tt.held {
-				select {
-				case <-m.mon.Gone():
-				case <-m.ctx.Done():
-					t.Fatal("monitor stays")
-				}
+			m.mon.Close()
+			select {
+			case <-m.mon.Gone():
+			case <-m.ctx.Done():
+				t.Fatal("monitor stays")
+			}
+			if _, err := procid.Of(m.mon.Process().PID); !tt.held && !errors.Is(err, procid.ErrGone) {
+				t.Errorf("the monitor has not been reaped: %v", err)
 			}
 			st, err := ReadStatus(m.spec.Dir)
 			if err != nil || st.Custody != tt.held || m.mon.Process().Alive() != tt.held {
