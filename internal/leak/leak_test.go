@@ -334,6 +334,29 @@ func TestOthers(t *testing.T) {
 	}
 }
 
+// The directories of others are not entered: an oracle that looks for what has a
+// file below one of them open would find this one.
+func TestOthersDirectories(t *testing.T) {
+	testenv.Root(t)
+	dir, err := os.MkdirTemp("/dev/shm", "leaktest-")
+	if err != nil {
+		t.Skipf("no POSIX shared memory here: %v", err)
+	}
+	t.Cleanup(func() { os.Remove(dir) })
+	fd, err := unix.InotifyInit1(unix.IN_NONBLOCK | unix.IN_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if _, err := unix.InotifyAddWatch(fd, dir, unix.IN_OPEN); err != nil {
+		t.Fatal(err)
+	}
+	take(t, Options{})
+	if n, err := unix.Read(fd, make([]byte, 4096)); err != unix.EAGAIN {
+		t.Errorf("%s was opened: %d bytes of events, %v", dir, n, err)
+	}
+}
+
 // A mount namespace that was left is one finding, without its mounts.
 func TestMountNamespaceIsOneFinding(t *testing.T) {
 	testenv.Root(t)

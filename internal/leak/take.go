@@ -443,15 +443,26 @@ func (t *taker) files() error {
 			return err
 		}
 	}
-	// A POSIX shared memory object is a file directly in there, shm_overview(7):
-	// a directory below which somebody else works is none.
-	return walk("/dev/shm", func(path string, d fs.DirEntry) {
-		name := strings.TrimPrefix(path, "/dev/shm/")
-		object := d.Type().IsRegular() && strings.HasPrefix(name, "sandboxd") && !strings.Contains(name, "/")
-		if path != "/dev/shm" && (t.o.Global || object) {
-			t.add(Shm, path, "")
+	if t.o.Global {
+		return walk("/dev/shm", func(path string, _ fs.DirEntry) {
+			if path != "/dev/shm" {
+				t.add(Shm, path, "")
+			}
+		})
+	}
+	// A POSIX shared memory object is a file directly in there, shm_overview(7). A
+	// directory is none and is not entered: somebody else works below it, whose
+	// oracle would take this process for its own while it has that open.
+	entries, err := os.ReadDir("/dev/shm")
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	for _, e := range entries {
+		if e.Type().IsRegular() && strings.HasPrefix(e.Name(), "sandboxd") {
+			t.add(Shm, "/dev/shm/"+e.Name(), "")
 		}
-	})
+	}
+	return nil
 }
 
 // walk visits top and all below it. What is not there, or goes away, is left out.
