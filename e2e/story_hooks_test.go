@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -25,13 +26,14 @@ import (
 	"github.com/sandboxd/sandboxd/sandbox"
 )
 
-var hookSchema = func() *jsonschema.Schema {
+// hookSchema is read when it is needed: this binary also runs inside of members.
+var hookSchema = sync.OnceValue(func() *jsonschema.Schema {
 	s, err := jsonschema.NewCompiler().Compile("../docs/hooks/input.schema.json")
 	if err != nil {
 		panic(err)
 	}
 	return s
-}()
+})
 
 // recorder makes a hook that appends what it reads, as one line, to the file that it
 // returns too. more is shell, run before.
@@ -64,7 +66,7 @@ func (r *rig) inputs(file string) []hook.Input {
 	for line := range bytes.Lines(b) {
 		v, err := jsonschema.UnmarshalJSON(bytes.NewReader(line))
 		if err == nil {
-			err = hookSchema.Validate(v)
+			err = hookSchema().Validate(v)
 		}
 		var in hook.Input
 		if err == nil {
