@@ -643,6 +643,10 @@ func TestFiles(t *testing.T) {
 		}, "given\n /lib/hosts\n"},
 		{"a link to the host", func(t *testing.T, _ *Input, etc string) { link(t, outside, etc+"/hosts") }, "given\n /etc/hosts\n"},
 		{"a link to nowhere", func(t *testing.T, _ *Input, etc string) { link(t, "../run/none/hosts", etc+"/hosts") }, "given\n /etc/hosts\n"},
+		{"a directory that leads nowhere", func(t *testing.T, _ *Input, etc string) {
+			remove(t, etc)
+			link(t, outside+"/none", etc)
+		}, ""},
 		{"a directory", func(t *testing.T, _ *Input, etc string) { mkdir(t, etc+"/hosts") }, ""},
 		{"a mount of one's own", func(t *testing.T, in *Input, _ string) {
 			in.Spec.Mounts = append(in.Spec.Mounts, specs.Mount{Destination: "/etc/hosts", Source: outside, Options: []string{"bind"}})

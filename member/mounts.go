@@ -197,7 +197,8 @@ func (c *compiler) addFiles() {
 }
 
 // attachFile puts a file where it belongs in the member's root. There a link may
-// be, which is followed like every other; one that leads nowhere gives way.
+// be, which is followed like every other; one that leads nowhere gives way. If it
+// is the directory that leads nowhere, there is no such file.
 func (c *compiler) attachFile(m *mount) {
 	if c.Root.Overlay && !c.Root.ReadOnly {
 		step := "make mount point " + m.Destination
@@ -205,11 +206,14 @@ func (c *compiler) attachFile(m *mount) {
 		found.Else(func() {
 			dir, name := path.Split(m.Destination)
 			c.makePath(step, path.Clean(dir), true)
-			parent := c.openIn(step, dir, unix.O_PATH|unix.O_DIRECTORY).Result()
-			c.p.Call(step, unix.SYS_UNLINKAT, parent, c.p.String(name), launch.Int(0)).Ignore(unix.ENOENT)
-			const flags = unix.O_WRONLY | unix.O_CREAT | unix.O_EXCL | unix.O_NOFOLLOW | unix.O_CLOEXEC
-			c.close(c.p.Call(step, unix.SYS_OPENAT, parent, c.p.String(name), launch.Int(flags), launch.Int(0o644)).Result())
-			c.close(parent)
+			opened := c.openIn(step, dir, unix.O_PATH|unix.O_DIRECTORY)
+			opened.Then(func() {
+				parent := opened.Result()
+				c.p.Call(step, unix.SYS_UNLINKAT, parent, c.p.String(name), launch.Int(0)).Ignore(unix.ENOENT)
+				const flags = unix.O_WRONLY | unix.O_CREAT | unix.O_EXCL | unix.O_NOFOLLOW | unix.O_CLOEXEC
+				c.close(c.p.Call(step, unix.SYS_OPENAT, parent, c.p.String(name), launch.Int(flags), launch.Int(0o644)).Result())
+				c.close(parent)
+			}, unix.ENOENT)
 		}, unix.ENOENT)
 		c.p.Call("close", unix.SYS_CLOSE, found.Result()).Ignore(unix.EBADF)
 	}
