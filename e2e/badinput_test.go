@@ -883,4 +883,12 @@ func TestTerminalOfTheCaller(t *testing.T) {
 			t.Errorf("%s: the terminal was left as %+v, %v; it was %+v", args[0], after, err, before)
 		}
 	}
+	for _, args := range [][]string{{"cp", "web/up:/etc", "-"}, {"collected", "export", "web/up-1"}} {
+		cmd := d.command(args...)
+		var errs bytes.Buffer
+		cmd.Stdout, cmd.Stderr = slave, &errs
+		if err := cmd.Run(); err == nil || !strings.Contains(errs.String(), "a tar archive is nothing for a terminal") {
+			t.Errorf("%s to a terminal: %q, %v", args[0], errs.String(), err)
+		}
+	}
 }

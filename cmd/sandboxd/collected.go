@@ -147,8 +147,8 @@ exist, or to stdout.`,
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		return a.withStore(*dir, func(s *collect.Store) error {
 			if len(args) == 1 || args[1] == "-" {
-				if f := asFile(a.out); f != nil && term.IsTerminal(int(f.Fd())) {
-					return usageError(cmd, "a tar archive is nothing for a terminal: name a file")
+				if err := a.refuseTerminal(cmd); err != nil {
+					return err
 				}
 				return s.Export(args[0], a.out)
 			}
@@ -156,6 +156,14 @@ exist, or to stdout.`,
 		})
 	}
 	return cmd
+}
+
+// refuseTerminal fails if stdout, which is to get a tar archive, is a terminal.
+func (a *app) refuseTerminal(cmd *cobra.Command) error {
+	if f := asFile(a.out); f != nil && term.IsTerminal(int(f.Fd())) {
+		return usageError(cmd, "a tar archive is nothing for a terminal: name a file, or a command after |")
+	}
+	return nil
 }
 
 // writeNew makes the file name with what write writes to it; if that fails there is

@@ -42,6 +42,11 @@ Links in the member lead nowhere outside of it. Works without the daemon.`,
 			return usageError(cmd, "one of %q and %q must be SANDBOX/MEMBER:PATH", args[0], args[1])
 		}
 		if out {
+			if args[1] == "-" {
+				if err := a.refuseTerminal(cmd); err != nil {
+					return err
+				}
+			}
 			return a.copyOut(cmd.Context(), fromRef, from, args[1], note)
 		}
 		return a.copyIn(cmd.Context(), args[0], toRef, to, note)
