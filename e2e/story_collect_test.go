@@ -312,7 +312,7 @@ func TestCustodyIsEnded(t *testing.T) {
 		if m.Custody.Held || !strings.HasPrefix(m.Custody.Released.Reason, reason+": ") || m.Exit == nil || m.Root != "" {
 			t.Errorf("%s: %+v", ref, m)
 		}
-		r.fails(125, "nothing of it is held", "cp", ref+":/etc/passwd", t.TempDir())
+		r.fails(125, "nothing of it is held (custody has ended, "+reason+": ", "cp", ref+":/etc/passwd", t.TempDir())
 		if p := r.postmortem(ref); p.Custody.Held || !strings.Contains(p.Custody.Why, reason+": ") {
 			t.Errorf("postmortem of %s: %+v", ref, p.Custody)
 		}

@@ -474,7 +474,11 @@ func openRoot(m *sandbox.MemberRecord) (*os.File, error) {
 }
 
 func notHeld(m *sandbox.MemberRecord) error {
-	return fmt.Errorf("%w: member %s has exited and nothing of it is held (custody %s)", sandbox.ErrState, m.Config.Name, m.Config.Custody)
+	why := "custody " + string(m.Config.Custody)
+	if m.Released != nil {
+		why = "custody has ended, " + m.Released.Reason
+	}
+	return fmt.Errorf("%w: member %s has exited and nothing of it is held (%s)", sandbox.ErrState, m.Config.Name, why)
 }
 
 // isOwn reports whether f is this process's own namespace of kind k.
