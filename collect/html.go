@@ -163,7 +163,7 @@ figcaption { display: flex; justify-content: space-between; gap: 1rem; color: va
 {{with .M.Collectors}}<div class="wide"><table><caption>Collectors</caption><thead><tr><th scope="col">Path</th><th scope="col">On</th><th scope="col">Taken</th><th scope="col">Content</th><th scope="col">Note</th></tr></thead>
 <tbody>{{range .}}<tr><th scope="row"><code>{{.Path}}</code></th><td>{{.On}}</td><td>{{if .Applied}}{{.Taken}}{{else}}does not apply{{end}}</td><td>{{size .Bytes}}</td><td>{{.Why}}</td></tr>
 {{end}}</tbody></table></div>{{end}}
-{{with .M.Files}}<details><summary>{{len .}} files{{if $.M.FilesMore}} of {{$.M.FilesMore}} more{{end}}</summary><div class="wide"><table><thead><tr><th scope="col">Path</th><th scope="col">Taken</th><th scope="col">Note</th></tr></thead>
+{{with .M.Files}}<details><summary>{{len .}} {{if eq (len .) 1}}entry{{else}}entries{{end}}{{if $.M.FilesMore}}, and {{$.M.FilesMore}} more that are not listed{{end}}</summary><div class="wide"><table><thead><tr><th scope="col">Path</th><th scope="col">Taken</th><th scope="col">Note</th></tr></thead>
 <tbody>{{range .}}<tr><th scope="row"><code>{{.Path}}</code></th><td>{{fileSize .}}</td><td>{{.Why}}</td></tr>
 {{end}}</tbody></table></div></details>{{end}}</section>
 <section aria-labelledby="held"><h2 id="held">Still held</h2>

@@ -60,11 +60,12 @@ stays reachable after it has exited, until you remove it.
 Refer to a sandbox by its name, its id, or a unique prefix of its id, and to a
 member as SANDBOX/MEMBER.
 
-exec, join, cp, logs, ls, ps and inspect also work while no daemon runs.
+exec, join, cp, logs, attach, wait and all that looks (ls, ps, inspect, events,
+postmortem, collected) also work while no daemon runs.
 
-Exit codes: that of the process for run, exec, join and wait, 128+N if signal N
-ended it; 125 if sandboxd itself failed; 126 if the command cannot be executed,
-127 if it is not found.`,
+Exit codes: that of the process for run, exec, join, attach and wait, 128+N if
+signal N ended it; 125 if sandboxd itself failed; 126 if the command cannot be
+executed, 127 if it is not found.`,
 		Example: `  sandboxd serve &
   sandboxd create web
   sandboxd run web --rootfs /srv/alpine --name shell -i -t -- sh

@@ -170,7 +170,7 @@ directory.`,
 			return err
 		}
 		if s.Phase != member.PhaseRunning && s.Phase != member.PhaseCreated {
-			return fmt.Errorf("attach %s: %w: it is %s", args[0], sandbox.ErrState, s.Phase)
+			return fmt.Errorf("attach %s: %w: it is %s (logs shows what it has written)", args[0], sandbox.ErrState, s.Phase)
 		}
 		err = a.session(cmd.Context(), args[0], t.dir, t.member.Init, t.member.Monitor, c.TTY, c.Stdin && !*noStdin, nil, nil)
 		if errors.Is(err, errDetached) {
