@@ -14,6 +14,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -75,7 +76,17 @@ func newHost(t *testing.T) *os.File {
 			t.Fatalf("%s: %v: %s", line, err, out)
 		}
 	}
-	return ns
+	// The kernel makes the routes of an IPv6 address when it notices the carrier,
+	// which can be a second later (net/core/link_watch.c).
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		out, err := inNetNS(ns, "ip", "-6", "route", "show", "table", "local")
+		if err == nil && strings.Contains(out, "local 2001:db8::1 ") {
+			return ns
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("no route to the uplink's address: %v: %s", err, out)
+		}
+	}
 }
 
 // newNetNS returns a network namespace that is nobody's. It ends with the test.

@@ -141,7 +141,7 @@ func TestStoryJoinWithHostTools(t *testing.T) {
 	s.expect("a file of the host", s.ok("join", "web", "--", "cat", mark), "host file\n")
 	s.expect("hostname", s.ok("join", "web", "--", "uname", "-n"), "web\n")
 	out := s.ok("join", "--rootfs", s.rootfs, "web/server", "--", "/bin/sh", "-c", "grep -c 1000 /proc/1/cmdline; : </dev/null; ls /sys/class/net; cat /proc/1/root/etc/hostname 2>/dev/null; hostname")
-	s.expect("a toolbox in the member's namespaces", out, "1\nlo\nweb\n")
+	s.expect("a toolbox in the member's namespaces", out, "1\nlo\nweb\nweb\n")
 	if _, err := os.Stat(filepath.Join(s.rootfs, "proc/1")); err == nil {
 		t.Error("the toolbox's /proc is mounted for the host too")
 	}
