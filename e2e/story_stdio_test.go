@@ -210,6 +210,51 @@ func TestStoryMuchOutput(t *testing.T) {
 	}
 }
 
+// An attach that is cut off because it does not read goes on with what is in the
+// log, from the very byte, though it began in the middle of a line.
+func TestStoryAttachCatchesUp(t *testing.T) {
+	s := newStory(t)
+	const script = `echo first; printf before; read l; printf ' ready'; until test -e /go; do sleep 0.01; done
+		yes 0123456789 | head -n 200000; seq 1 1000 >&2; printf end; exit 7`
+	s.must(t, append([]string{"run", "web", "-d", "-i", "--name", "m", "--rootfs", s.rootfs}, sh(script)...)...)
+	for deadline := time.Now().Add(ready); !strings.Contains(s.must(t, "logs", "web/m"), "first"); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the member has not written")
+		}
+	}
+	cmd := s.command("attach", "web/m")
+	var out, stderr lockedBuffer
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader("go\n"), &out, &stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Process.Kill()
+	for deadline := time.Now().Add(ready); !strings.Contains(out.String(), "ready"); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("attach shows %q", out.String())
+		}
+	}
+	if err := cmd.Process.Signal(unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	s.must(t, "exec", "web/m", "--", "touch", "/go")
+	if _, _, code := s.run(t, "wait", "web/m"); code != 0 && code != 7 {
+		t.Errorf("wait: exit code %d", code)
+	}
+	if err := cmd.Process.Signal(unix.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	cmd.Wait()
+	want := strings.Repeat("0123456789\n", 200_000) + "end"
+	got, ok := strings.CutPrefix(out.String(), " ready")
+	if code := cmd.ProcessState.ExitCode(); !ok || got != want || code != 7 {
+		t.Errorf("exit code %d; stdout begins with %.20q and has %d bytes, want %q and %d", code, out.String(), len(got), " ready", len(want))
+	}
+	if lines := strings.Split(stderr.String(), "\n"); len(lines) != 1001 || lines[999] != "1000" {
+		t.Errorf("stderr has %d lines: %.200q", len(lines), stderr.String())
+	}
+}
+
 func TestStoryLogs(t *testing.T) {
 	s := newStory(t)
 	long := strings.Repeat("x", 40000)

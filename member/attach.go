@@ -21,7 +21,19 @@ type Attachment struct {
 	conn  *os.File
 	buf   []byte
 	first *Event // the next one, if it has been received already
+	begin *Position
 }
+
+// Position is a place in a member's output, and in its log.
+type Position struct {
+	Bytes    [2]uint64 // of stdout, or the terminal, and of stderr that come before it
+	Unlogged [2]uint64 // of these, what is not in the log yet: an unfinished line
+	Log      int64     // the log's size
+}
+
+// Begin is where this attachment begins: the first output that it receives
+// comes next. It is nil if the monitor is of a version that does not tell.
+func (a *Attachment) Begin() *Position { return a.begin }
 
 // Event is something that an [Attachment] receives: output, or a phase.
 type Event struct {
@@ -83,6 +95,12 @@ func (a *Attachment) Next() (Event, error) {
 			return Event{Stream: int(kind - '0'), Data: arg}, nil
 		case kind == 'p' && len(arg) == 4:
 			return Event{Phase: Phase(binary.LittleEndian.Uint32(arg))}, nil
+		case kind == 'o' && len(arg) == 40:
+			u64 := func(i int) uint64 { return binary.LittleEndian.Uint64(arg[8*i:]) }
+			p := &Position{Bytes: [2]uint64{u64(0), u64(1)}, Unlogged: [2]uint64{u64(2), u64(3)}, Log: int64(u64(4))}
+			if p.Log >= 0 { // else it has no log that has a size
+				a.begin = p
+			}
 		}
 	}
 }

@@ -301,6 +301,16 @@ static void client_accept(void) {
 
 static long log_open(void);
 
+/* client_begin tells a client where in the output it begins, and where in the
+ * log: from there on it finds what comes to it too. */
+NOINLINE static void client_begin(struct client *c) {
+	uint64_t begin[5] = {
+		st->output_bytes[0], st->output_bytes[1], streams[0].len, streams[1].len,
+		(uint64_t)SYS3(lseek, FD_LOG, 0, 2 /* SEEK_END */),
+	};
+	client_send(c, 'o', begin, sizeof begin);
+}
+
 static void client_read(struct client *c) {
 	char buf[2] = {0, 0};
 	/* With MSG_TRUNC the length is the message's, also of a longer one. */
@@ -316,10 +326,12 @@ static void client_read(struct client *c) {
 	switch (n == 1 ? buf[0] : 0) {
 	case 'a':
 		c->attached = 1;
+		client_begin(c);
 		__attribute__((fallthrough));
 	case 'w':
 		c->told = 1;
-		client_send(c, 'p', &phase, sizeof phase);
+		if (c->fd)
+			client_send(c, 'p', &phase, sizeof phase);
 		break;
 	case 's':
 		if (phase != PHASE_CREATED || started) {

@@ -16,11 +16,13 @@ import (
 
 // catchUp shows from a member's log what the connection to its monitor did not
 // bring: a monitor waits for no client, and cuts off one that is slower than the
-// member. The files are opened before the member starts, and outlive its removal.
+// member. The files are opened before the connection is made, and outlive the
+// member's removal.
 type catchUp struct {
 	log    *os.File
 	status *member.StatusPage
 	exit   func(context.Context) // returns when no more is written
+	from   member.Position       // where the connection began
 }
 
 // openCatchUp returns nil if there is no log to read. The log may be a file that
@@ -35,14 +37,23 @@ func openCatchUp(logPath, dir string, exit func(context.Context)) *catchUp {
 	}
 	log := os.NewFile(uintptr(fd), logPath)
 	if st, err := log.Stat(); err == nil && st.Mode().IsRegular() {
-		if _, err = log.Seek(0, io.SeekEnd); err == nil {
-			if status, err := member.OpenStatus(dir); err == nil {
-				return &catchUp{log, status, exit}
-			}
+		if status, err := member.OpenStatus(dir); err == nil {
+			return &catchUp{log: log, status: status, exit: exit}
 		}
 	}
 	log.Close()
 	return nil
+}
+
+// begin says where the connection began. It reports whether the log can be
+// read from there.
+func (c *catchUp) begin(p *member.Position) bool {
+	if p == nil {
+		return false
+	}
+	c.from = *p
+	_, err := c.log.Seek(p.Log, io.SeekStart)
+	return err == nil
 }
 
 func (c *catchUp) close() {
@@ -50,12 +61,16 @@ func (c *catchUp) close() {
 	c.status.Close()
 }
 
-// run puts everything behind the first seen[0] bytes of stdout and the first
-// seen[1] of stderr, until the member has exited. It reports whether nothing is
-// missing.
+// run puts everything behind the seen[0] bytes of stdout and the seen[1] of
+// stderr that the connection has brought, until the member has exited. It reports
+// whether nothing is missing.
 func (c *catchUp) run(ctx context.Context, seen [2]uint64, put func(stream int, data []byte)) (bool, error) {
 	var logged [2]uint64 // bytes that the lines so far stand for
-	var wrote [2]uint64  // bytes that the member had written, when last looked
+	for i := range seen {
+		seen[i] += c.from.Bytes[i]
+		logged[i] = c.from.Bytes[i] - c.from.Unlogged[i]
+	}
+	var wrote [2]uint64 // bytes that the member had written, when last looked
 	show := func(line []byte) error {
 		l, err := crilog.Parse(line)
 		if err != nil {

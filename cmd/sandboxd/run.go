@@ -83,11 +83,7 @@ func (a *app) runAttached(ctx context.Context, ref string, c sandbox.MemberConfi
 			return err
 		}
 		tty := t.member.Config.TTY // a bundle can ask for one too
-		behind := openCatchUp(t.member.LogPath, t.dir, func(ctx context.Context) {
-			if dir, err := a.dir(); err == nil {
-				awaitExit(ctx, dir, sandbox.MemberInfo{Sandbox: t.member.Sandbox, ID: t.member.ID})
-			}
-		})
+		behind := a.catchUp(t)
 		if behind != nil {
 			defer behind.close()
 		}
@@ -118,6 +114,16 @@ func (a *app) runAttached(ctx context.Context, ref string, c sandbox.MemberConfi
 		}
 	}
 	return r.exit, r.err
+}
+
+// catchUp opens what goes on where the connection to t's output is cut; nil if
+// nothing does.
+func (a *app) catchUp(t *target) *catchUp {
+	return openCatchUp(t.member.LogPath, t.dir, func(ctx context.Context) {
+		if dir, err := a.dir(); err == nil {
+			awaitExit(ctx, dir, sandbox.MemberInfo{Sandbox: t.member.Sandbox, ID: t.member.ID})
+		}
+	})
 }
 
 // neverRan reports whether the member ref is there and its command has not been
@@ -172,7 +178,11 @@ directory.`,
 		if s.Phase != member.PhaseRunning && s.Phase != member.PhaseCreated {
 			return fmt.Errorf("attach %s: %w: it is %s (logs shows what it has written)", args[0], sandbox.ErrState, s.Phase)
 		}
-		err = a.session(cmd.Context(), args[0], t.dir, t.member.Init, t.member.Monitor, c.TTY, c.Stdin && !*noStdin, nil, nil)
+		behind := a.catchUp(t)
+		if behind != nil {
+			defer behind.close()
+		}
+		err = a.session(cmd.Context(), args[0], t.dir, t.member.Init, t.member.Monitor, c.TTY, c.Stdin && !*noStdin, behind, nil)
 		if errors.Is(err, errDetached) {
 			return nil
 		}

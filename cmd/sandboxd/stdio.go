@@ -276,6 +276,9 @@ func (a *app) session(ctx context.Context, ref, dir string, init, monitor procid
 		return fmt.Errorf("%s: %w", ref, err)
 	}
 	defer att.Close()
+	if behind != nil && !behind.begin(att.Begin()) {
+		behind = nil
+	}
 	s := &attached{att: att, out: a.out, err: a.err, gone: make(chan error, 1), behind: behind}
 
 	signals, stop := forward()
