@@ -63,30 +63,38 @@ func newNetRigOn(t *testing.T, rootfs string) *netRig {
 func newHost(t *testing.T) *os.File {
 	t.Helper()
 	ns := newNetNS(t)
-	for _, line := range []string{
-		"ip link set lo up",
-		"ip link add up0 type veth peer name up1",
-		"ip addr add 192.0.2.1/24 dev up0",
-		"ip -6 addr add 2001:db8::1/64 dev up0 nodad",
-		"ip link set up0 addrgenmode none", "ip link set up1 addrgenmode none", // addresses would come later
-		"ip link set up1 up", "ip link set up0 up",
-		"ip route add default via 192.0.2.254",
-	} {
-		if out, err := inNetNS(ns, strings.Fields(line)...); err != nil {
-			t.Fatalf("%s: %v: %s", line, err, out)
+	do := func(lines ...string) {
+		t.Helper()
+		for _, line := range lines {
+			if out, err := inNetNS(ns, strings.Fields(line)...); err != nil {
+				t.Fatalf("%s: %v: %s", line, err, out)
+			}
 		}
 	}
-	// The kernel makes the routes of an IPv6 address when it notices the carrier,
-	// which can be a second later (net/core/link_watch.c).
+	do("ip link set lo up",
+		"ip link add up0 type veth peer name up1",
+		"ip link set up0 addrgenmode none", "ip link set up1 addrgenmode none", // addresses would come later
+		"ip link set up1 up", "ip link set up0 up")
+	// The kernel notices the carrier when it has time, which can be a second later
+	// (net/core/link_watch.c), and makes the routes of IPv6 addresses then, again if
+	// they are there. Of those that come afterwards it makes them at once.
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
-		out, err := inNetNS(ns, "ip", "-6", "route", "show", "table", "local")
-		if err == nil && strings.Contains(out, "local 2001:db8::1 ") {
-			return ns
+		out, err := inNetNS(ns, "ip", "link", "show", "up0")
+		if err == nil && strings.Contains(out, "state UP") {
+			break
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("no route to the uplink's address: %v: %s", err, out)
+			t.Fatalf("the uplink has no carrier: %v: %s", err, out)
 		}
 	}
+	do("ip addr add 192.0.2.1/24 dev up0",
+		"ip -6 addr add 2001:db8::1/64 dev up0 nodad",
+		"ip route add default via 192.0.2.254")
+	out, err := inNetNS(ns, "ip", "-6", "route", "show", "table", "local")
+	if err != nil || !strings.Contains(out, "local 2001:db8::1 ") {
+		t.Fatalf("no route to the uplink's address: %v: %s", err, out)
+	}
+	return ns
 }
 
 // newNetNS returns a network namespace that is nobody's. It ends with the test.
