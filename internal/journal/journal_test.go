@@ -82,6 +82,37 @@ func TestEventsComeBackAsTheyWere(t *testing.T) {
 	}
 }
 
+// Whoever asks for what has just happened does not read all that is kept.
+func TestSinceReadsNoOldSegments(t *testing.T) {
+	dir := t.TempDir()
+	j := open(t, dir, Options{segment: 200})
+	now := time.Now().UTC()
+	for i := range 4 {
+		put(t, j, Event{Type: State, To: strings.Repeat("x", 300), Time: now.Add(time.Duration(i-4) * time.Hour)})
+	}
+	firsts, err := segments(j.dir)
+	if err != nil || len(firsts) != 4 {
+		t.Fatalf("segments %v, %v; want four", firsts, err)
+	}
+	for i, first := range firsts {
+		name := filepath.Join(dir, segmentName(first))
+		if i == 0 { // one that cannot be read
+			if err := errors.Join(os.Remove(name), os.Symlink(name, name)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		at := unix.NsecToTimespec(now.Add(time.Duration(i-4) * time.Hour).UnixNano())
+		if err := unix.UtimesNanoAt(unix.AT_FDCWD, name, []unix.Timespec{at, at}, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+			t.Fatal(err)
+		}
+	}
+	check(t, "since two hours and a half", Query{Since: now.Add(-150 * time.Minute)}, dir, 3, 4)
+	check(t, "since now", Query{Since: now}, dir)
+	if _, err := read(dir, Query{Since: now.Add(-5 * time.Hour)}); err == nil {
+		t.Error("a segment that is wanted and cannot be read is passed over")
+	}
+}
+
 func TestQueries(t *testing.T) {
 	dir := t.TempDir()
 	check(t, "of an empty journal", Query{}, dir)

@@ -134,6 +134,8 @@ func (r *reader) trySeek(q Query) error {
 				at = f
 			}
 		}
+	case !q.Since.IsZero():
+		at = r.changedSince(firsts, q.Since)
 	}
 	if err := r.open(at); err != nil {
 		return err
@@ -160,6 +162,22 @@ func (r *reader) trySeek(q Query) error {
 		r.last = *q.After
 	}
 	return nil
+}
+
+// sinceSlack is more than what an event's time and that of the file it was written
+// to a moment later can differ by.
+const sinceSlack = time.Minute
+
+// changedSince returns the first segment that was written to since a time, or the
+// last one: what is in those before it has happened before.
+func (r *reader) changedSince(firsts []uint64, since time.Time) uint64 {
+	for _, first := range firsts[:len(firsts)-1] {
+		fi, err := r.dir.Lstat(segmentName(first))
+		if err != nil || !fi.ModTime().Before(since.Add(-sinceSlack)) {
+			return first
+		}
+	}
+	return firsts[len(firsts)-1]
 }
 
 // gap makes the error of one who wants what comes after a number that is no
