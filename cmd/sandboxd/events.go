@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -124,9 +123,7 @@ func (a *app) eventsFromFiles(ctx context.Context, q sandbox.EventQuery, show fu
 }
 
 func writeEventJSON(w io.Writer, e *sandbox.Event) error {
-	enc := json.NewEncoder(w)
-	enc.SetEscapeHTML(false)
-	return enc.Encode(e)
+	return encodeJSON(w, e, "")
 }
 
 // writeEvent writes an event as a line for people.
