@@ -2,22 +2,174 @@ package collect
 
 import (
 	"fmt"
-	"html/template"
 	"io"
+	"strconv"
 	"strings"
-	"sync"
 	"time"
+
+	"github.com/sandboxd/sandboxd/internal/markup"
 )
 
 // WriteHTML writes the report as a page that needs nothing else: no script, and
 // nothing from anywhere.
 func (r *Report) WriteHTML(w io.Writer) error {
 	m := r.Manifest
-	return page().Execute(w, map[string]any{
-		"R": r, "M": m, "Command": strings.Join(m.Command, " "), "Rows": counterRows(m), "Held": r.held(),
-		"Mounts": shown(r.Custody.Mounts), "Collected": collected(m), "Lifetime": lifetime(m), "Curves": curves(m.Samples, limitOf(m)),
-		"Bad": failed(m.Exit) && m.Exit != nil,
-	})
+	p := new(markup.Page)
+	p.Put(`<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>Postmortem of %s</title>
+<style>
+%s</style>
+</head>
+<body>
+<header>
+<h1>%s</h1>
+`, r.Ref, pageStyle, r.Ref)
+	class := "verdict"
+	if m.Exit != nil && failed(m.Exit) {
+		class += " bad"
+	}
+	p.Put("<p class=\"%s\">%s</p>\n</header>\n<main>\n", class, r.Verdict)
+	r.putFacts(p)
+	putCurves(p, curves(m.Samples, limitOf(m)))
+	putCounters(p, counterRows(m))
+	putWords(p, &m.Log)
+	putCollected(p, m)
+	r.putHeld(p)
+	if len(m.Unknown) > 0 {
+		p.Put(`<section aria-labelledby="unknown"><h2 id="unknown">Not known</h2><ul>`)
+		for _, u := range m.Unknown {
+			p.Put(`<li>%s</li>`, u)
+		}
+		p.Put("</ul></section>\n")
+	}
+	const layout = "2006-01-02 15:04:05 UTC"
+	p.Put(`</main>
+<footer class="dim"><p>Made %s from what was known %s</p></footer>
+</body>
+</html>
+`, r.At.Format(layout), m.CollectedAt.Format(layout))
+	_, err := w.Write(p.Bytes())
+	return err
+}
+
+func (r *Report) putFacts(p *markup.Page) {
+	m := r.Manifest
+	p.Put("<dl>\n<dt>Command</dt><dd><code>%s</code></dd>\n", strings.Join(m.Command, " "))
+	if e := m.Exit; e != nil {
+		ended := when(e.FinishedAt, r.At)
+		if l := lifetime(m); l != "" {
+			ended += ", after " + l
+		}
+		p.Put("<dt>Ended</dt><dd>%s</dd>\n<dt>Exit</dt><dd>code %d, %s</dd>\n", ended, e.Code, e.Reason)
+	} else {
+		p.Put("<dt>State</dt><dd>%s</dd>\n", m.State)
+	}
+	p.Put(`<dt>Started</dt><dd>%s</dd>
+<dt>Sandbox</dt><dd>%s <span class="dim mono">%s</span></dd>
+<dt>Member</dt><dd>%s <span class="dim mono">%s</span></dd>
+</dl>
+`, when(m.StartedAt, r.At), m.Sandbox, m.SandboxID, m.Member, m.MemberID)
+}
+
+func putCurves(p *markup.Page, cs []curve) {
+	if len(cs) == 0 {
+		return
+	}
+	p.Put("<section aria-labelledby=\"curves\"><h2 id=\"curves\">The last minutes</h2>\n")
+	for _, c := range cs {
+		p.Put(`<figure>
+<svg viewBox="0 0 600 120" preserveAspectRatio="none" role="img" aria-label="%s: at most %s, %s to the %s"><polyline points="%s"/>`, c.Title, c.Top, c.From, c.To, c.Points)
+		note := ""
+		if c.Limit != 0 {
+			p.Put(`<line class="limit" x1="0" x2="600" y1="%v" y2="%v"/>`, c.Limit, c.Limit)
+			note = "; dashed: the limit"
+		}
+		p.Put(`</svg>
+<figcaption><span>%s</span><span>%s, top of the picture %s%s</span><span>%s</span></figcaption>
+</figure>`, c.From, c.Title, c.Top, note, c.To)
+	}
+	p.Put("</section>\n")
+}
+
+func putCounters(p *markup.Page, rows []row) {
+	if len(rows) == 0 {
+		return
+	}
+	p.Put(`<section aria-labelledby="counters"><h2 id="counters">Counters against limits</h2>
+<div class="wide"><table><thead><tr><th scope="col">What</th><th scope="col">Used</th><th scope="col">Peak</th><th scope="col">Limit</th><th scope="col">Note</th></tr></thead>
+<tbody>`)
+	for _, x := range rows {
+		p.Put("<tr><th scope=\"row\">%s</th><td>%s</td><td>%s</td><td>%s</td><td>%s</td></tr>\n", x.What, x.Used, dash(x.Peak), dash(x.Limit), x.Note)
+	}
+	p.Put("</tbody></table></div></section>\n")
+}
+
+func putWords(p *markup.Page, l *Log) {
+	p.Put("<section aria-labelledby=\"words\"><h2 id=\"words\">Last words</h2>\n")
+	if len(l.Lines) == 0 {
+		p.Put(`<p class="dim">It has written nothing.</p>`)
+	} else {
+		p.Put(`<pre>`)
+		for _, x := range l.Lines {
+			p.Put("<span class=\"dim\">%s</span> <span class=\"%s\">%s</span>\n", x.Time.Format("15:04:05.000"), x.Stream, x.Text)
+		}
+		p.Put(`</pre>`)
+	}
+	more := ""
+	if l.Cut {
+		more = " (there is more in it)"
+	}
+	p.Put("\n<p class=\"dim mono\">%s%s</p></section>\n", l.Path, more)
+}
+
+func putCollected(p *markup.Page, m *Manifest) {
+	p.Put("<section aria-labelledby=\"collected\"><h2 id=\"collected\">Collected</h2>\n<p>%s</p>\n", collected(m))
+	if len(m.Collectors) > 0 {
+		p.Put(`<div class="wide"><table><caption>Collectors</caption><thead><tr><th scope="col">Path</th><th scope="col">On</th><th scope="col">Taken</th><th scope="col">Content</th><th scope="col">Note</th></tr></thead>
+<tbody>`)
+		for _, c := range m.Collectors {
+			taken := "does not apply"
+			if c.Applied {
+				taken = strconv.Itoa(c.Taken)
+			}
+			p.Put("<tr><th scope=\"row\"><code>%s</code></th><td>%s</td><td>%s</td><td>%s</td><td>%s</td></tr>\n", c.Path, c.On, taken, size(c.Bytes), c.Why)
+		}
+		p.Put("</tbody></table></div>\n")
+	}
+	if len(m.Files) > 0 {
+		what, more := "entries", ""
+		if len(m.Files) == 1 {
+			what = "entry"
+		}
+		if m.FilesMore > 0 {
+			more = fmt.Sprintf(", and %d more that are not listed", m.FilesMore)
+		}
+		p.Put(`<details><summary>%d %s%s</summary><div class="wide"><table><thead><tr><th scope="col">Path</th><th scope="col">Taken</th><th scope="col">Note</th></tr></thead>
+<tbody>`, len(m.Files), what, more)
+		for _, f := range m.Files {
+			p.Put("<tr><th scope=\"row\"><code>%s</code></th><td>%s</td><td>%s</td></tr>\n", f.Path, fileSize(f), f.Why)
+		}
+		p.Put(`</tbody></table></div></details>`)
+	}
+	p.Put("</section>\n")
+}
+
+func (r *Report) putHeld(p *markup.Page) {
+	p.Put("<section aria-labelledby=\"held\"><h2 id=\"held\">Still held</h2>\n<p>%s</p>\n", r.held())
+	if r.Custody.Held {
+		p.Put(`<div class="wide"><table><thead><tr><th scope="col">Mounted on</th><th scope="col">Type</th><th scope="col">Used</th></tr></thead>
+<tbody>`)
+		for _, mt := range shown(r.Custody.Mounts) {
+			p.Put("<tr><th scope=\"row\"><code>%s</code></th><td>%s</td><td>%s</td></tr>\n", mt.Target, mt.Type, usage(mt))
+		}
+		p.Put(`</tbody></table></div><p>Copy it out with <code>sandboxd cp %s:PATH .</code></p>`, r.Ref)
+	}
+	p.Put("</section>\n")
 }
 
 func limitOf(m *Manifest) int64 {
@@ -87,22 +239,7 @@ func draw(title string, at []int64, values []float64, unit func(float64) string,
 	return c
 }
 
-// page is parsed when it is needed, which is not at the start of each command.
-var page = sync.OnceValue(func() *template.Template {
-	return template.Must(template.New("page").Funcs(template.FuncMap{
-		"when": when, "size": size, "usage": usage, "dash": dash, "fileSize": fileSize,
-	}).Parse(pageText))
-})
-
-const pageText = `<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>Postmortem of {{.R.Ref}}</title>
-<style>
-:root { color-scheme: light dark; --fg: #1b1f24; --dim: #57606a; --bg: #fff; --box: #f4f6f8; --line: #d0d7de; --bad: #b3261e; --ink: #0b5cad }
+const pageStyle markup.Trusted = `:root { color-scheme: light dark; --fg: #1b1f24; --dim: #57606a; --bg: #fff; --box: #f4f6f8; --line: #d0d7de; --bad: #b3261e; --ink: #0b5cad }
 @media (prefers-color-scheme: dark) {
  :root { --fg: #e6e8eb; --dim: #9da7b3; --bg: #14171a; --box: #1e2328; --line: #39424c; --bad: #ff8a80; --ink: #7ab8ff }
 }
@@ -129,51 +266,4 @@ svg { width: 100%; height: 8rem; background: var(--box); border-radius: 4px; dis
 polyline { fill: none; stroke: var(--ink); stroke-width: 2; vector-effect: non-scaling-stroke }
 .limit { stroke: var(--bad); stroke-width: 1; stroke-dasharray: 6 4; vector-effect: non-scaling-stroke }
 figcaption { display: flex; justify-content: space-between; gap: 1rem; color: var(--dim); font-size: .875rem }
-</style>
-</head>
-<body>
-<header>
-<h1>{{.R.Ref}}</h1>
-<p class="verdict{{if .Bad}} bad{{end}}">{{.R.Verdict}}</p>
-</header>
-<main>
-<dl>
-<dt>Command</dt><dd><code>{{.Command}}</code></dd>
-{{with .M.Exit}}<dt>Ended</dt><dd>{{when .FinishedAt $.R.At}}{{with $.Lifetime}}, after {{.}}{{end}}</dd>
-<dt>Exit</dt><dd>code {{.Code}}, {{.Reason}}</dd>{{else}}<dt>State</dt><dd>{{.M.State}}</dd>{{end}}
-<dt>Started</dt><dd>{{when .M.StartedAt .R.At}}</dd>
-<dt>Sandbox</dt><dd>{{.M.Sandbox}} <span class="dim mono">{{.M.SandboxID}}</span></dd>
-<dt>Member</dt><dd>{{.M.Member}} <span class="dim mono">{{.M.MemberID}}</span></dd>
-</dl>
-{{with .Curves}}<section aria-labelledby="curves"><h2 id="curves">The last minutes</h2>
-{{range .}}<figure>
-<svg viewBox="0 0 600 120" preserveAspectRatio="none" role="img" aria-label="{{.Title}}: at most {{.Top}}, {{.From}} to the {{.To}}"><polyline points="{{.Points}}"/>{{if .Limit}}<line class="limit" x1="0" x2="600" y1="{{.Limit}}" y2="{{.Limit}}"/>{{end}}</svg>
-<figcaption><span>{{.From}}</span><span>{{.Title}}, top of the picture {{.Top}}{{if .Limit}}; dashed: the limit{{end}}</span><span>{{.To}}</span></figcaption>
-</figure>{{end}}</section>{{end}}
-{{with .Rows}}<section aria-labelledby="counters"><h2 id="counters">Counters against limits</h2>
-<div class="wide"><table><thead><tr><th scope="col">What</th><th scope="col">Used</th><th scope="col">Peak</th><th scope="col">Limit</th><th scope="col">Note</th></tr></thead>
-<tbody>{{range .}}<tr><th scope="row">{{.What}}</th><td>{{.Used}}</td><td>{{dash .Peak}}</td><td>{{dash .Limit}}</td><td>{{.Note}}</td></tr>
-{{end}}</tbody></table></div></section>{{end}}
-<section aria-labelledby="words"><h2 id="words">Last words</h2>
-{{with .M.Log.Lines}}<pre>{{range .}}<span class="dim">{{.Time.Format "15:04:05.000"}}</span> <span class="{{.Stream}}">{{.Text}}</span>
-{{end}}</pre>{{else}}<p class="dim">It has written nothing.</p>{{end}}
-<p class="dim mono">{{.M.Log.Path}}{{if .M.Log.Cut}} (there is more in it){{end}}</p></section>
-<section aria-labelledby="collected"><h2 id="collected">Collected</h2>
-<p>{{.Collected}}</p>
-{{with .M.Collectors}}<div class="wide"><table><caption>Collectors</caption><thead><tr><th scope="col">Path</th><th scope="col">On</th><th scope="col">Taken</th><th scope="col">Content</th><th scope="col">Note</th></tr></thead>
-<tbody>{{range .}}<tr><th scope="row"><code>{{.Path}}</code></th><td>{{.On}}</td><td>{{if .Applied}}{{.Taken}}{{else}}does not apply{{end}}</td><td>{{size .Bytes}}</td><td>{{.Why}}</td></tr>
-{{end}}</tbody></table></div>{{end}}
-{{with .M.Files}}<details><summary>{{len .}} {{if eq (len .) 1}}entry{{else}}entries{{end}}{{if $.M.FilesMore}}, and {{$.M.FilesMore}} more that are not listed{{end}}</summary><div class="wide"><table><thead><tr><th scope="col">Path</th><th scope="col">Taken</th><th scope="col">Note</th></tr></thead>
-<tbody>{{range .}}<tr><th scope="row"><code>{{.Path}}</code></th><td>{{fileSize .}}</td><td>{{.Why}}</td></tr>
-{{end}}</tbody></table></div></details>{{end}}</section>
-<section aria-labelledby="held"><h2 id="held">Still held</h2>
-<p>{{.Held}}</p>
-{{if .R.Custody.Held}}<div class="wide"><table><thead><tr><th scope="col">Mounted on</th><th scope="col">Type</th><th scope="col">Used</th></tr></thead>
-<tbody>{{range .Mounts}}<tr><th scope="row"><code>{{.Target}}</code></th><td>{{.Type}}</td><td>{{usage .}}</td></tr>
-{{end}}</tbody></table></div><p>Copy it out with <code>sandboxd cp {{.R.Ref}}:PATH .</code></p>{{end}}</section>
-{{with .M.Unknown}}<section aria-labelledby="unknown"><h2 id="unknown">Not known</h2><ul>{{range .}}<li>{{.}}</li>{{end}}</ul></section>{{end}}
-</main>
-<footer class="dim"><p>Made {{.R.At.Format "2006-01-02 15:04:05 UTC"}} from what was known {{.M.CollectedAt.Format "2006-01-02 15:04:05 UTC"}}</p></footer>
-</body>
-</html>
 `

@@ -1,16 +1,13 @@
 package web
 
 import (
-	"bytes"
 	"cmp"
 	"crypto/sha256"
-	_ "embed" // the page's parts
+	_ "embed" // the page's style
 	"encoding/base64"
 	"fmt"
-	"html/template"
 	"net/http"
 	"slices"
-	"sync"
 	"time"
 
 	"github.com/sandboxd/sandboxd/internal/garbage"
@@ -20,16 +17,6 @@ import (
 
 //go:embed page.css
 var style string
-
-//go:embed page.html
-var pageText string
-
-// pageTemplate is parsed when it is needed, which is not at the start of each command.
-var pageTemplate = sync.OnceValue(func() *template.Template {
-	return template.Must(template.New("page").Funcs(template.FuncMap{
-		"style": func() template.CSS { return template.CSS(style) },
-	}).Parse(pageText))
-})
 
 // contentPolicy lets a browser use the page's own style, and nothing else.
 func contentPolicy() string {
@@ -98,14 +85,8 @@ type cell struct {
 
 func (s *Server) page(w http.ResponseWriter, r *http.Request) {
 	v := s.view(r)
-	var b bytes.Buffer
-	if err := pageTemplate().Execute(&b, v); err != nil {
-		s.o.Log.Warn("Page not made", "err", err)
-		http.Error(w, "the page could not be made; see the daemon's log", http.StatusInternalServerError)
-		return
-	}
 	w.Header().Set("Content-Type", "text/html; charset=utf-8")
-	w.Write(b.Bytes()) // a client that has gone away needs no answer
+	w.Write(v.html()) // a client that has gone away needs no answer
 }
 
 func (s *Server) view(r *http.Request) view {

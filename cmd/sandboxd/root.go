@@ -48,9 +48,8 @@ const (
 
 func (a *app) rootCommand() *cobra.Command {
 	root := &cobra.Command{
-		Use:     "sandboxd",
-		Short:   "Pod sandboxes that outlive their members",
-		Version: readVersion().Version,
+		Use:   "sandboxd",
+		Short: "Pod sandboxes that outlive their members",
 		Long: `sandboxd manages pod sandboxes on one Linux host.
 
 A sandbox holds namespaces. Members are containers that join any subset of them.
@@ -75,23 +74,27 @@ executed, 127 if it is not found.`,
 		SilenceUsage:      true,
 		Args:              cobra.ArbitraryArgs,
 		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: false},
-		RunE: func(cmd *cobra.Command, args []string) error {
-			if len(args) > 0 {
-				msg := fmt.Sprintf("unknown command %q", args[0])
-				if s := cmd.SuggestionsFor(args[0]); len(s) > 0 {
-					return usageError(cmd, "%s, did you mean %s?", msg, strings.Join(s, " or "))
-				}
-				return usageError(cmd, "%s", msg)
-			}
-			return cmd.Help()
-		},
 	}
 	root.SuggestionsMinimumDistance = 2
 	root.SetIn(a.in)
 	root.SetOut(a.out)
 	root.SetErr(a.err)
-	root.SetUsageTemplate(strings.NewReplacer(".LocalFlags.FlagUsages", "flags .LocalFlags", ".InheritedFlags.FlagUsages", "flags .InheritedFlags").Replace(root.UsageTemplate()))
-	root.SetVersionTemplate("sandboxd {{.Version}}\n")
+	root.SetUsageFunc(usageWith(root.UsageFunc()))
+	version := root.Flags().BoolP("version", "v", false, "version for sandboxd")
+	root.RunE = func(cmd *cobra.Command, args []string) error {
+		if *version {
+			_, err := fmt.Fprintln(cmd.OutOrStdout(), "sandboxd", readVersion().Version)
+			return err
+		}
+		if len(args) > 0 {
+			msg := fmt.Sprintf("unknown command %q", args[0])
+			if s := cmd.SuggestionsFor(args[0]); len(s) > 0 {
+				return usageError(cmd, "%s, did you mean %s?", msg, strings.Join(s, " or "))
+			}
+			return usageError(cmd, "%s", msg)
+		}
+		return cmd.Help()
+	}
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		// As other container tools take it: run web sh -c 'exit 3'.
 		_, unknown := errors.AsType[*pflag.NotExistError](err)
@@ -132,7 +135,27 @@ executed, 127 if it is not found.`,
 	return root
 }
 
-func init() { cobra.AddTemplateFunc("flags", flagUsages) }
+// usageWith returns what prints the usage of a command as standard does, with
+// flags as [flagUsages] shows them. Cobra's templates could do it too. With them
+// the linker would keep the exported methods of all types, which is a fifth of
+// the program.
+func usageWith(standard func(*cobra.Command) error) func(*cobra.Command) error {
+	return func(cmd *cobra.Command) error {
+		out := cmd.OutOrStderr()
+		var b strings.Builder
+		cmd.SetOut(&b)
+		err := standard(cmd)
+		cmd.SetOut(out)
+		text := b.String()
+		for _, fs := range []*pflag.FlagSet{cmd.LocalFlags(), cmd.InheritedFlags()} {
+			if old := strings.TrimSpace(fs.FlagUsages()); old != "" {
+				text = strings.Replace(text, old, strings.TrimSpace(flagUsages(fs)), 1)
+			}
+		}
+		_, werr := io.WriteString(out, text)
+		return errors.Join(err, werr)
+	}
+}
 
 // flagUsages is [pflag.FlagSet.FlagUsages] without the values of flags that need
 // none, and aligned by characters instead of bytes.

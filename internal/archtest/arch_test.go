@@ -99,6 +99,22 @@ func TestNamespaceCalls(t *testing.T) {
 	}
 }
 
+// A function that can call any method by its name, which templates do, makes the
+// linker keep all exported methods of all types: 3 MB of the daemon.
+func TestNoMethodsByName(t *testing.T) {
+	cmd := exec.CommandContext(t.Context(), "go", "build", "-tags=grpcnotrace", "-ldflags=-dumpdep", "-o", "/dev/null", "./cmd/sandboxd")
+	cmd.Dir = "../.."
+	out, err := cmd.CombinedOutput()
+	if err != nil || !strings.Contains(string(out), "main.main") {
+		t.Fatalf("%v: %.1000s", err, out)
+	}
+	for line := range strings.Lines(string(out)) {
+		if strings.Contains(line, "<ReflectMethod>") {
+			t.Fatalf("the program can call methods by name: %sgo build -ldflags=-dumpdep shows who needs that", line)
+		}
+	}
+}
+
 func TestPackageComments(t *testing.T) {
 	for _, p := range packages(t) {
 		var with []string
