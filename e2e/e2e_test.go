@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -281,13 +282,18 @@ func (d *daemon) keeps() []string {
 	return []string{d.root + "/events", d.root + "/collected", d.root + "/states"}
 }
 
+// moreThreads is how many threads a daemon may have more at the end of a test than
+// when it was warm. Go keeps as many as were in system calls at once, beside those
+// that run. A thread that stays behind each operation is soon more than that.
+var moreThreads = 4*runtime.NumCPU() + 16
+
 // checkLeaks makes the test fail at its end if there is more of d on the host
 // then than now.
 func (d *daemon) checkLeaks(t *testing.T) {
 	t.Helper()
 	o := leak.Options{Ancestor: -1, CgroupParent: d.parent, Dirs: []string{d.root, d.state}, Keep: d.keeps()}
 	if d.cmd != nil {
-		o.PID = d.cmd.Process.Pid
+		o.PID, o.Threads = d.cmd.Process.Pid, moreThreads
 	}
 	if d.netns != nil {
 		o.NetNS = fmt.Sprintf("/proc/self/fd/%d", d.netns.Fd())

@@ -33,7 +33,7 @@ type Kind string
 // The kinds, in the order in which findings are reported.
 const (
 	Process   Kind = "process"   // also zombies; kernel threads are ignored
-	Thread    Kind = "thread"    // a thread that is in other namespaces than its process
+	Thread    Kind = "thread"    // one that is in other namespaces than its process, or more than there may be
 	Namespace Kind = "namespace" // held by a process, a thread, a descriptor or a bind mount
 	Mount     Kind = "mount"     // in a mount namespace that is not itself a finding
 	Cgroup    Kind = "cgroup"
@@ -72,6 +72,10 @@ type Options struct {
 	// none. They are compared by what they are, not by number: one pipe more
 	// is a finding, another pipe is not.
 	PID int
+	// Threads is how many more threads the process PID may have than before. A Go
+	// program keeps those that it ever needed at once, so some more are no leak. 0:
+	// threads are not counted.
+	Threads int
 	// Links makes every new network link ours.
 	Links bool
 	// NetNS is the file of a network namespace in which every new link, address,
@@ -86,6 +90,8 @@ type Snapshot struct {
 	Options Options
 	// Things maps what identifies a thing to what a person wants to know of it.
 	Things map[Kind]map[string]string
+	// Threads is how many the process Options.PID has.
+	Threads int
 }
 
 // Finding is one thing that was left behind.
@@ -123,6 +129,10 @@ func Diff(before, after *Snapshot) []Finding {
 				continue
 			}
 			fs = append(fs, Finding{kind, what, after.Things[kind][what]})
+		}
+		if o := after.Options; kind == Thread && o.Threads > 0 && after.Threads > before.Threads+o.Threads {
+			what := fmt.Sprintf("%d of pid %d", after.Threads, o.PID)
+			fs = append(fs, Finding{Thread, what, fmt.Sprintf("before there were %d, and %d more are no finding", before.Threads, o.Threads)})
 		}
 	}
 	return fs

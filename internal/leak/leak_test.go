@@ -397,6 +397,44 @@ func TestGlobal(t *testing.T) {
 	}
 }
 
+// A thread more may be, a lot more may not.
+func TestThreads(t *testing.T) {
+	testenv.Root(t)
+	o := Options{Ancestor: -1, PID: os.Getpid(), Threads: 20}
+	before := take(t, o)
+	block := func(n int) (unblock func()) {
+		var wg sync.WaitGroup
+		ready, stop := make(chan struct{}), make(chan struct{})
+		for range n {
+			wg.Go(func() {
+				runtime.LockOSThread() // and not unlocked: the thread ends with the goroutine
+				ready <- struct{}{}
+				<-stop
+			})
+		}
+		for range n {
+			<-ready
+		}
+		return func() {
+			close(stop)
+			wg.Wait()
+		}
+	}
+	unblock := block(5)
+	if fs := Diff(before, take(t, o)); len(fs) > 0 {
+		t.Errorf("with 5 more: %s", Report(fs))
+	}
+	unblock()
+	unblock = block(50)
+	if fs := Diff(before, take(t, o)); len(fs) != 1 || !found(fs, Thread, "20 more are no finding") {
+		t.Errorf("with 50 more: %s", Report(fs))
+	}
+	unblock()
+	if fs, err := before.Wait(grace); err != nil || len(fs) > 0 {
+		t.Errorf("after they have ended: %s, %v", Report(fs), err)
+	}
+}
+
 // A link is planted in a network namespace of its own: Take reads that of the
 // thread it runs on.
 func TestLink(t *testing.T) {

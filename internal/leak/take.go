@@ -45,13 +45,14 @@ func Take(o Options) (*Snapshot, error) {
 	if err := t.files(); err != nil {
 		return nil, err
 	}
-	return &Snapshot{o, t.things}, nil
+	return &Snapshot{o, t.things, t.threads}, nil
 }
 
 type taker struct {
-	o      Options
-	things map[Kind]map[string]string
-	mntns  map[string]int // mount namespace → a process in it
+	o       Options
+	things  map[Kind]map[string]string
+	mntns   map[string]int // mount namespace → a process in it
+	threads int            // of the process Options.PID
 }
 
 func (t *taker) add(k Kind, what, detail string) {
@@ -124,6 +125,8 @@ func (t *taker) processes() error {
 		}
 		if pid == t.o.PID {
 			t.descriptors(p)
+			tasks, _ := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
+			t.threads = len(tasks)
 		}
 		if !t.ours(p, all) {
 			continue
