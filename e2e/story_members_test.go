@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -122,7 +123,8 @@ func (s *story) cgroupFile(cgroup string, names ...string) string {
 
 func TestStoryLimits(t *testing.T) {
 	s := newStory(t)
-	s.startMember("small", "sleep 1000", "--memory", "64m", "--cpus", "0.5", "--pids-limit", "20")
+	vol := t.TempDir()
+	s.startMember("small", "sleep 1000", "--memory", "64m", "--cpus", "0.5", "--pids-limit", "20", "-e", "A=b", "-v", vol+":/data:ro")
 	cg := s.inspect("small").Cgroup
 	s.expect("memory limit", s.cgroupFile(cg, "memory.limit_in_bytes", "memory.max"), strconv.Itoa(64<<20))
 	s.expect("cpu quota", strings.Fields(s.cgroupFile(cg, "cpu.cfs_quota_us", "cpu.max"))[0], "50000")
@@ -132,6 +134,51 @@ func TestStoryLimits(t *testing.T) {
 	if code == 0 || strings.Contains(out, "all") {
 		t.Errorf("30 processes with a limit of 20: %q, exit code %d", out, code)
 	}
+	// They are shown, with what else it was made with, by the daemon and without.
+	shown := func(who string) {
+		t.Helper()
+		var box struct{ Members []made }
+		for _, ref := range []string{"web/small", "web"} {
+			var m made
+			to := any(&m)
+			if ref == "web" {
+				to = &box
+			}
+			if err := json.Unmarshal([]byte(s.ok("inspect", ref)), to); err != nil {
+				t.Fatal(err)
+			}
+			if ref == "web" && len(box.Members) == 1 {
+				m = box.Members[0]
+			}
+			mounted := slices.ContainsFunc(m.Mounts, func(m mounted) bool {
+				return m.Destination == "/data" && m.Source == vol && m.Type == "bind" && slices.Contains(m.Options, "ro")
+			})
+			if m.Limits.Memory != 64<<20 || m.Limits.NanoCPUs != 500_000_000 || m.Limits.Pids != 20 || !slices.Contains(m.Env, "A=b") || !mounted {
+				t.Errorf("%s shows of %s: %+v", who, ref, m)
+			}
+		}
+		for _, args := range []string{"ls -o json", "ps -o json", "ps web -o json"} {
+			if out := s.ok(strings.Fields(args)...); strings.Contains(out, "A=b") {
+				t.Errorf("%s shows the environment in %s: %s", who, args, out)
+			}
+		}
+	}
+	shown("the daemon")
+	s.kill(t)
+	shown("the state directory")
+	s.start(t)
+}
+
+// made is what inspect shows of what a member was made with.
+type made struct {
+	Limits struct{ Memory, NanoCPUs, Pids int64 }
+	Mounts []mounted
+	Env    []string
+}
+
+type mounted struct {
+	Destination, Type, Source string
+	Options                   []string
 }
 
 func TestStoryExitCodes(t *testing.T) {

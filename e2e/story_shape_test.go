@@ -37,13 +37,19 @@ func TestStoryShape(t *testing.T) {
 	for what, want := range map[string]string{
 		"sandbox": "id name state createdAt pausePid hostname network network.mode namespaces.net.inode namespaces.net.path labels annotations cgroup members",
 		"member": "id name state pid createdAt startedAt namespaces.mnt.source namespaces.mnt.inode namespaces.mnt.path root logPath cgroup custody.held custody.since " +
-			"exit.known exit.code exit.signal exit.oomKilled exit.finishedAt exit.reason exit.rusage.userMicros exit.rusage.systemMicros exit.rusage.maxRssKiB",
+			"limits.memory limits.nanoCpus limits.pids mounts env exit.known exit.code exit.signal exit.oomKilled exit.finishedAt exit.reason exit.rusage.userMicros exit.rusage.systemMicros exit.rusage.maxRssKiB",
 	} {
 		got := keys("", map[string]object{"sandbox": sandbox, "member": member}[what])
 		for _, k := range strings.Fields(want) {
 			if !slices.Contains(got, k) {
 				t.Errorf("%s lacks %s: %v", what, k, got)
 			}
+		}
+	}
+	// Lists leave out what members were made with.
+	for _, m := range []object{member, sandbox["members"].([]any)[0].(object)} {
+		for _, k := range []string{"limits", "mounts", "env"} {
+			delete(m, k)
 		}
 	}
 	if len(list) != 1 || !slices.Equal(keys("", list[0]), keys("", sandbox)) || len(members) != 1 || !slices.Equal(keys("", members[0]), keys("", member)) {

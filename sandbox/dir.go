@@ -164,7 +164,9 @@ func (d *Dir) Sandbox(ref string) (Info, error) {
 	if err != nil {
 		return Info{}, err
 	}
-	return d.info(b), nil
+	i := d.info(b)
+	describe(d.path, i.Members)
+	return i, nil
 }
 
 func (d *Dir) member(ref string) (dirBox, dirMember, error) {
@@ -186,7 +188,9 @@ func (d *Dir) Member(ref string) (MemberInfo, error) {
 	if err != nil {
 		return MemberInfo{}, err
 	}
-	return d.memberInfo(b, m), nil
+	i := []MemberInfo{d.memberInfo(b, m)}
+	describe(d.path, i)
+	return i[0], nil
 }
 
 // MemberDir returns the absolute path of a member's state directory.
@@ -201,16 +205,7 @@ func (d *Dir) MemberConfigFile(ref string) (*specs.Spec, error) {
 	if err != nil {
 		return nil, err
 	}
-	root, err := os.OpenRoot(m.dir)
-	if err != nil {
-		return nil, err
-	}
-	defer root.Close()
-	var spec specs.Spec
-	if err := statefile.Read(root, specFile, &spec); err != nil {
-		return nil, err
-	}
-	return &spec, nil
+	return readSpec(m.dir)
 }
 
 // Records returns the records behind ref, a sandbox or SANDBOX/MEMBER, for what

@@ -71,6 +71,25 @@ type MemberInfo struct {
 	Exit       *Exit                            `json:"exit,omitempty"`       // nil until init has exited
 	Hooks      []HookRun                        `json:"hooks,omitempty"`      // those that have been run
 	Collection string                           `json:"collection,omitempty"` // what was taken at exit, SANDBOX/MEMBER-N below the collection directory
+	// What the member was made with; absent in lists.
+	Limits *LimitsInfo `json:"limits,omitempty"`
+	Mounts []MountInfo `json:"mounts,omitempty"` // in their order; not the root
+	Env    []string    `json:"env,omitempty"`    // K=V
+}
+
+// LimitsInfo are the limits of a member's cgroup; 0 is none.
+type LimitsInfo struct {
+	Memory   int64 `json:"memory"`   // bytes
+	NanoCPUs int64 `json:"nanoCpus"` // 1e9 is one CPU
+	Pids     int64 `json:"pids"`
+}
+
+// MountInfo is a mount of a member's, as in its OCI configuration.
+type MountInfo struct {
+	Destination string   `json:"destination"`
+	Type        string   `json:"type,omitempty"`
+	Source      string   `json:"source,omitempty"`
+	Options     []string `json:"options,omitempty"`
 }
 
 // CustodyInfo says whether a member's root and namespaces are held.

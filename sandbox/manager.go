@@ -494,7 +494,9 @@ func (m *Manager) Inspect(ref string) (Info, error) {
 	if err != nil {
 		return Info{}, &OpError{Op: "inspect", Err: err}
 	}
-	return m.info(b), nil
+	i := m.info(b)
+	describe(m.path, i.Members)
+	return i, nil
 }
 
 // InspectMember returns what is known about a member.
@@ -503,7 +505,9 @@ func (m *Manager) InspectMember(ref string) (MemberInfo, error) {
 	if err != nil {
 		return MemberInfo{}, &OpError{Op: "inspect", Err: err}
 	}
-	return m.memberInfo(b, mb), nil
+	i := []MemberInfo{m.memberInfo(b, mb)}
+	describe(m.path, i)
+	return i[0], nil
 }
 
 func (m *Manager) memberInfo(b *box, mb *memb) MemberInfo {

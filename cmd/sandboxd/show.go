@@ -85,6 +85,7 @@ With -o json it writes an array of the objects that inspect shows of members.`,
 		rows := [][]string{{"ID", "SANDBOX", "NAME", "STATE", "PID", "AGE", "CUSTODY", "TMPFS", "COMMAND"}}
 		for _, i := range infos {
 			for _, m := range i.Members {
+				m.Limits, m.Mounts, m.Env = nil, nil, nil // lists leave them out
 				if *quiet {
 					writeLine(a.out, i.ID+"/"+m.ID)
 				}

@@ -175,6 +175,13 @@ func FromMemberInfo(i sandbox.MemberInfo) *pb.MemberInfo {
 	if i.Exit != nil {
 		out.Exit = FromExit(*i.Exit)
 	}
+	if l := i.Limits; l != nil {
+		out.Limits = &pb.Limits{Memory: l.Memory, NanoCpus: l.NanoCPUs, Pids: l.Pids}
+	}
+	for _, m := range i.Mounts {
+		out.Mounts = append(out.Mounts, &pb.MountInfo{Destination: m.Destination, Type: m.Type, Source: m.Source, Options: m.Options})
+	}
+	out.Env = i.Env
 	return out
 }
 
@@ -191,6 +198,15 @@ func ToMemberInfo(m *pb.MemberInfo) sandbox.MemberInfo {
 		e := ToExit(m.GetExit())
 		i.Exit = &e
 	}
+	if l := m.GetLimits(); l != nil {
+		i.Limits = &sandbox.LimitsInfo{Memory: l.GetMemory(), NanoCPUs: l.GetNanoCpus(), Pids: l.GetPids()}
+	}
+	for _, mount := range m.GetMounts() {
+		i.Mounts = append(i.Mounts, sandbox.MountInfo{
+			Destination: mount.GetDestination(), Type: mount.GetType(), Source: mount.GetSource(), Options: mount.GetOptions(),
+		})
+	}
+	i.Env = m.GetEnv()
 	return i
 }
 

@@ -1659,26 +1659,30 @@ func (x *NamespaceInfo) GetPath() string {
 
 // MemberInfo is what is known of a member.
 type MemberInfo struct {
-	state         protoimpl.MessageState    `protogen:"open.v1"`
-	Id            string                    `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Name          string                    `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
-	Sandbox       string                    `protobuf:"bytes,3,opt,name=sandbox,proto3" json:"sandbox,omitempty"` // id
-	State         string                    `protobuf:"bytes,4,opt,name=state,proto3" json:"state,omitempty"`     // Created, Running, Exited, Collected; Creating, Deleting, Unclean
-	Pid           int32                     `protobuf:"varint,5,opt,name=pid,proto3" json:"pid,omitempty"`        // of init; 0 if there is none
-	MonitorPid    int32                     `protobuf:"varint,6,opt,name=monitor_pid,json=monitorPid,proto3" json:"monitor_pid,omitempty"`
-	CreatedAt     *timestamppb.Timestamp    `protobuf:"bytes,7,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
-	StartedAt     *timestamppb.Timestamp    `protobuf:"bytes,8,opt,name=started_at,json=startedAt,proto3" json:"started_at,omitempty"`
-	Command       []string                  `protobuf:"bytes,9,rep,name=command,proto3" json:"command,omitempty"`
-	Tty           bool                      `protobuf:"varint,10,opt,name=tty,proto3" json:"tty,omitempty"`
-	Namespaces    map[string]*NamespaceInfo `protobuf:"bytes,11,rep,name=namespaces,proto3" json:"namespaces,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	Root          string                    `protobuf:"bytes,12,opt,name=root,proto3" json:"root,omitempty"` // /proc/MONITOR/fd/N; empty without custody
-	LogPath       string                    `protobuf:"bytes,13,opt,name=log_path,json=logPath,proto3" json:"log_path,omitempty"`
-	Cgroup        string                    `protobuf:"bytes,14,opt,name=cgroup,proto3" json:"cgroup,omitempty"`
-	Custody       *CustodyInfo              `protobuf:"bytes,15,opt,name=custody,proto3" json:"custody,omitempty"`
-	Labels        map[string]string         `protobuf:"bytes,16,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	Exit          *ExitRecord               `protobuf:"bytes,17,opt,name=exit,proto3" json:"exit,omitempty"`             // absent until init has exited
-	Hooks         []*HookRun                `protobuf:"bytes,40,rep,name=hooks,proto3" json:"hooks,omitempty"`           // those that have been run
-	Collection    string                    `protobuf:"bytes,18,opt,name=collection,proto3" json:"collection,omitempty"` // SANDBOX/MEMBER-N below the collection directory; empty if there is none
+	state      protoimpl.MessageState    `protogen:"open.v1"`
+	Id         string                    `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Name       string                    `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Sandbox    string                    `protobuf:"bytes,3,opt,name=sandbox,proto3" json:"sandbox,omitempty"` // id
+	State      string                    `protobuf:"bytes,4,opt,name=state,proto3" json:"state,omitempty"`     // Created, Running, Exited, Collected; Creating, Deleting, Unclean
+	Pid        int32                     `protobuf:"varint,5,opt,name=pid,proto3" json:"pid,omitempty"`        // of init; 0 if there is none
+	MonitorPid int32                     `protobuf:"varint,6,opt,name=monitor_pid,json=monitorPid,proto3" json:"monitor_pid,omitempty"`
+	CreatedAt  *timestamppb.Timestamp    `protobuf:"bytes,7,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
+	StartedAt  *timestamppb.Timestamp    `protobuf:"bytes,8,opt,name=started_at,json=startedAt,proto3" json:"started_at,omitempty"`
+	Command    []string                  `protobuf:"bytes,9,rep,name=command,proto3" json:"command,omitempty"`
+	Tty        bool                      `protobuf:"varint,10,opt,name=tty,proto3" json:"tty,omitempty"`
+	Namespaces map[string]*NamespaceInfo `protobuf:"bytes,11,rep,name=namespaces,proto3" json:"namespaces,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Root       string                    `protobuf:"bytes,12,opt,name=root,proto3" json:"root,omitempty"` // /proc/MONITOR/fd/N; empty without custody
+	LogPath    string                    `protobuf:"bytes,13,opt,name=log_path,json=logPath,proto3" json:"log_path,omitempty"`
+	Cgroup     string                    `protobuf:"bytes,14,opt,name=cgroup,proto3" json:"cgroup,omitempty"`
+	Custody    *CustodyInfo              `protobuf:"bytes,15,opt,name=custody,proto3" json:"custody,omitempty"`
+	Labels     map[string]string         `protobuf:"bytes,16,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Exit       *ExitRecord               `protobuf:"bytes,17,opt,name=exit,proto3" json:"exit,omitempty"`             // absent until init has exited
+	Hooks      []*HookRun                `protobuf:"bytes,40,rep,name=hooks,proto3" json:"hooks,omitempty"`           // those that have been run
+	Collection string                    `protobuf:"bytes,18,opt,name=collection,proto3" json:"collection,omitempty"` // SANDBOX/MEMBER-N below the collection directory; empty if there is none
+	// What it was made with; absent in lists.
+	Limits        *Limits      `protobuf:"bytes,19,opt,name=limits,proto3" json:"limits,omitempty"`
+	Mounts        []*MountInfo `protobuf:"bytes,20,rep,name=mounts,proto3" json:"mounts,omitempty"` // in their order; not the root
+	Env           []string     `protobuf:"bytes,21,rep,name=env,proto3" json:"env,omitempty"`       // K=V
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1846,6 +1850,157 @@ func (x *MemberInfo) GetCollection() string {
 	return ""
 }
 
+func (x *MemberInfo) GetLimits() *Limits {
+	if x != nil {
+		return x.Limits
+	}
+	return nil
+}
+
+func (x *MemberInfo) GetMounts() []*MountInfo {
+	if x != nil {
+		return x.Mounts
+	}
+	return nil
+}
+
+func (x *MemberInfo) GetEnv() []string {
+	if x != nil {
+		return x.Env
+	}
+	return nil
+}
+
+// Limits are those of a member's cgroup; 0 is none.
+type Limits struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Memory        int64                  `protobuf:"varint,1,opt,name=memory,proto3" json:"memory,omitempty"`                     // bytes
+	NanoCpus      int64                  `protobuf:"varint,2,opt,name=nano_cpus,json=nanoCpus,proto3" json:"nano_cpus,omitempty"` // 1e9 is one CPU
+	Pids          int64                  `protobuf:"varint,3,opt,name=pids,proto3" json:"pids,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Limits) Reset() {
+	*x = Limits{}
+	mi := &file_sandboxd_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Limits) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Limits) ProtoMessage() {}
+
+func (x *Limits) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Limits.ProtoReflect.Descriptor instead.
+func (*Limits) Descriptor() ([]byte, []int) {
+	return file_sandboxd_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *Limits) GetMemory() int64 {
+	if x != nil {
+		return x.Memory
+	}
+	return 0
+}
+
+func (x *Limits) GetNanoCpus() int64 {
+	if x != nil {
+		return x.NanoCpus
+	}
+	return 0
+}
+
+func (x *Limits) GetPids() int64 {
+	if x != nil {
+		return x.Pids
+	}
+	return 0
+}
+
+// MountInfo is a mount of a member's, as in its OCI configuration.
+type MountInfo struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Destination   string                 `protobuf:"bytes,1,opt,name=destination,proto3" json:"destination,omitempty"`
+	Type          string                 `protobuf:"bytes,2,opt,name=type,proto3" json:"type,omitempty"`
+	Source        string                 `protobuf:"bytes,3,opt,name=source,proto3" json:"source,omitempty"`
+	Options       []string               `protobuf:"bytes,4,rep,name=options,proto3" json:"options,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MountInfo) Reset() {
+	*x = MountInfo{}
+	mi := &file_sandboxd_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MountInfo) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MountInfo) ProtoMessage() {}
+
+func (x *MountInfo) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MountInfo.ProtoReflect.Descriptor instead.
+func (*MountInfo) Descriptor() ([]byte, []int) {
+	return file_sandboxd_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *MountInfo) GetDestination() string {
+	if x != nil {
+		return x.Destination
+	}
+	return ""
+}
+
+func (x *MountInfo) GetType() string {
+	if x != nil {
+		return x.Type
+	}
+	return ""
+}
+
+func (x *MountInfo) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *MountInfo) GetOptions() []string {
+	if x != nil {
+		return x.Options
+	}
+	return nil
+}
+
 // CustodyInfo says whether a member's root and namespaces are held.
 type CustodyInfo struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1861,7 +2016,7 @@ type CustodyInfo struct {
 
 func (x *CustodyInfo) Reset() {
 	*x = CustodyInfo{}
-	mi := &file_sandboxd_proto_msgTypes[19]
+	mi := &file_sandboxd_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1873,7 +2028,7 @@ func (x *CustodyInfo) String() string {
 func (*CustodyInfo) ProtoMessage() {}
 
 func (x *CustodyInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[19]
+	mi := &file_sandboxd_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1886,7 +2041,7 @@ func (x *CustodyInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CustodyInfo.ProtoReflect.Descriptor instead.
 func (*CustodyInfo) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{19}
+	return file_sandboxd_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *CustodyInfo) GetPolicy() string {
@@ -1942,7 +2097,7 @@ type CustodyRelease struct {
 
 func (x *CustodyRelease) Reset() {
 	*x = CustodyRelease{}
-	mi := &file_sandboxd_proto_msgTypes[20]
+	mi := &file_sandboxd_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1954,7 +2109,7 @@ func (x *CustodyRelease) String() string {
 func (*CustodyRelease) ProtoMessage() {}
 
 func (x *CustodyRelease) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[20]
+	mi := &file_sandboxd_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1967,7 +2122,7 @@ func (x *CustodyRelease) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CustodyRelease.ProtoReflect.Descriptor instead.
 func (*CustodyRelease) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{20}
+	return file_sandboxd_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *CustodyRelease) GetAt() *timestamppb.Timestamp {
@@ -2000,7 +2155,7 @@ type ExitRecord struct {
 
 func (x *ExitRecord) Reset() {
 	*x = ExitRecord{}
-	mi := &file_sandboxd_proto_msgTypes[21]
+	mi := &file_sandboxd_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2012,7 +2167,7 @@ func (x *ExitRecord) String() string {
 func (*ExitRecord) ProtoMessage() {}
 
 func (x *ExitRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[21]
+	mi := &file_sandboxd_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2025,7 +2180,7 @@ func (x *ExitRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExitRecord.ProtoReflect.Descriptor instead.
 func (*ExitRecord) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{21}
+	return file_sandboxd_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ExitRecord) GetKnown() bool {
@@ -2089,7 +2244,7 @@ type Rusage struct {
 
 func (x *Rusage) Reset() {
 	*x = Rusage{}
-	mi := &file_sandboxd_proto_msgTypes[22]
+	mi := &file_sandboxd_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2101,7 +2256,7 @@ func (x *Rusage) String() string {
 func (*Rusage) ProtoMessage() {}
 
 func (x *Rusage) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[22]
+	mi := &file_sandboxd_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2114,7 +2269,7 @@ func (x *Rusage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rusage.ProtoReflect.Descriptor instead.
 func (*Rusage) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{22}
+	return file_sandboxd_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Rusage) GetUserMicros() int64 {
@@ -2149,7 +2304,7 @@ type StartFailure struct {
 
 func (x *StartFailure) Reset() {
 	*x = StartFailure{}
-	mi := &file_sandboxd_proto_msgTypes[23]
+	mi := &file_sandboxd_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2161,7 +2316,7 @@ func (x *StartFailure) String() string {
 func (*StartFailure) ProtoMessage() {}
 
 func (x *StartFailure) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[23]
+	mi := &file_sandboxd_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2174,7 +2329,7 @@ func (x *StartFailure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartFailure.ProtoReflect.Descriptor instead.
 func (*StartFailure) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{23}
+	return file_sandboxd_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *StartFailure) GetText() string {
@@ -2200,7 +2355,7 @@ type CreateSandboxRequest struct {
 
 func (x *CreateSandboxRequest) Reset() {
 	*x = CreateSandboxRequest{}
-	mi := &file_sandboxd_proto_msgTypes[24]
+	mi := &file_sandboxd_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2212,7 +2367,7 @@ func (x *CreateSandboxRequest) String() string {
 func (*CreateSandboxRequest) ProtoMessage() {}
 
 func (x *CreateSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[24]
+	mi := &file_sandboxd_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2225,7 +2380,7 @@ func (x *CreateSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSandboxRequest.ProtoReflect.Descriptor instead.
 func (*CreateSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{24}
+	return file_sandboxd_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *CreateSandboxRequest) GetConfig() *SandboxConfig {
@@ -2244,7 +2399,7 @@ type CreateSandboxResponse struct {
 
 func (x *CreateSandboxResponse) Reset() {
 	*x = CreateSandboxResponse{}
-	mi := &file_sandboxd_proto_msgTypes[25]
+	mi := &file_sandboxd_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2256,7 +2411,7 @@ func (x *CreateSandboxResponse) String() string {
 func (*CreateSandboxResponse) ProtoMessage() {}
 
 func (x *CreateSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[25]
+	mi := &file_sandboxd_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2269,7 +2424,7 @@ func (x *CreateSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSandboxResponse.ProtoReflect.Descriptor instead.
 func (*CreateSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{25}
+	return file_sandboxd_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *CreateSandboxResponse) GetSandbox() *SandboxInfo {
@@ -2289,7 +2444,7 @@ type StopSandboxRequest struct {
 
 func (x *StopSandboxRequest) Reset() {
 	*x = StopSandboxRequest{}
-	mi := &file_sandboxd_proto_msgTypes[26]
+	mi := &file_sandboxd_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2301,7 +2456,7 @@ func (x *StopSandboxRequest) String() string {
 func (*StopSandboxRequest) ProtoMessage() {}
 
 func (x *StopSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[26]
+	mi := &file_sandboxd_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2314,7 +2469,7 @@ func (x *StopSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopSandboxRequest.ProtoReflect.Descriptor instead.
 func (*StopSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{26}
+	return file_sandboxd_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *StopSandboxRequest) GetSandbox() string {
@@ -2339,7 +2494,7 @@ type StopSandboxResponse struct {
 
 func (x *StopSandboxResponse) Reset() {
 	*x = StopSandboxResponse{}
-	mi := &file_sandboxd_proto_msgTypes[27]
+	mi := &file_sandboxd_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2351,7 +2506,7 @@ func (x *StopSandboxResponse) String() string {
 func (*StopSandboxResponse) ProtoMessage() {}
 
 func (x *StopSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[27]
+	mi := &file_sandboxd_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2364,7 +2519,7 @@ func (x *StopSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopSandboxResponse.ProtoReflect.Descriptor instead.
 func (*StopSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{27}
+	return file_sandboxd_proto_rawDescGZIP(), []int{29}
 }
 
 type RemoveSandboxRequest struct {
@@ -2377,7 +2532,7 @@ type RemoveSandboxRequest struct {
 
 func (x *RemoveSandboxRequest) Reset() {
 	*x = RemoveSandboxRequest{}
-	mi := &file_sandboxd_proto_msgTypes[28]
+	mi := &file_sandboxd_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2389,7 +2544,7 @@ func (x *RemoveSandboxRequest) String() string {
 func (*RemoveSandboxRequest) ProtoMessage() {}
 
 func (x *RemoveSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[28]
+	mi := &file_sandboxd_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2402,7 +2557,7 @@ func (x *RemoveSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveSandboxRequest.ProtoReflect.Descriptor instead.
 func (*RemoveSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{28}
+	return file_sandboxd_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *RemoveSandboxRequest) GetSandbox() string {
@@ -2427,7 +2582,7 @@ type RemoveSandboxResponse struct {
 
 func (x *RemoveSandboxResponse) Reset() {
 	*x = RemoveSandboxResponse{}
-	mi := &file_sandboxd_proto_msgTypes[29]
+	mi := &file_sandboxd_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2439,7 +2594,7 @@ func (x *RemoveSandboxResponse) String() string {
 func (*RemoveSandboxResponse) ProtoMessage() {}
 
 func (x *RemoveSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[29]
+	mi := &file_sandboxd_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2452,7 +2607,7 @@ func (x *RemoveSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveSandboxResponse.ProtoReflect.Descriptor instead.
 func (*RemoveSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{29}
+	return file_sandboxd_proto_rawDescGZIP(), []int{31}
 }
 
 type ListSandboxesRequest struct {
@@ -2464,7 +2619,7 @@ type ListSandboxesRequest struct {
 
 func (x *ListSandboxesRequest) Reset() {
 	*x = ListSandboxesRequest{}
-	mi := &file_sandboxd_proto_msgTypes[30]
+	mi := &file_sandboxd_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2476,7 +2631,7 @@ func (x *ListSandboxesRequest) String() string {
 func (*ListSandboxesRequest) ProtoMessage() {}
 
 func (x *ListSandboxesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[30]
+	mi := &file_sandboxd_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2489,7 +2644,7 @@ func (x *ListSandboxesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSandboxesRequest.ProtoReflect.Descriptor instead.
 func (*ListSandboxesRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{30}
+	return file_sandboxd_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ListSandboxesRequest) GetAll() bool {
@@ -2508,7 +2663,7 @@ type ListSandboxesResponse struct {
 
 func (x *ListSandboxesResponse) Reset() {
 	*x = ListSandboxesResponse{}
-	mi := &file_sandboxd_proto_msgTypes[31]
+	mi := &file_sandboxd_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2520,7 +2675,7 @@ func (x *ListSandboxesResponse) String() string {
 func (*ListSandboxesResponse) ProtoMessage() {}
 
 func (x *ListSandboxesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[31]
+	mi := &file_sandboxd_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2533,7 +2688,7 @@ func (x *ListSandboxesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSandboxesResponse.ProtoReflect.Descriptor instead.
 func (*ListSandboxesResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{31}
+	return file_sandboxd_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ListSandboxesResponse) GetSandboxes() []*SandboxInfo {
@@ -2552,7 +2707,7 @@ type GetSandboxRequest struct {
 
 func (x *GetSandboxRequest) Reset() {
 	*x = GetSandboxRequest{}
-	mi := &file_sandboxd_proto_msgTypes[32]
+	mi := &file_sandboxd_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2564,7 +2719,7 @@ func (x *GetSandboxRequest) String() string {
 func (*GetSandboxRequest) ProtoMessage() {}
 
 func (x *GetSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[32]
+	mi := &file_sandboxd_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2577,7 +2732,7 @@ func (x *GetSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSandboxRequest.ProtoReflect.Descriptor instead.
 func (*GetSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{32}
+	return file_sandboxd_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *GetSandboxRequest) GetSandbox() string {
@@ -2596,7 +2751,7 @@ type GetSandboxResponse struct {
 
 func (x *GetSandboxResponse) Reset() {
 	*x = GetSandboxResponse{}
-	mi := &file_sandboxd_proto_msgTypes[33]
+	mi := &file_sandboxd_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2608,7 +2763,7 @@ func (x *GetSandboxResponse) String() string {
 func (*GetSandboxResponse) ProtoMessage() {}
 
 func (x *GetSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[33]
+	mi := &file_sandboxd_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2621,7 +2776,7 @@ func (x *GetSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSandboxResponse.ProtoReflect.Descriptor instead.
 func (*GetSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{33}
+	return file_sandboxd_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *GetSandboxResponse) GetSandbox() *SandboxInfo {
@@ -2640,7 +2795,7 @@ type CheckNetworkRequest struct {
 
 func (x *CheckNetworkRequest) Reset() {
 	*x = CheckNetworkRequest{}
-	mi := &file_sandboxd_proto_msgTypes[34]
+	mi := &file_sandboxd_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2652,7 +2807,7 @@ func (x *CheckNetworkRequest) String() string {
 func (*CheckNetworkRequest) ProtoMessage() {}
 
 func (x *CheckNetworkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[34]
+	mi := &file_sandboxd_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2665,7 +2820,7 @@ func (x *CheckNetworkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckNetworkRequest.ProtoReflect.Descriptor instead.
 func (*CheckNetworkRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{34}
+	return file_sandboxd_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *CheckNetworkRequest) GetSandbox() string {
@@ -2683,7 +2838,7 @@ type CheckNetworkResponse struct {
 
 func (x *CheckNetworkResponse) Reset() {
 	*x = CheckNetworkResponse{}
-	mi := &file_sandboxd_proto_msgTypes[35]
+	mi := &file_sandboxd_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2695,7 +2850,7 @@ func (x *CheckNetworkResponse) String() string {
 func (*CheckNetworkResponse) ProtoMessage() {}
 
 func (x *CheckNetworkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[35]
+	mi := &file_sandboxd_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2708,7 +2863,7 @@ func (x *CheckNetworkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckNetworkResponse.ProtoReflect.Descriptor instead.
 func (*CheckNetworkResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{35}
+	return file_sandboxd_proto_rawDescGZIP(), []int{37}
 }
 
 type AddMemberRequest struct {
@@ -2722,7 +2877,7 @@ type AddMemberRequest struct {
 
 func (x *AddMemberRequest) Reset() {
 	*x = AddMemberRequest{}
-	mi := &file_sandboxd_proto_msgTypes[36]
+	mi := &file_sandboxd_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2734,7 +2889,7 @@ func (x *AddMemberRequest) String() string {
 func (*AddMemberRequest) ProtoMessage() {}
 
 func (x *AddMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[36]
+	mi := &file_sandboxd_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2747,7 +2902,7 @@ func (x *AddMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddMemberRequest.ProtoReflect.Descriptor instead.
 func (*AddMemberRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{36}
+	return file_sandboxd_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *AddMemberRequest) GetSandbox() string {
@@ -2780,7 +2935,7 @@ type AddMemberResponse struct {
 
 func (x *AddMemberResponse) Reset() {
 	*x = AddMemberResponse{}
-	mi := &file_sandboxd_proto_msgTypes[37]
+	mi := &file_sandboxd_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2792,7 +2947,7 @@ func (x *AddMemberResponse) String() string {
 func (*AddMemberResponse) ProtoMessage() {}
 
 func (x *AddMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[37]
+	mi := &file_sandboxd_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2805,7 +2960,7 @@ func (x *AddMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddMemberResponse.ProtoReflect.Descriptor instead.
 func (*AddMemberResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{37}
+	return file_sandboxd_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *AddMemberResponse) GetMember() *MemberInfo {
@@ -2824,7 +2979,7 @@ type StartMemberRequest struct {
 
 func (x *StartMemberRequest) Reset() {
 	*x = StartMemberRequest{}
-	mi := &file_sandboxd_proto_msgTypes[38]
+	mi := &file_sandboxd_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2836,7 +2991,7 @@ func (x *StartMemberRequest) String() string {
 func (*StartMemberRequest) ProtoMessage() {}
 
 func (x *StartMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[38]
+	mi := &file_sandboxd_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2849,7 +3004,7 @@ func (x *StartMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartMemberRequest.ProtoReflect.Descriptor instead.
 func (*StartMemberRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{38}
+	return file_sandboxd_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *StartMemberRequest) GetMember() string {
@@ -2868,7 +3023,7 @@ type StartMemberResponse struct {
 
 func (x *StartMemberResponse) Reset() {
 	*x = StartMemberResponse{}
-	mi := &file_sandboxd_proto_msgTypes[39]
+	mi := &file_sandboxd_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2880,7 +3035,7 @@ func (x *StartMemberResponse) String() string {
 func (*StartMemberResponse) ProtoMessage() {}
 
 func (x *StartMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[39]
+	mi := &file_sandboxd_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2893,7 +3048,7 @@ func (x *StartMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartMemberResponse.ProtoReflect.Descriptor instead.
 func (*StartMemberResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{39}
+	return file_sandboxd_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *StartMemberResponse) GetMember() *MemberInfo {
@@ -2913,7 +3068,7 @@ type StopMemberRequest struct {
 
 func (x *StopMemberRequest) Reset() {
 	*x = StopMemberRequest{}
-	mi := &file_sandboxd_proto_msgTypes[40]
+	mi := &file_sandboxd_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2925,7 +3080,7 @@ func (x *StopMemberRequest) String() string {
 func (*StopMemberRequest) ProtoMessage() {}
 
 func (x *StopMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[40]
+	mi := &file_sandboxd_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2938,7 +3093,7 @@ func (x *StopMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopMemberRequest.ProtoReflect.Descriptor instead.
 func (*StopMemberRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{40}
+	return file_sandboxd_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *StopMemberRequest) GetMember() string {
@@ -2963,7 +3118,7 @@ type StopMemberResponse struct {
 
 func (x *StopMemberResponse) Reset() {
 	*x = StopMemberResponse{}
-	mi := &file_sandboxd_proto_msgTypes[41]
+	mi := &file_sandboxd_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2975,7 +3130,7 @@ func (x *StopMemberResponse) String() string {
 func (*StopMemberResponse) ProtoMessage() {}
 
 func (x *StopMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[41]
+	mi := &file_sandboxd_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2988,7 +3143,7 @@ func (x *StopMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopMemberResponse.ProtoReflect.Descriptor instead.
 func (*StopMemberResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{41}
+	return file_sandboxd_proto_rawDescGZIP(), []int{43}
 }
 
 type KillMemberRequest struct {
@@ -3001,7 +3156,7 @@ type KillMemberRequest struct {
 
 func (x *KillMemberRequest) Reset() {
 	*x = KillMemberRequest{}
-	mi := &file_sandboxd_proto_msgTypes[42]
+	mi := &file_sandboxd_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3013,7 +3168,7 @@ func (x *KillMemberRequest) String() string {
 func (*KillMemberRequest) ProtoMessage() {}
 
 func (x *KillMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[42]
+	mi := &file_sandboxd_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3026,7 +3181,7 @@ func (x *KillMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillMemberRequest.ProtoReflect.Descriptor instead.
 func (*KillMemberRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{42}
+	return file_sandboxd_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *KillMemberRequest) GetMember() string {
@@ -3051,7 +3206,7 @@ type KillMemberResponse struct {
 
 func (x *KillMemberResponse) Reset() {
 	*x = KillMemberResponse{}
-	mi := &file_sandboxd_proto_msgTypes[43]
+	mi := &file_sandboxd_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3063,7 +3218,7 @@ func (x *KillMemberResponse) String() string {
 func (*KillMemberResponse) ProtoMessage() {}
 
 func (x *KillMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[43]
+	mi := &file_sandboxd_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3076,7 +3231,7 @@ func (x *KillMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillMemberResponse.ProtoReflect.Descriptor instead.
 func (*KillMemberResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{43}
+	return file_sandboxd_proto_rawDescGZIP(), []int{45}
 }
 
 type RemoveMemberRequest struct {
@@ -3089,7 +3244,7 @@ type RemoveMemberRequest struct {
 
 func (x *RemoveMemberRequest) Reset() {
 	*x = RemoveMemberRequest{}
-	mi := &file_sandboxd_proto_msgTypes[44]
+	mi := &file_sandboxd_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3101,7 +3256,7 @@ func (x *RemoveMemberRequest) String() string {
 func (*RemoveMemberRequest) ProtoMessage() {}
 
 func (x *RemoveMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[44]
+	mi := &file_sandboxd_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3114,7 +3269,7 @@ func (x *RemoveMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveMemberRequest.ProtoReflect.Descriptor instead.
 func (*RemoveMemberRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{44}
+	return file_sandboxd_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *RemoveMemberRequest) GetMember() string {
@@ -3139,7 +3294,7 @@ type RemoveMemberResponse struct {
 
 func (x *RemoveMemberResponse) Reset() {
 	*x = RemoveMemberResponse{}
-	mi := &file_sandboxd_proto_msgTypes[45]
+	mi := &file_sandboxd_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3151,7 +3306,7 @@ func (x *RemoveMemberResponse) String() string {
 func (*RemoveMemberResponse) ProtoMessage() {}
 
 func (x *RemoveMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[45]
+	mi := &file_sandboxd_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3164,7 +3319,7 @@ func (x *RemoveMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveMemberResponse.ProtoReflect.Descriptor instead.
 func (*RemoveMemberResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{45}
+	return file_sandboxd_proto_rawDescGZIP(), []int{47}
 }
 
 type WaitMemberRequest struct {
@@ -3176,7 +3331,7 @@ type WaitMemberRequest struct {
 
 func (x *WaitMemberRequest) Reset() {
 	*x = WaitMemberRequest{}
-	mi := &file_sandboxd_proto_msgTypes[46]
+	mi := &file_sandboxd_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3188,7 +3343,7 @@ func (x *WaitMemberRequest) String() string {
 func (*WaitMemberRequest) ProtoMessage() {}
 
 func (x *WaitMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[46]
+	mi := &file_sandboxd_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3201,7 +3356,7 @@ func (x *WaitMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitMemberRequest.ProtoReflect.Descriptor instead.
 func (*WaitMemberRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{46}
+	return file_sandboxd_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *WaitMemberRequest) GetMember() string {
@@ -3220,7 +3375,7 @@ type WaitMemberResponse struct {
 
 func (x *WaitMemberResponse) Reset() {
 	*x = WaitMemberResponse{}
-	mi := &file_sandboxd_proto_msgTypes[47]
+	mi := &file_sandboxd_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3232,7 +3387,7 @@ func (x *WaitMemberResponse) String() string {
 func (*WaitMemberResponse) ProtoMessage() {}
 
 func (x *WaitMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[47]
+	mi := &file_sandboxd_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3245,7 +3400,7 @@ func (x *WaitMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitMemberResponse.ProtoReflect.Descriptor instead.
 func (*WaitMemberResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{47}
+	return file_sandboxd_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *WaitMemberResponse) GetExit() *ExitRecord {
@@ -3264,7 +3419,7 @@ type ReopenMemberLogRequest struct {
 
 func (x *ReopenMemberLogRequest) Reset() {
 	*x = ReopenMemberLogRequest{}
-	mi := &file_sandboxd_proto_msgTypes[48]
+	mi := &file_sandboxd_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3276,7 +3431,7 @@ func (x *ReopenMemberLogRequest) String() string {
 func (*ReopenMemberLogRequest) ProtoMessage() {}
 
 func (x *ReopenMemberLogRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[48]
+	mi := &file_sandboxd_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3289,7 +3444,7 @@ func (x *ReopenMemberLogRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReopenMemberLogRequest.ProtoReflect.Descriptor instead.
 func (*ReopenMemberLogRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{48}
+	return file_sandboxd_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *ReopenMemberLogRequest) GetMember() string {
@@ -3307,7 +3462,7 @@ type ReopenMemberLogResponse struct {
 
 func (x *ReopenMemberLogResponse) Reset() {
 	*x = ReopenMemberLogResponse{}
-	mi := &file_sandboxd_proto_msgTypes[49]
+	mi := &file_sandboxd_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3319,7 +3474,7 @@ func (x *ReopenMemberLogResponse) String() string {
 func (*ReopenMemberLogResponse) ProtoMessage() {}
 
 func (x *ReopenMemberLogResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[49]
+	mi := &file_sandboxd_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3332,7 +3487,7 @@ func (x *ReopenMemberLogResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReopenMemberLogResponse.ProtoReflect.Descriptor instead.
 func (*ReopenMemberLogResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{49}
+	return file_sandboxd_proto_rawDescGZIP(), []int{51}
 }
 
 type GetMemberRequest struct {
@@ -3344,7 +3499,7 @@ type GetMemberRequest struct {
 
 func (x *GetMemberRequest) Reset() {
 	*x = GetMemberRequest{}
-	mi := &file_sandboxd_proto_msgTypes[50]
+	mi := &file_sandboxd_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3356,7 +3511,7 @@ func (x *GetMemberRequest) String() string {
 func (*GetMemberRequest) ProtoMessage() {}
 
 func (x *GetMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[50]
+	mi := &file_sandboxd_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3369,7 +3524,7 @@ func (x *GetMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetMemberRequest.ProtoReflect.Descriptor instead.
 func (*GetMemberRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{50}
+	return file_sandboxd_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *GetMemberRequest) GetMember() string {
@@ -3388,7 +3543,7 @@ type GetMemberResponse struct {
 
 func (x *GetMemberResponse) Reset() {
 	*x = GetMemberResponse{}
-	mi := &file_sandboxd_proto_msgTypes[51]
+	mi := &file_sandboxd_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3400,7 +3555,7 @@ func (x *GetMemberResponse) String() string {
 func (*GetMemberResponse) ProtoMessage() {}
 
 func (x *GetMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[51]
+	mi := &file_sandboxd_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3413,7 +3568,7 @@ func (x *GetMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetMemberResponse.ProtoReflect.Descriptor instead.
 func (*GetMemberResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{51}
+	return file_sandboxd_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *GetMemberResponse) GetMember() *MemberInfo {
@@ -3437,7 +3592,7 @@ type ExecMemberRequest struct {
 
 func (x *ExecMemberRequest) Reset() {
 	*x = ExecMemberRequest{}
-	mi := &file_sandboxd_proto_msgTypes[52]
+	mi := &file_sandboxd_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3449,7 +3604,7 @@ func (x *ExecMemberRequest) String() string {
 func (*ExecMemberRequest) ProtoMessage() {}
 
 func (x *ExecMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[52]
+	mi := &file_sandboxd_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3462,7 +3617,7 @@ func (x *ExecMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecMemberRequest.ProtoReflect.Descriptor instead.
 func (*ExecMemberRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{52}
+	return file_sandboxd_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *ExecMemberRequest) GetMember() string {
@@ -3519,7 +3674,7 @@ type ExecMemberResponse struct {
 
 func (x *ExecMemberResponse) Reset() {
 	*x = ExecMemberResponse{}
-	mi := &file_sandboxd_proto_msgTypes[53]
+	mi := &file_sandboxd_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3531,7 +3686,7 @@ func (x *ExecMemberResponse) String() string {
 func (*ExecMemberResponse) ProtoMessage() {}
 
 func (x *ExecMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[53]
+	mi := &file_sandboxd_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3544,7 +3699,7 @@ func (x *ExecMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecMemberResponse.ProtoReflect.Descriptor instead.
 func (*ExecMemberResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{53}
+	return file_sandboxd_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *ExecMemberResponse) GetExitCode() int32 {
@@ -3588,7 +3743,7 @@ type ReadEventsRequest struct {
 
 func (x *ReadEventsRequest) Reset() {
 	*x = ReadEventsRequest{}
-	mi := &file_sandboxd_proto_msgTypes[54]
+	mi := &file_sandboxd_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3600,7 +3755,7 @@ func (x *ReadEventsRequest) String() string {
 func (*ReadEventsRequest) ProtoMessage() {}
 
 func (x *ReadEventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[54]
+	mi := &file_sandboxd_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3613,7 +3768,7 @@ func (x *ReadEventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadEventsRequest.ProtoReflect.Descriptor instead.
 func (*ReadEventsRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{54}
+	return file_sandboxd_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *ReadEventsRequest) GetAfter() uint64 {
@@ -3660,7 +3815,7 @@ type ReadEventsResponse struct {
 
 func (x *ReadEventsResponse) Reset() {
 	*x = ReadEventsResponse{}
-	mi := &file_sandboxd_proto_msgTypes[55]
+	mi := &file_sandboxd_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3672,7 +3827,7 @@ func (x *ReadEventsResponse) String() string {
 func (*ReadEventsResponse) ProtoMessage() {}
 
 func (x *ReadEventsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[55]
+	mi := &file_sandboxd_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3685,7 +3840,7 @@ func (x *ReadEventsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadEventsResponse.ProtoReflect.Descriptor instead.
 func (*ReadEventsResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{55}
+	return file_sandboxd_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *ReadEventsResponse) GetEvent() *Event {
@@ -3717,7 +3872,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_sandboxd_proto_msgTypes[56]
+	mi := &file_sandboxd_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3729,7 +3884,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[56]
+	mi := &file_sandboxd_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3742,7 +3897,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{56}
+	return file_sandboxd_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *Event) GetSeq() uint64 {
@@ -3848,7 +4003,7 @@ type EventGap struct {
 
 func (x *EventGap) Reset() {
 	*x = EventGap{}
-	mi := &file_sandboxd_proto_msgTypes[57]
+	mi := &file_sandboxd_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3860,7 +4015,7 @@ func (x *EventGap) String() string {
 func (*EventGap) ProtoMessage() {}
 
 func (x *EventGap) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[57]
+	mi := &file_sandboxd_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3873,7 +4028,7 @@ func (x *EventGap) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventGap.ProtoReflect.Descriptor instead.
 func (*EventGap) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{57}
+	return file_sandboxd_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *EventGap) GetAfter() uint64 {
@@ -3906,7 +4061,7 @@ type CollectGarbageRequest struct {
 
 func (x *CollectGarbageRequest) Reset() {
 	*x = CollectGarbageRequest{}
-	mi := &file_sandboxd_proto_msgTypes[58]
+	mi := &file_sandboxd_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3918,7 +4073,7 @@ func (x *CollectGarbageRequest) String() string {
 func (*CollectGarbageRequest) ProtoMessage() {}
 
 func (x *CollectGarbageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[58]
+	mi := &file_sandboxd_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3931,7 +4086,7 @@ func (x *CollectGarbageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CollectGarbageRequest.ProtoReflect.Descriptor instead.
 func (*CollectGarbageRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{58}
+	return file_sandboxd_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *CollectGarbageRequest) GetDryRun() bool {
@@ -3951,7 +4106,7 @@ type CollectGarbageResponse struct {
 
 func (x *CollectGarbageResponse) Reset() {
 	*x = CollectGarbageResponse{}
-	mi := &file_sandboxd_proto_msgTypes[59]
+	mi := &file_sandboxd_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3963,7 +4118,7 @@ func (x *CollectGarbageResponse) String() string {
 func (*CollectGarbageResponse) ProtoMessage() {}
 
 func (x *CollectGarbageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[59]
+	mi := &file_sandboxd_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3976,7 +4131,7 @@ func (x *CollectGarbageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CollectGarbageResponse.ProtoReflect.Descriptor instead.
 func (*CollectGarbageResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{59}
+	return file_sandboxd_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *CollectGarbageResponse) GetFindings() []*GarbageFinding {
@@ -4008,7 +4163,7 @@ type GarbageFinding struct {
 
 func (x *GarbageFinding) Reset() {
 	*x = GarbageFinding{}
-	mi := &file_sandboxd_proto_msgTypes[60]
+	mi := &file_sandboxd_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4020,7 +4175,7 @@ func (x *GarbageFinding) String() string {
 func (*GarbageFinding) ProtoMessage() {}
 
 func (x *GarbageFinding) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[60]
+	mi := &file_sandboxd_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4033,7 +4188,7 @@ func (x *GarbageFinding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GarbageFinding.ProtoReflect.Descriptor instead.
 func (*GarbageFinding) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{60}
+	return file_sandboxd_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *GarbageFinding) GetKind() string {
@@ -4260,7 +4415,7 @@ const file_sandboxd_proto_rawDesc = "" +
 	"\rNamespaceInfo\x12\x16\n" +
 	"\x06source\x18\x01 \x01(\tR\x06source\x12\x14\n" +
 	"\x05inode\x18\x02 \x01(\x04R\x05inode\x12\x12\n" +
-	"\x04path\x18\x03 \x01(\tR\x04path\"\xc5\x06\n" +
+	"\x04path\x18\x03 \x01(\tR\x04path\"\xb4\a\n" +
 	"\n" +
 	"MemberInfo\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
@@ -4289,13 +4444,25 @@ const file_sandboxd_proto_rawDesc = "" +
 	"\x05hooks\x18( \x03(\v2\x14.sandboxd.v1.HookRunR\x05hooks\x12\x1e\n" +
 	"\n" +
 	"collection\x18\x12 \x01(\tR\n" +
-	"collection\x1aY\n" +
+	"collection\x12+\n" +
+	"\x06limits\x18\x13 \x01(\v2\x13.sandboxd.v1.LimitsR\x06limits\x12.\n" +
+	"\x06mounts\x18\x14 \x03(\v2\x16.sandboxd.v1.MountInfoR\x06mounts\x12\x10\n" +
+	"\x03env\x18\x15 \x03(\tR\x03env\x1aY\n" +
 	"\x0fNamespacesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x120\n" +
 	"\x05value\x18\x02 \x01(\v2\x1a.sandboxd.v1.NamespaceInfoR\x05value:\x028\x01\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xf7\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"Q\n" +
+	"\x06Limits\x12\x16\n" +
+	"\x06memory\x18\x01 \x01(\x03R\x06memory\x12\x1b\n" +
+	"\tnano_cpus\x18\x02 \x01(\x03R\bnanoCpus\x12\x12\n" +
+	"\x04pids\x18\x03 \x01(\x03R\x04pids\"s\n" +
+	"\tMountInfo\x12 \n" +
+	"\vdestination\x18\x01 \x01(\tR\vdestination\x12\x12\n" +
+	"\x04type\x18\x02 \x01(\tR\x04type\x12\x16\n" +
+	"\x06source\x18\x03 \x01(\tR\x06source\x12\x18\n" +
+	"\aoptions\x18\x04 \x03(\tR\aoptions\"\xf7\x01\n" +
 	"\vCustodyInfo\x12\x16\n" +
 	"\x06policy\x18\x01 \x01(\tR\x06policy\x12\x12\n" +
 	"\x04held\x18\x02 \x01(\bR\x04held\x120\n" +
@@ -4476,7 +4643,7 @@ func file_sandboxd_proto_rawDescGZIP() []byte {
 	return file_sandboxd_proto_rawDescData
 }
 
-var file_sandboxd_proto_msgTypes = make([]protoimpl.MessageInfo, 72)
+var file_sandboxd_proto_msgTypes = make([]protoimpl.MessageInfo, 74)
 var file_sandboxd_proto_goTypes = []any{
 	(*SandboxConfig)(nil),           // 0: sandboxd.v1.SandboxConfig
 	(*NetworkConfig)(nil),           // 1: sandboxd.v1.NetworkConfig
@@ -4497,67 +4664,69 @@ var file_sandboxd_proto_goTypes = []any{
 	(*Tombstone)(nil),               // 16: sandboxd.v1.Tombstone
 	(*NamespaceInfo)(nil),           // 17: sandboxd.v1.NamespaceInfo
 	(*MemberInfo)(nil),              // 18: sandboxd.v1.MemberInfo
-	(*CustodyInfo)(nil),             // 19: sandboxd.v1.CustodyInfo
-	(*CustodyRelease)(nil),          // 20: sandboxd.v1.CustodyRelease
-	(*ExitRecord)(nil),              // 21: sandboxd.v1.ExitRecord
-	(*Rusage)(nil),                  // 22: sandboxd.v1.Rusage
-	(*StartFailure)(nil),            // 23: sandboxd.v1.StartFailure
-	(*CreateSandboxRequest)(nil),    // 24: sandboxd.v1.CreateSandboxRequest
-	(*CreateSandboxResponse)(nil),   // 25: sandboxd.v1.CreateSandboxResponse
-	(*StopSandboxRequest)(nil),      // 26: sandboxd.v1.StopSandboxRequest
-	(*StopSandboxResponse)(nil),     // 27: sandboxd.v1.StopSandboxResponse
-	(*RemoveSandboxRequest)(nil),    // 28: sandboxd.v1.RemoveSandboxRequest
-	(*RemoveSandboxResponse)(nil),   // 29: sandboxd.v1.RemoveSandboxResponse
-	(*ListSandboxesRequest)(nil),    // 30: sandboxd.v1.ListSandboxesRequest
-	(*ListSandboxesResponse)(nil),   // 31: sandboxd.v1.ListSandboxesResponse
-	(*GetSandboxRequest)(nil),       // 32: sandboxd.v1.GetSandboxRequest
-	(*GetSandboxResponse)(nil),      // 33: sandboxd.v1.GetSandboxResponse
-	(*CheckNetworkRequest)(nil),     // 34: sandboxd.v1.CheckNetworkRequest
-	(*CheckNetworkResponse)(nil),    // 35: sandboxd.v1.CheckNetworkResponse
-	(*AddMemberRequest)(nil),        // 36: sandboxd.v1.AddMemberRequest
-	(*AddMemberResponse)(nil),       // 37: sandboxd.v1.AddMemberResponse
-	(*StartMemberRequest)(nil),      // 38: sandboxd.v1.StartMemberRequest
-	(*StartMemberResponse)(nil),     // 39: sandboxd.v1.StartMemberResponse
-	(*StopMemberRequest)(nil),       // 40: sandboxd.v1.StopMemberRequest
-	(*StopMemberResponse)(nil),      // 41: sandboxd.v1.StopMemberResponse
-	(*KillMemberRequest)(nil),       // 42: sandboxd.v1.KillMemberRequest
-	(*KillMemberResponse)(nil),      // 43: sandboxd.v1.KillMemberResponse
-	(*RemoveMemberRequest)(nil),     // 44: sandboxd.v1.RemoveMemberRequest
-	(*RemoveMemberResponse)(nil),    // 45: sandboxd.v1.RemoveMemberResponse
-	(*WaitMemberRequest)(nil),       // 46: sandboxd.v1.WaitMemberRequest
-	(*WaitMemberResponse)(nil),      // 47: sandboxd.v1.WaitMemberResponse
-	(*ReopenMemberLogRequest)(nil),  // 48: sandboxd.v1.ReopenMemberLogRequest
-	(*ReopenMemberLogResponse)(nil), // 49: sandboxd.v1.ReopenMemberLogResponse
-	(*GetMemberRequest)(nil),        // 50: sandboxd.v1.GetMemberRequest
-	(*GetMemberResponse)(nil),       // 51: sandboxd.v1.GetMemberResponse
-	(*ExecMemberRequest)(nil),       // 52: sandboxd.v1.ExecMemberRequest
-	(*ExecMemberResponse)(nil),      // 53: sandboxd.v1.ExecMemberResponse
-	(*ReadEventsRequest)(nil),       // 54: sandboxd.v1.ReadEventsRequest
-	(*ReadEventsResponse)(nil),      // 55: sandboxd.v1.ReadEventsResponse
-	(*Event)(nil),                   // 56: sandboxd.v1.Event
-	(*EventGap)(nil),                // 57: sandboxd.v1.EventGap
-	(*CollectGarbageRequest)(nil),   // 58: sandboxd.v1.CollectGarbageRequest
-	(*CollectGarbageResponse)(nil),  // 59: sandboxd.v1.CollectGarbageResponse
-	(*GarbageFinding)(nil),          // 60: sandboxd.v1.GarbageFinding
-	nil,                             // 61: sandboxd.v1.SandboxConfig.SysctlsEntry
-	nil,                             // 62: sandboxd.v1.SandboxConfig.LabelsEntry
-	nil,                             // 63: sandboxd.v1.SandboxConfig.AnnotationsEntry
-	nil,                             // 64: sandboxd.v1.MemberConfig.NamespacesEntry
-	nil,                             // 65: sandboxd.v1.MemberConfig.LabelsEntry
-	nil,                             // 66: sandboxd.v1.SandboxInfo.NamespacesEntry
-	nil,                             // 67: sandboxd.v1.SandboxInfo.LabelsEntry
-	nil,                             // 68: sandboxd.v1.SandboxInfo.AnnotationsEntry
-	nil,                             // 69: sandboxd.v1.MemberInfo.NamespacesEntry
-	nil,                             // 70: sandboxd.v1.MemberInfo.LabelsEntry
-	nil,                             // 71: sandboxd.v1.Event.AttrsEntry
-	(*durationpb.Duration)(nil),     // 72: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),   // 73: google.protobuf.Timestamp
+	(*Limits)(nil),                  // 19: sandboxd.v1.Limits
+	(*MountInfo)(nil),               // 20: sandboxd.v1.MountInfo
+	(*CustodyInfo)(nil),             // 21: sandboxd.v1.CustodyInfo
+	(*CustodyRelease)(nil),          // 22: sandboxd.v1.CustodyRelease
+	(*ExitRecord)(nil),              // 23: sandboxd.v1.ExitRecord
+	(*Rusage)(nil),                  // 24: sandboxd.v1.Rusage
+	(*StartFailure)(nil),            // 25: sandboxd.v1.StartFailure
+	(*CreateSandboxRequest)(nil),    // 26: sandboxd.v1.CreateSandboxRequest
+	(*CreateSandboxResponse)(nil),   // 27: sandboxd.v1.CreateSandboxResponse
+	(*StopSandboxRequest)(nil),      // 28: sandboxd.v1.StopSandboxRequest
+	(*StopSandboxResponse)(nil),     // 29: sandboxd.v1.StopSandboxResponse
+	(*RemoveSandboxRequest)(nil),    // 30: sandboxd.v1.RemoveSandboxRequest
+	(*RemoveSandboxResponse)(nil),   // 31: sandboxd.v1.RemoveSandboxResponse
+	(*ListSandboxesRequest)(nil),    // 32: sandboxd.v1.ListSandboxesRequest
+	(*ListSandboxesResponse)(nil),   // 33: sandboxd.v1.ListSandboxesResponse
+	(*GetSandboxRequest)(nil),       // 34: sandboxd.v1.GetSandboxRequest
+	(*GetSandboxResponse)(nil),      // 35: sandboxd.v1.GetSandboxResponse
+	(*CheckNetworkRequest)(nil),     // 36: sandboxd.v1.CheckNetworkRequest
+	(*CheckNetworkResponse)(nil),    // 37: sandboxd.v1.CheckNetworkResponse
+	(*AddMemberRequest)(nil),        // 38: sandboxd.v1.AddMemberRequest
+	(*AddMemberResponse)(nil),       // 39: sandboxd.v1.AddMemberResponse
+	(*StartMemberRequest)(nil),      // 40: sandboxd.v1.StartMemberRequest
+	(*StartMemberResponse)(nil),     // 41: sandboxd.v1.StartMemberResponse
+	(*StopMemberRequest)(nil),       // 42: sandboxd.v1.StopMemberRequest
+	(*StopMemberResponse)(nil),      // 43: sandboxd.v1.StopMemberResponse
+	(*KillMemberRequest)(nil),       // 44: sandboxd.v1.KillMemberRequest
+	(*KillMemberResponse)(nil),      // 45: sandboxd.v1.KillMemberResponse
+	(*RemoveMemberRequest)(nil),     // 46: sandboxd.v1.RemoveMemberRequest
+	(*RemoveMemberResponse)(nil),    // 47: sandboxd.v1.RemoveMemberResponse
+	(*WaitMemberRequest)(nil),       // 48: sandboxd.v1.WaitMemberRequest
+	(*WaitMemberResponse)(nil),      // 49: sandboxd.v1.WaitMemberResponse
+	(*ReopenMemberLogRequest)(nil),  // 50: sandboxd.v1.ReopenMemberLogRequest
+	(*ReopenMemberLogResponse)(nil), // 51: sandboxd.v1.ReopenMemberLogResponse
+	(*GetMemberRequest)(nil),        // 52: sandboxd.v1.GetMemberRequest
+	(*GetMemberResponse)(nil),       // 53: sandboxd.v1.GetMemberResponse
+	(*ExecMemberRequest)(nil),       // 54: sandboxd.v1.ExecMemberRequest
+	(*ExecMemberResponse)(nil),      // 55: sandboxd.v1.ExecMemberResponse
+	(*ReadEventsRequest)(nil),       // 56: sandboxd.v1.ReadEventsRequest
+	(*ReadEventsResponse)(nil),      // 57: sandboxd.v1.ReadEventsResponse
+	(*Event)(nil),                   // 58: sandboxd.v1.Event
+	(*EventGap)(nil),                // 59: sandboxd.v1.EventGap
+	(*CollectGarbageRequest)(nil),   // 60: sandboxd.v1.CollectGarbageRequest
+	(*CollectGarbageResponse)(nil),  // 61: sandboxd.v1.CollectGarbageResponse
+	(*GarbageFinding)(nil),          // 62: sandboxd.v1.GarbageFinding
+	nil,                             // 63: sandboxd.v1.SandboxConfig.SysctlsEntry
+	nil,                             // 64: sandboxd.v1.SandboxConfig.LabelsEntry
+	nil,                             // 65: sandboxd.v1.SandboxConfig.AnnotationsEntry
+	nil,                             // 66: sandboxd.v1.MemberConfig.NamespacesEntry
+	nil,                             // 67: sandboxd.v1.MemberConfig.LabelsEntry
+	nil,                             // 68: sandboxd.v1.SandboxInfo.NamespacesEntry
+	nil,                             // 69: sandboxd.v1.SandboxInfo.LabelsEntry
+	nil,                             // 70: sandboxd.v1.SandboxInfo.AnnotationsEntry
+	nil,                             // 71: sandboxd.v1.MemberInfo.NamespacesEntry
+	nil,                             // 72: sandboxd.v1.MemberInfo.LabelsEntry
+	nil,                             // 73: sandboxd.v1.Event.AttrsEntry
+	(*durationpb.Duration)(nil),     // 74: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),   // 75: google.protobuf.Timestamp
 }
 var file_sandboxd_proto_depIdxs = []int32{
 	6,  // 0: sandboxd.v1.SandboxConfig.share:type_name -> sandboxd.v1.NamespaceKinds
-	61, // 1: sandboxd.v1.SandboxConfig.sysctls:type_name -> sandboxd.v1.SandboxConfig.SysctlsEntry
-	62, // 2: sandboxd.v1.SandboxConfig.labels:type_name -> sandboxd.v1.SandboxConfig.LabelsEntry
-	63, // 3: sandboxd.v1.SandboxConfig.annotations:type_name -> sandboxd.v1.SandboxConfig.AnnotationsEntry
+	63, // 1: sandboxd.v1.SandboxConfig.sysctls:type_name -> sandboxd.v1.SandboxConfig.SysctlsEntry
+	64, // 2: sandboxd.v1.SandboxConfig.labels:type_name -> sandboxd.v1.SandboxConfig.LabelsEntry
+	65, // 3: sandboxd.v1.SandboxConfig.annotations:type_name -> sandboxd.v1.SandboxConfig.AnnotationsEntry
 	1,  // 4: sandboxd.v1.SandboxConfig.net:type_name -> sandboxd.v1.NetworkConfig
 	9,  // 5: sandboxd.v1.SandboxConfig.hooks:type_name -> sandboxd.v1.Hook
 	2,  // 6: sandboxd.v1.NetworkConfig.attach:type_name -> sandboxd.v1.NetworkName
@@ -4566,18 +4735,18 @@ var file_sandboxd_proto_depIdxs = []int32{
 	5,  // 9: sandboxd.v1.NetworkConfig.hosts:type_name -> sandboxd.v1.Host
 	11, // 10: sandboxd.v1.MemberConfig.volumes:type_name -> sandboxd.v1.Volume
 	12, // 11: sandboxd.v1.MemberConfig.tmpfs:type_name -> sandboxd.v1.Tmpfs
-	64, // 12: sandboxd.v1.MemberConfig.namespaces:type_name -> sandboxd.v1.MemberConfig.NamespacesEntry
-	65, // 13: sandboxd.v1.MemberConfig.labels:type_name -> sandboxd.v1.MemberConfig.LabelsEntry
+	66, // 12: sandboxd.v1.MemberConfig.namespaces:type_name -> sandboxd.v1.MemberConfig.NamespacesEntry
+	67, // 13: sandboxd.v1.MemberConfig.labels:type_name -> sandboxd.v1.MemberConfig.LabelsEntry
 	8,  // 14: sandboxd.v1.MemberConfig.collect:type_name -> sandboxd.v1.Collect
-	72, // 15: sandboxd.v1.MemberConfig.custody_ttl:type_name -> google.protobuf.Duration
+	74, // 15: sandboxd.v1.MemberConfig.custody_ttl:type_name -> google.protobuf.Duration
 	9,  // 16: sandboxd.v1.MemberConfig.hooks:type_name -> sandboxd.v1.Hook
-	72, // 17: sandboxd.v1.Hook.timeout:type_name -> google.protobuf.Duration
-	73, // 18: sandboxd.v1.HookRun.started_at:type_name -> google.protobuf.Timestamp
-	72, // 19: sandboxd.v1.HookRun.duration:type_name -> google.protobuf.Duration
-	73, // 20: sandboxd.v1.SandboxInfo.created_at:type_name -> google.protobuf.Timestamp
-	66, // 21: sandboxd.v1.SandboxInfo.namespaces:type_name -> sandboxd.v1.SandboxInfo.NamespacesEntry
-	67, // 22: sandboxd.v1.SandboxInfo.labels:type_name -> sandboxd.v1.SandboxInfo.LabelsEntry
-	68, // 23: sandboxd.v1.SandboxInfo.annotations:type_name -> sandboxd.v1.SandboxInfo.AnnotationsEntry
+	74, // 17: sandboxd.v1.Hook.timeout:type_name -> google.protobuf.Duration
+	75, // 18: sandboxd.v1.HookRun.started_at:type_name -> google.protobuf.Timestamp
+	74, // 19: sandboxd.v1.HookRun.duration:type_name -> google.protobuf.Duration
+	75, // 20: sandboxd.v1.SandboxInfo.created_at:type_name -> google.protobuf.Timestamp
+	68, // 21: sandboxd.v1.SandboxInfo.namespaces:type_name -> sandboxd.v1.SandboxInfo.NamespacesEntry
+	69, // 22: sandboxd.v1.SandboxInfo.labels:type_name -> sandboxd.v1.SandboxInfo.LabelsEntry
+	70, // 23: sandboxd.v1.SandboxInfo.annotations:type_name -> sandboxd.v1.SandboxInfo.AnnotationsEntry
 	18, // 24: sandboxd.v1.SandboxInfo.members:type_name -> sandboxd.v1.MemberInfo
 	10, // 25: sandboxd.v1.SandboxInfo.hooks:type_name -> sandboxd.v1.HookRun
 	14, // 26: sandboxd.v1.SandboxInfo.networks:type_name -> sandboxd.v1.NetworkInfo
@@ -4585,80 +4754,82 @@ var file_sandboxd_proto_depIdxs = []int32{
 	15, // 28: sandboxd.v1.NetworkInfo.routes:type_name -> sandboxd.v1.Route
 	4,  // 29: sandboxd.v1.NetworkInfo.dns:type_name -> sandboxd.v1.DNS
 	3,  // 30: sandboxd.v1.NetworkInfo.ports:type_name -> sandboxd.v1.Port
-	73, // 31: sandboxd.v1.Tombstone.since:type_name -> google.protobuf.Timestamp
-	73, // 32: sandboxd.v1.Tombstone.next_try:type_name -> google.protobuf.Timestamp
-	73, // 33: sandboxd.v1.MemberInfo.created_at:type_name -> google.protobuf.Timestamp
-	73, // 34: sandboxd.v1.MemberInfo.started_at:type_name -> google.protobuf.Timestamp
-	69, // 35: sandboxd.v1.MemberInfo.namespaces:type_name -> sandboxd.v1.MemberInfo.NamespacesEntry
-	19, // 36: sandboxd.v1.MemberInfo.custody:type_name -> sandboxd.v1.CustodyInfo
-	70, // 37: sandboxd.v1.MemberInfo.labels:type_name -> sandboxd.v1.MemberInfo.LabelsEntry
-	21, // 38: sandboxd.v1.MemberInfo.exit:type_name -> sandboxd.v1.ExitRecord
+	75, // 31: sandboxd.v1.Tombstone.since:type_name -> google.protobuf.Timestamp
+	75, // 32: sandboxd.v1.Tombstone.next_try:type_name -> google.protobuf.Timestamp
+	75, // 33: sandboxd.v1.MemberInfo.created_at:type_name -> google.protobuf.Timestamp
+	75, // 34: sandboxd.v1.MemberInfo.started_at:type_name -> google.protobuf.Timestamp
+	71, // 35: sandboxd.v1.MemberInfo.namespaces:type_name -> sandboxd.v1.MemberInfo.NamespacesEntry
+	21, // 36: sandboxd.v1.MemberInfo.custody:type_name -> sandboxd.v1.CustodyInfo
+	72, // 37: sandboxd.v1.MemberInfo.labels:type_name -> sandboxd.v1.MemberInfo.LabelsEntry
+	23, // 38: sandboxd.v1.MemberInfo.exit:type_name -> sandboxd.v1.ExitRecord
 	10, // 39: sandboxd.v1.MemberInfo.hooks:type_name -> sandboxd.v1.HookRun
-	73, // 40: sandboxd.v1.CustodyInfo.since:type_name -> google.protobuf.Timestamp
-	73, // 41: sandboxd.v1.CustodyInfo.until:type_name -> google.protobuf.Timestamp
-	20, // 42: sandboxd.v1.CustodyInfo.released:type_name -> sandboxd.v1.CustodyRelease
-	73, // 43: sandboxd.v1.CustodyRelease.at:type_name -> google.protobuf.Timestamp
-	73, // 44: sandboxd.v1.ExitRecord.finished_at:type_name -> google.protobuf.Timestamp
-	22, // 45: sandboxd.v1.ExitRecord.rusage:type_name -> sandboxd.v1.Rusage
-	0,  // 46: sandboxd.v1.CreateSandboxRequest.config:type_name -> sandboxd.v1.SandboxConfig
-	13, // 47: sandboxd.v1.CreateSandboxResponse.sandbox:type_name -> sandboxd.v1.SandboxInfo
-	72, // 48: sandboxd.v1.StopSandboxRequest.timeout:type_name -> google.protobuf.Duration
-	13, // 49: sandboxd.v1.ListSandboxesResponse.sandboxes:type_name -> sandboxd.v1.SandboxInfo
-	13, // 50: sandboxd.v1.GetSandboxResponse.sandbox:type_name -> sandboxd.v1.SandboxInfo
-	7,  // 51: sandboxd.v1.AddMemberRequest.config:type_name -> sandboxd.v1.MemberConfig
-	18, // 52: sandboxd.v1.AddMemberResponse.member:type_name -> sandboxd.v1.MemberInfo
-	18, // 53: sandboxd.v1.StartMemberResponse.member:type_name -> sandboxd.v1.MemberInfo
-	72, // 54: sandboxd.v1.StopMemberRequest.timeout:type_name -> google.protobuf.Duration
-	21, // 55: sandboxd.v1.WaitMemberResponse.exit:type_name -> sandboxd.v1.ExitRecord
-	18, // 56: sandboxd.v1.GetMemberResponse.member:type_name -> sandboxd.v1.MemberInfo
-	73, // 57: sandboxd.v1.ReadEventsRequest.since:type_name -> google.protobuf.Timestamp
-	56, // 58: sandboxd.v1.ReadEventsResponse.event:type_name -> sandboxd.v1.Event
-	73, // 59: sandboxd.v1.Event.time:type_name -> google.protobuf.Timestamp
-	21, // 60: sandboxd.v1.Event.exit:type_name -> sandboxd.v1.ExitRecord
-	71, // 61: sandboxd.v1.Event.attrs:type_name -> sandboxd.v1.Event.AttrsEntry
-	60, // 62: sandboxd.v1.CollectGarbageResponse.findings:type_name -> sandboxd.v1.GarbageFinding
-	73, // 63: sandboxd.v1.GarbageFinding.since:type_name -> google.protobuf.Timestamp
-	17, // 64: sandboxd.v1.SandboxInfo.NamespacesEntry.value:type_name -> sandboxd.v1.NamespaceInfo
-	17, // 65: sandboxd.v1.MemberInfo.NamespacesEntry.value:type_name -> sandboxd.v1.NamespaceInfo
-	24, // 66: sandboxd.v1.Sandboxd.CreateSandbox:input_type -> sandboxd.v1.CreateSandboxRequest
-	26, // 67: sandboxd.v1.Sandboxd.StopSandbox:input_type -> sandboxd.v1.StopSandboxRequest
-	28, // 68: sandboxd.v1.Sandboxd.RemoveSandbox:input_type -> sandboxd.v1.RemoveSandboxRequest
-	30, // 69: sandboxd.v1.Sandboxd.ListSandboxes:input_type -> sandboxd.v1.ListSandboxesRequest
-	32, // 70: sandboxd.v1.Sandboxd.GetSandbox:input_type -> sandboxd.v1.GetSandboxRequest
-	34, // 71: sandboxd.v1.Sandboxd.CheckNetwork:input_type -> sandboxd.v1.CheckNetworkRequest
-	36, // 72: sandboxd.v1.Sandboxd.AddMember:input_type -> sandboxd.v1.AddMemberRequest
-	38, // 73: sandboxd.v1.Sandboxd.StartMember:input_type -> sandboxd.v1.StartMemberRequest
-	40, // 74: sandboxd.v1.Sandboxd.StopMember:input_type -> sandboxd.v1.StopMemberRequest
-	42, // 75: sandboxd.v1.Sandboxd.KillMember:input_type -> sandboxd.v1.KillMemberRequest
-	44, // 76: sandboxd.v1.Sandboxd.RemoveMember:input_type -> sandboxd.v1.RemoveMemberRequest
-	46, // 77: sandboxd.v1.Sandboxd.WaitMember:input_type -> sandboxd.v1.WaitMemberRequest
-	48, // 78: sandboxd.v1.Sandboxd.ReopenMemberLog:input_type -> sandboxd.v1.ReopenMemberLogRequest
-	50, // 79: sandboxd.v1.Sandboxd.GetMember:input_type -> sandboxd.v1.GetMemberRequest
-	52, // 80: sandboxd.v1.Sandboxd.ExecMember:input_type -> sandboxd.v1.ExecMemberRequest
-	54, // 81: sandboxd.v1.Sandboxd.ReadEvents:input_type -> sandboxd.v1.ReadEventsRequest
-	58, // 82: sandboxd.v1.Sandboxd.CollectGarbage:input_type -> sandboxd.v1.CollectGarbageRequest
-	25, // 83: sandboxd.v1.Sandboxd.CreateSandbox:output_type -> sandboxd.v1.CreateSandboxResponse
-	27, // 84: sandboxd.v1.Sandboxd.StopSandbox:output_type -> sandboxd.v1.StopSandboxResponse
-	29, // 85: sandboxd.v1.Sandboxd.RemoveSandbox:output_type -> sandboxd.v1.RemoveSandboxResponse
-	31, // 86: sandboxd.v1.Sandboxd.ListSandboxes:output_type -> sandboxd.v1.ListSandboxesResponse
-	33, // 87: sandboxd.v1.Sandboxd.GetSandbox:output_type -> sandboxd.v1.GetSandboxResponse
-	35, // 88: sandboxd.v1.Sandboxd.CheckNetwork:output_type -> sandboxd.v1.CheckNetworkResponse
-	37, // 89: sandboxd.v1.Sandboxd.AddMember:output_type -> sandboxd.v1.AddMemberResponse
-	39, // 90: sandboxd.v1.Sandboxd.StartMember:output_type -> sandboxd.v1.StartMemberResponse
-	41, // 91: sandboxd.v1.Sandboxd.StopMember:output_type -> sandboxd.v1.StopMemberResponse
-	43, // 92: sandboxd.v1.Sandboxd.KillMember:output_type -> sandboxd.v1.KillMemberResponse
-	45, // 93: sandboxd.v1.Sandboxd.RemoveMember:output_type -> sandboxd.v1.RemoveMemberResponse
-	47, // 94: sandboxd.v1.Sandboxd.WaitMember:output_type -> sandboxd.v1.WaitMemberResponse
-	49, // 95: sandboxd.v1.Sandboxd.ReopenMemberLog:output_type -> sandboxd.v1.ReopenMemberLogResponse
-	51, // 96: sandboxd.v1.Sandboxd.GetMember:output_type -> sandboxd.v1.GetMemberResponse
-	53, // 97: sandboxd.v1.Sandboxd.ExecMember:output_type -> sandboxd.v1.ExecMemberResponse
-	55, // 98: sandboxd.v1.Sandboxd.ReadEvents:output_type -> sandboxd.v1.ReadEventsResponse
-	59, // 99: sandboxd.v1.Sandboxd.CollectGarbage:output_type -> sandboxd.v1.CollectGarbageResponse
-	83, // [83:100] is the sub-list for method output_type
-	66, // [66:83] is the sub-list for method input_type
-	66, // [66:66] is the sub-list for extension type_name
-	66, // [66:66] is the sub-list for extension extendee
-	0,  // [0:66] is the sub-list for field type_name
+	19, // 40: sandboxd.v1.MemberInfo.limits:type_name -> sandboxd.v1.Limits
+	20, // 41: sandboxd.v1.MemberInfo.mounts:type_name -> sandboxd.v1.MountInfo
+	75, // 42: sandboxd.v1.CustodyInfo.since:type_name -> google.protobuf.Timestamp
+	75, // 43: sandboxd.v1.CustodyInfo.until:type_name -> google.protobuf.Timestamp
+	22, // 44: sandboxd.v1.CustodyInfo.released:type_name -> sandboxd.v1.CustodyRelease
+	75, // 45: sandboxd.v1.CustodyRelease.at:type_name -> google.protobuf.Timestamp
+	75, // 46: sandboxd.v1.ExitRecord.finished_at:type_name -> google.protobuf.Timestamp
+	24, // 47: sandboxd.v1.ExitRecord.rusage:type_name -> sandboxd.v1.Rusage
+	0,  // 48: sandboxd.v1.CreateSandboxRequest.config:type_name -> sandboxd.v1.SandboxConfig
+	13, // 49: sandboxd.v1.CreateSandboxResponse.sandbox:type_name -> sandboxd.v1.SandboxInfo
+	74, // 50: sandboxd.v1.StopSandboxRequest.timeout:type_name -> google.protobuf.Duration
+	13, // 51: sandboxd.v1.ListSandboxesResponse.sandboxes:type_name -> sandboxd.v1.SandboxInfo
+	13, // 52: sandboxd.v1.GetSandboxResponse.sandbox:type_name -> sandboxd.v1.SandboxInfo
+	7,  // 53: sandboxd.v1.AddMemberRequest.config:type_name -> sandboxd.v1.MemberConfig
+	18, // 54: sandboxd.v1.AddMemberResponse.member:type_name -> sandboxd.v1.MemberInfo
+	18, // 55: sandboxd.v1.StartMemberResponse.member:type_name -> sandboxd.v1.MemberInfo
+	74, // 56: sandboxd.v1.StopMemberRequest.timeout:type_name -> google.protobuf.Duration
+	23, // 57: sandboxd.v1.WaitMemberResponse.exit:type_name -> sandboxd.v1.ExitRecord
+	18, // 58: sandboxd.v1.GetMemberResponse.member:type_name -> sandboxd.v1.MemberInfo
+	75, // 59: sandboxd.v1.ReadEventsRequest.since:type_name -> google.protobuf.Timestamp
+	58, // 60: sandboxd.v1.ReadEventsResponse.event:type_name -> sandboxd.v1.Event
+	75, // 61: sandboxd.v1.Event.time:type_name -> google.protobuf.Timestamp
+	23, // 62: sandboxd.v1.Event.exit:type_name -> sandboxd.v1.ExitRecord
+	73, // 63: sandboxd.v1.Event.attrs:type_name -> sandboxd.v1.Event.AttrsEntry
+	62, // 64: sandboxd.v1.CollectGarbageResponse.findings:type_name -> sandboxd.v1.GarbageFinding
+	75, // 65: sandboxd.v1.GarbageFinding.since:type_name -> google.protobuf.Timestamp
+	17, // 66: sandboxd.v1.SandboxInfo.NamespacesEntry.value:type_name -> sandboxd.v1.NamespaceInfo
+	17, // 67: sandboxd.v1.MemberInfo.NamespacesEntry.value:type_name -> sandboxd.v1.NamespaceInfo
+	26, // 68: sandboxd.v1.Sandboxd.CreateSandbox:input_type -> sandboxd.v1.CreateSandboxRequest
+	28, // 69: sandboxd.v1.Sandboxd.StopSandbox:input_type -> sandboxd.v1.StopSandboxRequest
+	30, // 70: sandboxd.v1.Sandboxd.RemoveSandbox:input_type -> sandboxd.v1.RemoveSandboxRequest
+	32, // 71: sandboxd.v1.Sandboxd.ListSandboxes:input_type -> sandboxd.v1.ListSandboxesRequest
+	34, // 72: sandboxd.v1.Sandboxd.GetSandbox:input_type -> sandboxd.v1.GetSandboxRequest
+	36, // 73: sandboxd.v1.Sandboxd.CheckNetwork:input_type -> sandboxd.v1.CheckNetworkRequest
+	38, // 74: sandboxd.v1.Sandboxd.AddMember:input_type -> sandboxd.v1.AddMemberRequest
+	40, // 75: sandboxd.v1.Sandboxd.StartMember:input_type -> sandboxd.v1.StartMemberRequest
+	42, // 76: sandboxd.v1.Sandboxd.StopMember:input_type -> sandboxd.v1.StopMemberRequest
+	44, // 77: sandboxd.v1.Sandboxd.KillMember:input_type -> sandboxd.v1.KillMemberRequest
+	46, // 78: sandboxd.v1.Sandboxd.RemoveMember:input_type -> sandboxd.v1.RemoveMemberRequest
+	48, // 79: sandboxd.v1.Sandboxd.WaitMember:input_type -> sandboxd.v1.WaitMemberRequest
+	50, // 80: sandboxd.v1.Sandboxd.ReopenMemberLog:input_type -> sandboxd.v1.ReopenMemberLogRequest
+	52, // 81: sandboxd.v1.Sandboxd.GetMember:input_type -> sandboxd.v1.GetMemberRequest
+	54, // 82: sandboxd.v1.Sandboxd.ExecMember:input_type -> sandboxd.v1.ExecMemberRequest
+	56, // 83: sandboxd.v1.Sandboxd.ReadEvents:input_type -> sandboxd.v1.ReadEventsRequest
+	60, // 84: sandboxd.v1.Sandboxd.CollectGarbage:input_type -> sandboxd.v1.CollectGarbageRequest
+	27, // 85: sandboxd.v1.Sandboxd.CreateSandbox:output_type -> sandboxd.v1.CreateSandboxResponse
+	29, // 86: sandboxd.v1.Sandboxd.StopSandbox:output_type -> sandboxd.v1.StopSandboxResponse
+	31, // 87: sandboxd.v1.Sandboxd.RemoveSandbox:output_type -> sandboxd.v1.RemoveSandboxResponse
+	33, // 88: sandboxd.v1.Sandboxd.ListSandboxes:output_type -> sandboxd.v1.ListSandboxesResponse
+	35, // 89: sandboxd.v1.Sandboxd.GetSandbox:output_type -> sandboxd.v1.GetSandboxResponse
+	37, // 90: sandboxd.v1.Sandboxd.CheckNetwork:output_type -> sandboxd.v1.CheckNetworkResponse
+	39, // 91: sandboxd.v1.Sandboxd.AddMember:output_type -> sandboxd.v1.AddMemberResponse
+	41, // 92: sandboxd.v1.Sandboxd.StartMember:output_type -> sandboxd.v1.StartMemberResponse
+	43, // 93: sandboxd.v1.Sandboxd.StopMember:output_type -> sandboxd.v1.StopMemberResponse
+	45, // 94: sandboxd.v1.Sandboxd.KillMember:output_type -> sandboxd.v1.KillMemberResponse
+	47, // 95: sandboxd.v1.Sandboxd.RemoveMember:output_type -> sandboxd.v1.RemoveMemberResponse
+	49, // 96: sandboxd.v1.Sandboxd.WaitMember:output_type -> sandboxd.v1.WaitMemberResponse
+	51, // 97: sandboxd.v1.Sandboxd.ReopenMemberLog:output_type -> sandboxd.v1.ReopenMemberLogResponse
+	53, // 98: sandboxd.v1.Sandboxd.GetMember:output_type -> sandboxd.v1.GetMemberResponse
+	55, // 99: sandboxd.v1.Sandboxd.ExecMember:output_type -> sandboxd.v1.ExecMemberResponse
+	57, // 100: sandboxd.v1.Sandboxd.ReadEvents:output_type -> sandboxd.v1.ReadEventsResponse
+	61, // 101: sandboxd.v1.Sandboxd.CollectGarbage:output_type -> sandboxd.v1.CollectGarbageResponse
+	85, // [85:102] is the sub-list for method output_type
+	68, // [68:85] is the sub-list for method input_type
+	68, // [68:68] is the sub-list for extension type_name
+	68, // [68:68] is the sub-list for extension extendee
+	0,  // [0:68] is the sub-list for field type_name
 }
 
 func init() { file_sandboxd_proto_init() }
@@ -4666,14 +4837,14 @@ func file_sandboxd_proto_init() {
 	if File_sandboxd_proto != nil {
 		return
 	}
-	file_sandboxd_proto_msgTypes[54].OneofWrappers = []any{}
+	file_sandboxd_proto_msgTypes[56].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_sandboxd_proto_rawDesc), len(file_sandboxd_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   72,
+			NumMessages:   74,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
