@@ -15,6 +15,7 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -558,6 +559,35 @@ func TestQuota(t *testing.T) {
 	}
 	if entries, _ := s.List(); len(entries) != 4 {
 		t.Errorf("others made room for it: %d are left", len(entries))
+	}
+}
+
+// Collections that are made at the same time do not take the same room.
+func TestQuotaAtOnce(t *testing.T) {
+	s := newStore(t, Options{MaxTotal: 256 << 10})
+	for round := range 10 {
+		var wg sync.WaitGroup
+		for i := range 4 {
+			m := newMember(t, fmt.Sprintf("%d%d", round, i), crashed, request.Collect{Path: "/f"})
+			m.file("f", noise(56<<10))
+			wg.Go(func() {
+				if _, err := s.Collect(t.Context(), &m.Subject); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		wg.Wait()
+		entries, err := s.List()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var total int64
+		for _, e := range entries {
+			total += e.Size
+		}
+		if total > s.o.MaxTotal || len(entries) < 3 {
+			t.Fatalf("round %d: %d collections have %d bytes, of %d at most", round, len(entries), total, s.o.MaxTotal)
+		}
 	}
 }
 

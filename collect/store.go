@@ -56,6 +56,9 @@ type Store struct {
 	// slots bounds how many archives are packed at the same time: each takes
 	// some MiB.
 	slots chan struct{}
+	// fitting is held from when there is room for a collection until it is counted,
+	// so that two do not take the same room. Before mu.
+	fitting sync.Mutex
 
 	mu    sync.Mutex
 	total int64 // bytes on disk, as far as this process knows; -1: not counted yet. Guarded by mu.
@@ -159,6 +162,8 @@ func (s *Store) Collect(ctx context.Context, sub *Subject) (name string, err err
 		}
 		crash.Point("collect archive after")
 	}
+	s.fitting.Lock()
+	defer s.fitting.Unlock()
 	if err := s.makeRoom(tmp, m); err != nil {
 		return "", err
 	}
