@@ -365,7 +365,7 @@ func (j *Journal) tryAgain() {
 // write writes events behind the last one and returns the number of the last.
 func (j *Journal) write(events []Event) (last uint64, err error) {
 	if j.f == nil {
-		if err := j.begin(); err != nil {
+		if err := j.makeRoom(j.begin); err != nil {
 			return 0, err
 		}
 	}
@@ -380,16 +380,10 @@ func (j *Journal) write(events []Event) (last uint64, err error) {
 		}
 		b.Write(line)
 	}
-	_, err = j.f.WriteAt(b.Bytes(), j.off)
-	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
-		// The past makes room for the present.
-		for len(j.sizes) > 0 && err != nil {
-			if derr := j.drop(); derr != nil {
-				break
-			}
-			_, err = j.f.WriteAt(b.Bytes(), j.off)
-		}
-	}
+	err = j.makeRoom(func() error {
+		_, err := j.f.WriteAt(b.Bytes(), j.off)
+		return err
+	})
 	if err != nil {
 		return 0, errors.Join(err, j.f.Truncate(j.off))
 	}
@@ -398,6 +392,23 @@ func (j *Journal) write(events []Event) (last uint64, err error) {
 		j.full.Store(true)
 	}
 	return last, nil
+}
+
+// makeRoom does what needs room on the disk. The past makes room for the present;
+// of the segments one stays, which knows the numbers.
+func (j *Journal) makeRoom(do func() error) error {
+	keep := 0
+	if j.f == nil {
+		keep = 1
+	}
+	err := do()
+	for (errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT)) && len(j.sizes) > keep {
+		if j.drop() != nil {
+			break
+		}
+		err = do()
+	}
+	return err
 }
 
 // encode returns e's line. What is too long loses the parts that can be long.

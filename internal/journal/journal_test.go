@@ -547,6 +547,46 @@ func TestFullDisk(t *testing.T) {
 	}
 }
 
+// A disk that is full when the host starts is no different.
+func TestFullDiskAtTheStart(t *testing.T) {
+	testenv.Root(t)
+	dir := t.TempDir()
+	if err := unix.Mount("journal-test", dir, "tmpfs", 0, "size=64k"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	events := filepath.Join(dir, "events")
+	j := open(t, events, Options{segment: 8 << 10})
+	for range 80 {
+		put(t, j, Event{Type: State, Reason: strings.Repeat("x", 300)})
+	}
+	if err := j.Close(); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Create(filepath.Join(dir, "1"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for err == nil {
+		_, err = f.Write(make([]byte, 4096))
+	}
+	j = open(t, events, Options{segment: 8 << 10, Boot: "another"})
+	had := j.Last()
+	if had != 80 {
+		t.Fatalf("the last event is %d, not 80", had)
+	}
+	put(t, j, Event{Type: State})
+	seqs, err := read(events, Query{})
+	if err != nil || seqs[0] == 1 || !slices.Contains(seqs, 80) || seqs[len(seqs)-1] != 80+bootGap+1 {
+		t.Errorf("%v, %v", seqs, err)
+	}
+}
+
 // TestWhatCannotBeWrittenIsTriedAgain leaves that to the journal itself.
 func TestWhatCannotBeWrittenIsTriedAgain(t *testing.T) {
 	dir := t.TempDir()
