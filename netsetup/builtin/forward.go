@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -54,10 +55,13 @@ const allDevices = "all"
 func (d *Driver) readHostRecord() (hostRecord, error) {
 	r := hostRecord{Version: 1}
 	err := statefile.Read(d.root, hostFile, &r)
-	if errors.Is(err, fs.ErrNotExist) {
-		err = nil
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return r, nil
+	case err != nil:
+		return r, fmt.Errorf("which sysctls of the host were changed is not known (remove %s to go on without): %w", filepath.Join(d.root.Name(), hostFile), err)
 	}
-	return r, err
+	return r, nil
 }
 
 // claim turns forwarding on where sandboxes need it. d.host is held.

@@ -472,6 +472,24 @@ func TestHostInTheWay(t *testing.T) {
 	}
 }
 
+// TestHostRecordDamaged: without the record of what was changed nothing is
+// changed, and who removes it is helped.
+func TestHostRecordDamaged(t *testing.T) {
+	testenv.Root(t)
+	d := newDriver(t)
+	file := filepath.Join(d.root.Name(), hostFile)
+	if err := os.WriteFile(file, []byte("junk"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.prepare(); err == nil || !strings.Contains(err.Error(), "remove "+file) {
+		t.Errorf("prepared with a damaged record: %v", err)
+	}
+	if err := os.Remove(file); err != nil {
+		t.Fatal(err)
+	}
+	attach(t, d, idA, &network.Request{})
+}
+
 // TestSideBySide: two installations share the host's devices; who leaves last
 // puts them back.
 func TestSideBySide(t *testing.T) {
