@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/internal/garbage"
+	"github.com/sandboxd/sandboxd/internal/testenv"
 )
 
 // garbage returns what `sandboxd gc` finds.
@@ -269,4 +270,52 @@ func TestTwoDaemonsDoNotShareARoot(t *testing.T) {
 	if res.code != 125 || !strings.Contains(res.err, "root directory "+r.d.root+" is in use by the daemon with pid") {
 		t.Errorf("%v", res)
 	}
+}
+
+// Two daemons may have sandboxes below the same cgroup: each takes its own away,
+// also what was left by one that was killed, and nothing of the other's.
+func TestTwoDaemonsShareACgroupParent(t *testing.T) {
+	t.Parallel()
+	rootfs := testenv.Busybox(t)
+	one := newRigOn(t, rootfs)
+	two := newRigWith(t, rootfs, func(d *daemon) {
+		if err := removeCgroup(d.parent); err != nil {
+			t.Fatal(err)
+		}
+		d.parent = one.d.parent
+	})
+	for _, r := range []*rig{one, two} {
+		r.mustServe()
+		r.ok("create", "box")
+		r.ok(long(r, "run", "box", "m")...)
+	}
+	lost := func(r, other *rig) {
+		id := r.sandbox("box").ID
+		r.kill()
+		if err := os.RemoveAll(filepath.Join(r.d.state, "sandboxes", id)); err != nil {
+			t.Fatal(err)
+		}
+		if found := other.garbage(); len(found) > 0 {
+			t.Errorf("garbage of the other daemon: %+v", found)
+		}
+		r.mustServe()
+		r.eventually("what is lost is removed", func() bool {
+			dirs, err := hierarchies()
+			if err != nil {
+				t.Fatal(err)
+			}
+			return !slices.ContainsFunc(dirs, func(dir string) bool {
+				_, err := os.Stat(filepath.Join(dir, r.d.parent, id))
+				return err == nil
+			})
+		})
+		if m := other.member("box/m"); m.State != "Running" {
+			t.Errorf("the other daemon's member is %s", m.State)
+		}
+	}
+	lost(one, two)
+	one.ok("create", "box")
+	one.ok(long(one, "run", "box", "m")...)
+	lost(two, one)
+	one.ok("rm", "-f", "box")
 }
