@@ -189,8 +189,11 @@ func (p *packer) note(name, what string) {
 		p.m.Files[i].Why = what
 		return
 	}
-	if p.full() {
-		return // counted already, or not one that was admitted
+	if p.full() { // counted already, or not one that was admitted
+		if p.c.Why == "" {
+			p.c.Why = "some is left out, or not as it was, beyond what is listed: " + what
+		}
+		return
 	}
 	p.file(tarstream.Entry{Name: name}, false, what)
 }

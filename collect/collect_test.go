@@ -465,6 +465,9 @@ func TestManifestOfLongNames(t *testing.T) {
 		dir = next
 	}
 	got := newStore(t, Options{}).mustCollect(t, &m.Subject)
+	if c := got.Collectors[0]; !strings.Contains(c.Why, "left out") {
+		t.Errorf("what is too long is not told of: %+v", c)
+	}
 	if n := len(got.Files); n < 50 || n+got.FilesMore < 1000 || got.Archive.Err != "" {
 		t.Errorf("%d files are listed, %d more; archive %+v", n, got.FilesMore, got.Archive)
 	}
