@@ -20,6 +20,10 @@ import (
 // 0.3.0 differs from 0.3.1 by a mistake in the specification; older ones have no lists.
 var supported = []string{"0.3.1", "0.4.0", "1.0.0", "1.1.0"}
 
+// maxName bounds a network's name. libcni's cache has a file NETWORK-ID-INTERFACE, and a
+// file's name has at most 255 bytes.
+const maxName = 200
+
 // maxConfig bounds a file of the configuration directory.
 const maxConfig = 1 << 20
 
@@ -188,6 +192,9 @@ func parse(data []byte, more func(network string) ([]json.RawMessage, error)) (*
 	l, err := parseList(list)
 	if err != nil {
 		return nil, err
+	}
+	if len(l.Name) > maxName {
+		return nil, fmt.Errorf("network name %.20q… has %d bytes, more than %d", l.Name, len(l.Name), maxName)
 	}
 	n := &Network{Name: l.Name, Version: l.CNIVersion, raw: list}
 	for _, p := range l.Plugins {

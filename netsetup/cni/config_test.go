@@ -29,6 +29,8 @@ func TestParse(t *testing.T) {
 		{"no name, one plugin", `{"cniVersion":"1.0.0","type":"x"}`, "", "no name"},
 		{"path as a name", `{"cniVersion":"1.0.0","name":"../a","plugins":[{"type":"x"}]}`, "", "invalid characters found in network name"},
 		{"name of another type", `{"cniVersion":"1.0.0","name":3,"plugins":[{"type":"x"}]}`, "", "invalid name type"},
+		{"longest name", `{"cniVersion":"1.0.0","name":"` + strings.Repeat("a", 200) + `","type":"x"}`, strings.Repeat("a", 200) + " 1.0.0 [x]", ""},
+		{"long name", `{"cniVersion":"1.0.0","name":"` + strings.Repeat("a", 201) + `","type":"x"}`, "", "has 201 bytes, more than 200"},
 		{"no plugins", `{"cniVersion":"1.0.0","name":"a","plugins":[]}`, "", "no plugins"},
 		{"no list of plugins", `{"cniVersion":"1.0.0","name":"a"}`, "", "no plugins"},
 		{"plugins of another type", `{"cniVersion":"1.0.0","name":"a","plugins":{}}`, "", "invalid 'plugins' type"},
