@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
@@ -105,6 +106,9 @@ func (r *runner) FindInPath(plugin string, dirs []string) (string, error) {
 	file, err := invoke.FindInPath(plugin, dirs)
 	if err != nil {
 		return "", fmt.Errorf("there is no plugin %q in %s", plugin, strings.Join(dirs, ", "))
+	}
+	if fi, err := os.Stat(file); err == nil && fi.Mode()&0o111 == 0 {
+		return "", fmt.Errorf("plugin %s is not executable", file)
 	}
 	return file, nil
 }

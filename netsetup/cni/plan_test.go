@@ -4,6 +4,8 @@ import (
 	"encoding/json"
 	"errors"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -113,6 +115,13 @@ func TestPlan(t *testing.T) {
 	r.config("a.conflist", `{"cniVersion":"1.1.0","name":"a","plugins":[{"type":"absent"}]}`)
 	if _, err := r.Plan(t.Context(), id, &network.Request{}); !errors.Is(err, netsetup.ErrInvalid) || !strings.Contains(err.Error(), `there is no plugin "absent" in `+r.dir+"/bin") {
 		t.Errorf("a plugin that is not installed: %v", err)
+	}
+	absent := filepath.Join(r.dir, "bin", "absent")
+	if err := os.WriteFile(absent, nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.Plan(t.Context(), id, &network.Request{}); !errors.Is(err, netsetup.ErrInvalid) || !strings.Contains(err.Error(), "plugin "+absent+" is not executable") {
+		t.Errorf("a plugin that cannot be executed: %v", err)
 	}
 }
 
