@@ -64,6 +64,7 @@ type hookOutput struct {
 // HookCall is one attempt to run a hook.
 type HookCall struct {
 	Hook    request.Hook
+	Index   int // of the hook among those of its sandbox or member
 	Attempt int
 	Sandbox *Record
 	Member  *MemberRecord // nil if the hook is the sandbox's
@@ -283,7 +284,7 @@ func (m *Manager) attempt(ctx context.Context, s subject, i int, h request.Hook,
 	if err := m.noteRun(s, i, run, false); err != nil {
 		return run, err
 	}
-	call := &HookCall{Hook: h, Attempt: run.Attempt, Sandbox: s.b.rec.Load(), Dir: m.path + "/" + s.dir(), Init: init}
+	call := &HookCall{Hook: h, Index: i, Attempt: run.Attempt, Sandbox: s.b.rec.Load(), Dir: m.path + "/" + s.dir(), Init: init}
 	if s.mb != nil {
 		if call.Member = s.mb.rec.Load(); init.IsZero() {
 			call.Init = call.Member.Init

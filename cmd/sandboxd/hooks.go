@@ -99,8 +99,9 @@ func checkHooks(hs []request.Hook, stages []request.Stage) error {
 	return nil
 }
 
-// RunHook implements [sandbox.HookNode]. The hook is in a cgroup of its own below
-// the sandbox's, by which what it has started is found again.
+// RunHook implements [sandbox.HookNode]. Each hook has a cgroup of its own below
+// the sandbox's, by which what it has started is found again: what another has left
+// running on purpose is not ended with it.
 func (n *node) RunHook(ctx context.Context, c *sandbox.HookCall) sandbox.HookOutcome {
 	begin := time.Now()
 	out, err := n.runHook(ctx, c)
@@ -115,6 +116,7 @@ func (n *node) runHook(ctx context.Context, c *sandbox.HookCall) (sandbox.HookOu
 	if c.Member != nil {
 		leaf += "-" + c.Member.ID
 	}
+	leaf += "-" + strconv.Itoa(c.Index)
 	if c.Attempt > 1 {
 		// One that was cut off with its daemon may be at work. The cgroup goes too: Linux
 		// 6.18 kills what is cloned into a cgroup that was killed before (cgroup_post_fork
