@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -26,7 +27,24 @@ type Registry struct {
 	mu    sync.Mutex
 	ports map[key][]publisher       // guarded by mu
 	ids   map[string][]network.Port // guarded by mu
+
+	// chosen are ports that Choose has found, so that it finds others for those who
+	// ask before they are claimed. Guarded by mu.
+	chosen map[key]choice
 }
+
+// choice is for whom a port was chosen, and when.
+type choice struct {
+	id string
+	at time.Time
+}
+
+// chosenFor is how long a port that was chosen is not chosen for anybody else. It is
+// no claim: who asks for that very port gets it.
+const chosenFor = time.Minute
+
+// chooseTries finds a port also if all but one of a hundred have been chosen before.
+const chooseTries = 1000
 
 // key is a port of the host, of whatever address.
 type key struct {
@@ -58,6 +76,7 @@ func (r *Registry) Claim(id string, ports []network.Port) error {
 	for _, port := range ports {
 		k := key{port.Protocol, port.HostPort}
 		r.ports[k] = append(r.ports[k], publisher{id, port})
+		delete(r.chosen, k)
 	}
 	r.ids[id] = slices.Clone(ports)
 	return nil
@@ -101,7 +120,8 @@ func (r *Registry) unclaimed(id string, ports []network.Port) error {
 }
 
 // Choose gives a free host port to every port that has none, and reports which
-// of the others somebody has: another sandbox, or a process of the host. Nothing is claimed.
+// of the others somebody has: another sandbox, or a process of the host. Nothing is
+// claimed; but a port is not chosen a second time as long as it may still be.
 func (r *Registry) Choose(id string, ports []network.Port) error {
 	for i := range ports {
 		p := &ports[i]
@@ -112,12 +132,15 @@ func (r *Registry) Choose(id string, ports []network.Port) error {
 			continue
 		}
 		var err error
-		for range 20 { // what is free in one family may not be in the other
+		// What is free in one family may not be in the other; and the kernel does not
+		// know which ports sandboxes have.
+		for range chooseTries {
 			if p.HostPort, err = tryBind(p.Protocol, bindAddresses(*p)[0], 0); err != nil {
 				err = fmt.Errorf("choose a port of the host: %w", err)
 				break
 			}
-			if slices.ContainsFunc(ports[:i], func(q network.Port) bool { return Overlap(*p, q) }) {
+			if slices.ContainsFunc(ports[:i], func(q network.Port) bool { return Overlap(*p, q) }) || !r.choose(id, *p) {
+				err = fmt.Errorf("choose a port of the host: port %s was just chosen already", Name(*p))
 				continue
 			}
 			if err = r.available(id, *p); err == nil {
@@ -129,6 +152,21 @@ func (r *Registry) Choose(id string, ports []network.Port) error {
 		}
 	}
 	return nil
+}
+
+// choose notes that a port is for id, unless it is for another sandbox.
+func (r *Registry) choose(id string, p network.Port) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	k := key{p.Protocol, p.HostPort}
+	if c, ok := r.chosen[k]; ok && c.id != id && time.Since(c.at) < chosenFor {
+		return false
+	}
+	if r.chosen == nil {
+		r.chosen = map[key]choice{}
+	}
+	r.chosen[k] = choice{id, time.Now()}
+	return true
 }
 
 func (r *Registry) available(id string, p network.Port) error {
@@ -225,7 +263,7 @@ func tryBind(proto network.Protocol, a netip.Addr, port uint16) (uint16, error) 
 		return 0, err
 	}
 	defer unix.Close(fd)
-	if kind == unix.SOCK_STREAM {
+	if kind == unix.SOCK_STREAM && port != 0 { // with it the kernel chooses among half of them only
 		// Connections that were closed a moment ago are no listeners.
 		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
 			return 0, err

@@ -1,9 +1,11 @@
 package hostport
 
 import (
+	"maps"
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -137,6 +139,37 @@ func TestChoose(t *testing.T) {
 func filepathBase(s string) string {
 	s = s[strings.LastIndexByte(s, '/')+1:]
 	return s[:min(len(s), 15)]
+}
+
+// TestChooseAtOnce: who asks before another one has claimed what was chosen for it
+// gets other ports.
+func TestChooseAtOnce(t *testing.T) {
+	var r Registry
+	seen := map[uint16]string{}
+	for _, id := range []string{"a", "b", "c"} {
+		ps := make([]network.Port, 500)
+		for i := range ps {
+			ps[i] = network.Port{Port: 80, Protocol: network.TCP}
+		}
+		if err := r.Choose(id, ps); err != nil {
+			t.Fatal(err)
+		}
+		for _, p := range ps {
+			if by, ok := seen[p.HostPort]; ok {
+				t.Errorf("port %d was chosen for %s and %s", p.HostPort, by, id)
+			}
+			seen[p.HostPort] = id
+		}
+	}
+	// Nobody is kept from asking for one of them.
+	port := network.Port{HostPort: slices.Min(slices.Collect(maps.Keys(seen))), Port: 80, Protocol: network.TCP}
+	if err := r.Claim("d", []network.Port{port}); err != nil {
+		t.Error(err)
+	}
+	r.Release("d")
+	if !r.choose("e", port) {
+		t.Error("a port that was released is not chosen")
+	}
 }
 
 func TestCheck(t *testing.T) {
