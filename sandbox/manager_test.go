@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -431,8 +432,8 @@ func TestDirShowsTheSame(t *testing.T) {
 	d := must[*Dir](t)(OpenDir(state, n))
 	d.view.alive = n.alive
 	got, want := must[Info](t)(d.Sandbox(i.ID[:4])), must[Info](t)(m.Inspect("web"))
-	if fmt.Sprint(got) != fmt.Sprint(want) {
-		t.Errorf("without a daemon\n %+v\nwith one\n %+v", got, want)
+	if a, b := must[[]byte](t)(json.Marshal(got)), must[[]byte](t)(json.Marshal(want)); string(a) != string(b) {
+		t.Errorf("without a daemon\n %s\nwith one\n %s", a, b)
 	}
 	check(t, m.Close())
 	n.with(func() { n.exitInit(i.ID+"/"+got.Members[0].ID, Exit{Known: true, Code: 4}); n.killPause(i.ID) })
