@@ -286,6 +286,9 @@ func TestHooksDirectory(t *testing.T) {
 	put("a.json", fmt.Sprintf(`{"version":"1.0.0","hook":{"path":%q},"when":{"annotations":{"^dep$":"fluid"},"hasBindMounts":true},"stages":["poststop","sandbox-predelete"]}`, h))
 	r.d.flags = []string{"--hooks-dir", dir + "/none", "--hooks-dir", dir}
 	r.mustServe()
+	if text := r.d.log.String(); !strings.Contains(text, `msg="No hooks directory yet" dir=`+dir+"/none") || strings.Count(text, "No hooks directory") != 1 {
+		t.Errorf("the log: %s", text)
+	}
 	r.ok("create", "box", "--annotation", "dep=fluid dynamics")
 	r.run("box", "without", "exit 0")
 	r.run("box", "with", "exit 0", "-v", "/etc:/mnt:ro")

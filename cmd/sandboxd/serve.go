@@ -68,7 +68,7 @@ go on, and so do their logs.`,
 	f.Var(&value[int64]{p: &o.collect.collectMax, text: "1g", typ: "size", parse: parseSize}, "collect-max-total", "how much collections take on disk at most; the oldest make room, successes before failures; 0 is no limit")
 	f.Var(&value[time.Duration]{p: &o.collect.collectKeep, text: "168h", typ: "duration", parse: parseTTL}, "collect-keep", "how long a collection is kept; 0 is as long as there is room")
 	f.Var(&value[time.Duration]{p: &o.collect.sampleInterval, typ: "duration", parse: parseTTL}, "sample-interval", "measure cpu and memory of members so often, such as 1s, and keep the last 300 samples for their manifests (default 0: never)")
-	f.IntVar(&o.custodyMax, "custody-max", 0, "how many exited members are held at most; custody of the oldest ends (`number`; default 0: no limit)")
+	f.IntVar(&o.custodyMax, "custody-max", 0, "`number` of exited members that are held at most; custody of the oldest ends (default 0: no limit)")
 	f.Var(&value[int64]{p: &o.custodyTmpfs, typ: "size", parse: parseSize}, "custody-max-tmpfs", "how much exited members hold in memory at most; custody of the oldest ends (default 0: no limit)")
 	f.Var(&value[int64]{p: &o.eventsMax, typ: "size", parse: parseSize}, "events-max", "how large the journal of events may become (default 64m)")
 	networkFlags(cmd, &o.networks)
@@ -148,6 +148,12 @@ func (a *app) serve(ctx context.Context, o serveOptions) (err error) {
 	defer func() { err = errors.Join(err, rd.Close()) }()
 	root = rd.path
 	log := newLogger(a.err, o.level, o.json)
+	for _, dir := range o.hooksDirs {
+		// It may come later, with the package that has hooks.
+		if _, err := os.Stat(dir); err != nil {
+			log.Warn("No hooks directory yet", "dir", dir, "err", err)
+		}
+	}
 	v := readVersion()
 	mt := metrics.New(metrics.Options{Version: v.Version, Commit: v.Commit, Go: v.Go})
 	node, err := newNode(nodeOptions{State: state, Root: root, CgroupParent: o.cgroupParent, HooksDirs: o.hooksDirs, Networks: o.networks, Metrics: mt, Log: log, collectOptions: o.collect})
