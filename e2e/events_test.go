@@ -115,7 +115,7 @@ func TestEvents(t *testing.T) {
 		if got := r.events("--since", "1h", "--filter", "type=exit", "--filter", "sandbox=web"); len(got) != 1 || got[0].Exit.Code != 3 {
 			t.Errorf("%s: exits %+v", daemon, got)
 		}
-		if line := r.ok("events", "--filter", "type=exit"); !strings.Contains(line, "exit") || !strings.Contains(line, "web/app Running → Exited code 3 (Error)") {
+		if line := r.ok("events", "-o", "text", "--filter", "type=exit"); !strings.Contains(line, "exit") || !strings.Contains(line, "web/app Running → Exited code 3 (Error)") {
 			t.Errorf("%s: for people %q", daemon, line)
 		}
 		r.fails(125, "the last one is", "events", "--since", "99999")

@@ -40,8 +40,7 @@ With -o json it writes one object a line; docs/events.md describes it.`,
   sandboxd events -f --since 4711 --filter sandbox=web -o json`,
 		Args: argsBetween(0, 0),
 	}
-	isJSON := outputFlag(cmd)
-	cmd.Flag("output").Usage = "output format (default text)"
+	format := formatFlag(cmd, "text", "json")
 	var q sandbox.EventQuery
 	var filters []string
 	f := cmd.Flags()
@@ -57,7 +56,7 @@ With -o json it writes one object a line; docs/events.md describes it.`,
 		}
 		q.Follow, q.New = *follow, *follow && !f.Changed("since")
 		show := writeEvent
-		if *isJSON {
+		if *format == "json" {
 			show = writeEventJSON
 		}
 		return a.events(cmd.Context(), q, func(e sandbox.Event) error { return show(a.out, &e) })

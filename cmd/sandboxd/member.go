@@ -45,7 +45,7 @@ func (a *app) memberFlags(cmd *cobra.Command) func(command []string) (sandbox.Me
 	f.BoolVar(&c.ReadOnly, "read-only", false, "read-only root file system, without a writable layer")
 	f.Var(&value[int64]{p: &c.Memory, typ: "size", parse: parseSize}, "memory", "memory limit, such as 64m")
 	f.Var(&value[int64]{p: &c.NanoCPUs, typ: "number", parse: parseCPUs}, "cpus", "CPU limit, such as 0.5")
-	f.Int64Var(&c.PidsLimit, "pids-limit", 0, "limit of processes and threads (`number`)")
+	f.Int64Var(&c.PidsLimit, "pids-limit", 0, "`number` of processes and threads at most")
 	f.StringArrayVar(&c.CapAdd, "cap-add", nil, "add a `capability`; ALL for all of them")
 	f.StringArrayVar(&c.CapDrop, "cap-drop", nil, "drop a `capability`; ALL for all of them")
 	f.BoolVar(&c.Privileged, "privileged", false, "all capabilities and devices, nothing masked, no seccomp filter")
