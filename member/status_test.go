@@ -180,16 +180,8 @@ func FuzzParseStatus(f *testing.F) {
 // TestDecodersInC runs a fuzzer, for a short while, over what the C programs
 // check: it finds a read or write outside the buffer.
 func TestDecodersInC(t *testing.T) {
-	clang := testenv.Program(t, "clang")
 	bin := filepath.Join(t.TempDir(), "fuzz")
-	out, err := exec.Command(clang, "-g", "-O1", "-Wno-unused-function", "-fsanitize=fuzzer,address,undefined",
-		"-fno-sanitize-recover=all", "-o", bin, "fuzz/fuzz.c").CombinedOutput()
-	if bytes.Contains(out, []byte("cannot find")) && bytes.Contains(out, []byte("libclang_rt")) && os.Getenv("SANDBOXD_TEST_REQUIRE") == "" {
-		t.Skip("needs clang's sanitizer libraries (Debian: libclang-rt-dev)")
-	}
-	if err != nil {
-		t.Fatalf("build: %v\n%s", err, out)
-	}
+	compile(t, "-fsanitize=fuzzer,address,undefined", bin, "fuzz/fuzz.c")
 	seeds := t.TempDir()
 	p := &launch.Program{}
 	p.Created()
