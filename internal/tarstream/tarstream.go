@@ -161,19 +161,29 @@ func keepXattr(name string, ids *IDs) bool {
 		ids == nil && (name == "system.posix_acl_access" || name == "system.posix_acl_default")
 }
 
-// readXattrs returns the attributes of f, which may be O_PATH, as PAX records.
-func readXattrs(f *os.File, ids *IDs) (map[string]string, error) {
+// maxXattrs is how many bytes of attributes are copied of one file: tar readers take
+// headers of 1 MiB at most.
+const maxXattrs = 512 << 10
+
+// readXattrs returns the attributes of f, which may be O_PATH, as PAX records, and
+// what is left out of them.
+func readXattrs(f *os.File, ids *IDs) (_ map[string]string, left string, _ error) {
 	path := self(f)
 	names, err := sized(func(b []byte) (int, error) { return unix.Listxattr(path, b) })
 	if errors.Is(err, unix.ENOTSUP) || len(names) == 0 && err == nil {
-		return nil, nil
+		return nil, "", nil
 	}
 	if err != nil {
-		return nil, &os.PathError{Op: "list extended attributes of", Path: f.Name(), Err: err}
+		return nil, "", &os.PathError{Op: "list extended attributes of", Path: f.Name(), Err: err}
 	}
 	var records map[string]string
+	size := 0
 	for name := range strings.SplitSeq(strings.TrimSuffix(string(names), "\x00"), "\x00") {
 		if !keepXattr(name, ids) {
+			continue
+		}
+		if strings.Contains(name, "=") { // it would end the name in a PAX record
+			left = fmt.Sprintf("its extended attribute %q is left out", name)
 			continue
 		}
 		v, err := sized(func(b []byte) (int, error) { return unix.Getxattr(path, name, b) })
@@ -181,17 +191,20 @@ func readXattrs(f *os.File, ids *IDs) (map[string]string, error) {
 			continue // removed meanwhile
 		}
 		if err != nil {
-			return nil, &os.PathError{Op: "read attribute " + name + " of", Path: f.Name(), Err: err}
+			return nil, "", &os.PathError{Op: "read attribute " + name + " of", Path: f.Name(), Err: err}
 		}
 		if name == capability {
 			v = capabilityInside(v, ids)
+		}
+		if size += len(name) + len(v); size > maxXattrs {
+			return nil, fmt.Sprintf("its extended attributes, more than %d bytes, are left out", maxXattrs), nil
 		}
 		if records == nil {
 			records = make(map[string]string)
 		}
 		records[xattrPrefix+name] = string(v)
 	}
-	return records, nil
+	return records, left, nil
 }
 
 // sized calls get with a buffer that is large enough, also if what it gets grows.

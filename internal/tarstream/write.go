@@ -211,7 +211,7 @@ func (t *writer) step(d *dir, name string) error {
 
 // entry copies f, an O_PATH descriptor, which it closes. parent is the device of
 // the directory that it is in.
-func (t *writer) entry(f *os.File, name string, parent uint64) error {
+func (t *writer) entry(f *os.File, name string, parent uint64) (err error) {
 	defer f.Close()
 	st, err := fstat(f)
 	if err != nil {
@@ -228,9 +228,16 @@ func (t *writer) entry(f *os.File, name string, parent uint64) error {
 	if len(name) > maxName {
 		return fmt.Errorf("%.100s…: the path has more than %d bytes", name, maxName)
 	}
-	if h.PAXRecords, err = readXattrs(f, t.o.IDs); err != nil {
+	records, left, err := readXattrs(f, t.o.IDs)
+	if err != nil {
 		return err
 	}
+	h.PAXRecords = records
+	defer func() {
+		if left != "" && err == nil {
+			t.o.note(name, left)
+		}
+	}()
 	if !isType(&st, unix.S_IFREG) {
 		if err := t.admit(h, &st, 0); err != nil {
 			return err
