@@ -193,6 +193,41 @@ func TestStoryTerminal(t *testing.T) {
 	}
 }
 
+// In a sandbox with a user namespace a terminal is the member's own as it is in
+// others: it can be opened by its name, and changed, by root there.
+func TestStoryTerminalInUserNamespace(t *testing.T) {
+	s := newStory(t, "--share", "net,ipc,uts,user")
+	const script = `stat -c "tty %u %g %a" "$(tty)"; stat -c "console %u" /dev/console; echo opened >/dev/tty && echo by name >"$(tty)"
+		chown 1 "$(tty)" && stat -c "now %u" "$(tty)"; chown 0 "$(tty)"; stty size; stty -echo; echo ready; read l; echo "got $l"; stty size; kill -INT $$; exit 5`
+	c := s.console(33, 44, append([]string{"run", "-i", "-t", "web", "--rm", "--name", "m", "--rootfs", s.rootfs}, sh(script)...)...)
+	c.wait("ready")
+	c.resize(11, 22)
+	c.write("line\r")
+	c.wait("got line")
+	if code := c.exit(); code != 130 {
+		t.Errorf("exit code %d, want 130", code)
+	}
+	for _, want := range []string{"tty 0 5 620", "console 0", "opened", "by name", "now 1", "33 44", "11 22"} {
+		c.wait(want)
+	}
+	// The same for exec, and attached again.
+	s.ok(append([]string{"run", "web", "-d", "-i", "-t", "--name", "up", "--rootfs", s.rootfs}, sh("stty -echo; while read l; do echo =$l; done; exit 6")...)...)
+	e := s.console(5, 6, append([]string{"exec", "-i", "-t", "web/up"}, sh(`stat -c "tty %u" "$(tty)"; stty size; echo to >/dev/tty; exit 7`)...)...)
+	for _, want := range []string{"tty 0", "5 6", "to"} {
+		e.wait(want)
+	}
+	if code := e.exit(); code != 7 {
+		t.Errorf("exec: exit code %d, want 7", code)
+	}
+	a := s.console(5, 6, "attach", "web/up")
+	a.write("x\r")
+	a.wait("=x")
+	a.write("\x04")
+	if code := a.exit(); code != 6 {
+		t.Errorf("attach: exit code %d, want 6", code)
+	}
+}
+
 // What a member writes faster than run can read it comes all the same, byte for
 // byte, although its log is removed with it.
 func TestStoryMuchOutput(t *testing.T) {

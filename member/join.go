@@ -49,7 +49,10 @@ type JoinSpec struct {
 	CgroupDir   *os.File
 	CgroupTasks []string
 	Process     *specs.Process // Terminal asks for one: see CompileJoin
-	Exe         string         // the program to execute, if it is not what Process.Args[0] names
+	// UIDs is the mapping of the user namespace that is joined, if there is one: the
+	// caller's root, as which a terminal is opened, is nobody there.
+	UIDs        []specs.LinuxIDMapping
+	Exe         string // the program to execute, if it is not what Process.Args[0] names
 	Seccomp     []unix.SockFilter
 	SeccompFlag uintptr // SECCOMP_FILTER_FLAG_*
 }
@@ -151,6 +154,12 @@ func CompileJoin(s *JoinSpec) (*launch.Program, error) {
 	}
 	if s.Process.Terminal {
 		addPty(p)
+		// One that is not mapped is refused when the process is to become it.
+		if uid, err := hostID(s.UIDs, user != nil, s.Process.User.UID); err == nil {
+			// As login(1) does, so that the terminal can be opened again by its name.
+			p.Call("own the terminal", unix.SYS_FCHOWN, launch.Int(0), launch.Int(uid), launch.Int(-1)).
+				Ignore(unix.EPERM, unix.EINVAL, unix.EROFS)
+		}
 	}
 
 	closeRange := func(first, last uint32) {
@@ -189,11 +198,6 @@ func CompileJoin(s *JoinSpec) (*launch.Program, error) {
 	}
 	if late != 0 {
 		p.Call("make the private namespaces", unix.SYS_UNSHARE, launch.Int(late))
-	}
-	if s.Process.Terminal {
-		// As login(1) does, so that the terminal can be opened again by its name.
-		p.Call("own the terminal", unix.SYS_FCHOWN, launch.Int(0), launch.Int(s.Process.User.UID), launch.Int(-1)).
-			Ignore(unix.EPERM, unix.EINVAL, unix.EROFS)
 	}
 	looked := *s.Process
 	if s.Exe != "" {

@@ -319,8 +319,12 @@ func (j *joiner) enter(sel namespace.Selection, pidNamed bool) error {
 		if err != nil {
 			return err
 		}
-		if !own { // one's own user namespace cannot be joined (setns(2))
-			j.spec.Namespaces[k] = f
+		if own { // one's own user namespace cannot be joined (setns(2))
+			continue
+		}
+		j.spec.Namespaces[k] = f
+		if ids := j.target.sandbox.IDs; k == namespace.User && ids != nil { // there is no other
+			j.spec.UIDs = []specs.LinuxIDMapping{{HostID: ids.Start, Size: ids.Size}}
 		}
 	}
 	if err := j.proc(); err != nil {
