@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -119,14 +120,17 @@ func (a *app) copyIn(ctx context.Context, src, ref, path string, note func(path,
 // first: the other then fails because of it.
 func pipe(ctx context.Context, write func(context.Context, io.Writer) error, read func(context.Context, io.Reader) error) error {
 	r, w := io.Pipe()
-	written := make(chan struct{})
+	written := make(chan error)
 	go func() {
-		defer close(written)
-		w.CloseWithError(write(ctx, w)) // nil is io.EOF
+		err := write(ctx, w)
+		w.CloseWithError(err) // nil is io.EOF
+		written <- err
 	}()
 	err := read(ctx, r)
 	r.CloseWithError(io.ErrClosedPipe)
-	<-written
+	if werr := <-written; werr != nil && !errors.Is(werr, io.ErrClosedPipe) {
+		return werr
+	}
 	return err
 }
 
