@@ -716,6 +716,9 @@ func TestGarbageInStateDirectory(t *testing.T) {
 	}
 	d.must(t, "ls") // without the daemon
 	d.start(t)
+	if text, want := d.log.String(), "dir="+d.state+"/quarantine/0000000000000001"; !strings.Contains(text, want) {
+		t.Errorf("the log has no %q:\n%s", want, text)
+	}
 	d.must(t, "create", "web")
 	d.must(t, "rm", "web")
 	d.must(t, "ls")

@@ -453,7 +453,9 @@ func (m *Manager) setAside(name string) error {
 		}
 		to = fmt.Sprintf("%s.%d", base, n)
 	}
-	if err := m.root.Rename(name, to); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := m.root.Rename(name, to); err == nil {
+		m.o.Log.Warn("Set aside: look at it, and remove it", "was", name, "dir", m.root.Name()+"/"+to)
+	} else if !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	if err := statefile.SyncDir(m.root, quarantineDir); err != nil {
