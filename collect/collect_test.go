@@ -620,7 +620,7 @@ func TestSweep(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer unlock()
-	for _, d := range []string{tempPrefix + "left", trashPrefix + "web-app-9", "web/app-x", ".other"} {
+	for _, d := range []string{tempPrefix + "left", trashPrefix + "web-app-9", "web/app-7", "web/app-x", ".other"} {
 		if err := s.root.Mkdir(d, 0o700); err != nil {
 			t.Fatal(err)
 		}
@@ -637,7 +637,7 @@ func TestSweep(t *testing.T) {
 				t.Errorf("finding %+v", f)
 			}
 		}
-		if d := cmp.Diff([]string{trashPrefix + "web-app-9", tempPrefix + "left", "web/app-1"}, names); d != "" {
+		if d := cmp.Diff([]string{trashPrefix + "web-app-9", tempPrefix + "left", "web/app-7", "web/app-1"}, names); d != "" {
 			t.Errorf("dry %v: found (-want +got):\n%s", dry, d)
 		}
 	}

@@ -658,8 +658,16 @@ func (s *Store) Sweep(_ context.Context, dry bool) ([]garbage.Finding, error) {
 		return found, err
 	}
 	for _, e := range entries {
-		if age := s.o.Now().Sub(e.when()); e.Manifest != nil && age > s.o.Keep {
-			note(e.Name, e.CollectedAt, fmt.Sprintf("it is older than %s (--collect-keep)", s.o.Keep), func() error { return s.remove(e.Name) })
+		at := e.when()
+		if e.Manifest == nil { // its manifest cannot be read, which makes it no younger
+			fi, err := s.root.Lstat(e.Name)
+			if err != nil {
+				continue
+			}
+			at = fi.ModTime().UTC()
+		}
+		if s.o.Now().Sub(at) > s.o.Keep {
+			note(e.Name, at, fmt.Sprintf("it is older than %s (--collect-keep)", s.o.Keep), func() error { return s.remove(e.Name) })
 		}
 	}
 	return found, nil
