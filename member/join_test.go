@@ -71,13 +71,14 @@ func TestCompileJoinOrder(t *testing.T) {
 				namespace.User: f(), namespace.Mnt: f(), namespace.PID: f(), namespace.Net: f(), namespace.Cgroup: f(),
 			},
 			Root: f(), CgroupTasks: []string{"/c/tasks"}, Process: tty,
+			UIDs: []specs.LinuxIDMapping{{HostID: 100000, Size: 65536}},
 		}, []string{
 			"join the cgroup /c", "set oom_score_adj to 100", "open a terminal",
 			"join the net namespace", "join the cgroup namespace", "join the pid namespace", "join the mnt namespace",
 			"change to the root", "change the root",
 			"open a terminal in /dev/pts", "unlock the terminal", "open the terminal's other end", "make the terminal stdio",
-			"close descriptors", "be not dumpable", "enter the pid namespace", "make a session", "take the terminal",
-			"join the user namespace", "become root of the user namespace", "own the terminal", "close descriptor 5", "close descriptors",
+			"own the terminal", "close descriptors", "be not dumpable", "enter the pid namespace", "make a session", "take the terminal",
+			"join the user namespace", "become root of the user namespace", "close descriptor 5", "close descriptors",
 		}},
 		{"a dead member", JoinSpec{
 			Namespaces: map[namespace.Kind]*os.File{namespace.Mnt: f()}, Root: f(),
