@@ -27,6 +27,9 @@ type Pause struct {
 	ino   map[namespace.Kind]uint64
 	done  chan struct{}
 	watch sync.WaitGroup
+
+	mu   sync.Mutex
+	died func() // called after done is closed; guarded by mu
 }
 
 // ID identifies the process.
@@ -46,6 +49,19 @@ func (p *Pause) Inodes() map[namespace.Kind]uint64 {
 
 // Done is closed when the process has died. It is not closed by Close.
 func (p *Pause) Done() <-chan struct{} { return p.done }
+
+// OnDeath has died called, in a goroutine of its own, when the process has died,
+// unless Close comes before. There is one such function: the last one.
+func (p *Pause) OnDeath(died func()) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	select {
+	case <-p.done:
+		go died()
+	default:
+		p.died = died
+	}
+}
 
 // Kill kills the process and waits until it is gone, or ctx ends. It succeeds
 // if the process is gone already. It must not be called after Close.
@@ -110,8 +126,14 @@ func Adopt(_ context.Context, id procid.ID, kinds []namespace.Kind) (*Pause, err
 func newPause(pidfd *os.File) *Pause {
 	p := &Pause{pidfd: pidfd, ns: make(map[namespace.Kind]*os.File), ino: make(map[namespace.Kind]uint64), done: make(chan struct{})}
 	p.watch.Go(func() {
-		if p.wait() == nil {
-			close(p.done)
+		if p.wait() != nil {
+			return
+		}
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		close(p.done)
+		if p.died != nil {
+			go p.died()
 		}
 	})
 	return p

@@ -234,6 +234,9 @@ func TestDoneAndReap(t *testing.T) {
 		t.Fatal("done before the death")
 	default:
 	}
+	died := make(chan string, 4)
+	pause.OnDeath(func() { died <- "first" })
+	pause.OnDeath(func() { died <- "last" })
 	if err := unix.Kill(pause.ID().PID, unix.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
@@ -241,6 +244,10 @@ func TestDoneAndReap(t *testing.T) {
 	case <-pause.Done():
 	case <-time.After(10 * time.Second):
 		t.Fatal("death was not noticed")
+	}
+	pause.OnDeath(func() { died <- "late" })
+	if told := []string{<-died, <-died}; !slices.Contains(told, "last") || !slices.Contains(told, "late") {
+		t.Errorf("called: %q", told)
 	}
 	if _, err := procid.Of(pause.ID().PID); !errors.Is(err, procid.ErrGone) {
 		t.Errorf("not reaped: %v", err)

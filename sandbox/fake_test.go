@@ -53,7 +53,7 @@ type fakeNode struct {
 	pid      int
 	procs    map[procid.ID]bool // alive
 	pauses   map[string]procid.ID
-	watches  map[procid.ID][]chan struct{}
+	watches  map[procid.ID][]func()
 	held     map[string]bool // sandboxes whose namespaces this daemon holds descriptors of
 	inode    map[string]uint64
 	cgroups  map[string]bool // SID and SID/MID
@@ -107,7 +107,7 @@ type fakeConn struct {
 func newFakeNode() *fakeNode {
 	return &fakeNode{
 		faults: map[string]fault{}, procs: map[procid.ID]bool{}, pauses: map[string]procid.ID{},
-		watches: map[procid.ID][]chan struct{}{}, held: map[string]bool{}, inode: map[string]uint64{},
+		watches: map[procid.ID][]func(){}, held: map[string]bool{}, inode: map[string]uint64{},
 		cgroups: map[string]bool{}, data: map[string]bool{}, monitors: map[string]*fakeMonitor{},
 		started: map[string]bool{}, truth: map[string]Exit{}, leftover: map[string]bool{}, unkillable: map[string]bool{},
 		declared: map[string]MemberConfig{}, hooks: map[string]*fakeHook{}, collects: map[string]int{}, collected: map[string]bool{},
@@ -323,17 +323,15 @@ func (n *fakeNode) AdoptPause(ctx context.Context, r *Record) error {
 	})
 }
 
-func (n *fakeNode) WatchPause(ctx context.Context, r *Record) (<-chan struct{}, error) {
-	ch := make(chan struct{})
-	err := n.call(ctx, "WatchPause", func() error {
+func (n *fakeNode) WatchPause(r *Record, died func()) error {
+	return n.call(context.Background(), "WatchPause", func() error {
 		if !n.procs[r.Pause] {
-			close(ch)
+			go died()
 			return nil
 		}
-		n.watches[r.Pause] = append(n.watches[r.Pause], ch)
+		n.watches[r.Pause] = append(n.watches[r.Pause], died)
 		return nil
 	})
-	return ch, err
 }
 
 func (n *fakeNode) KillPause(ctx context.Context, r *Record) error {
@@ -352,8 +350,8 @@ func (n *fakeNode) killPause(sid string) {
 	}
 	delete(n.pauses, sid)
 	delete(n.procs, p)
-	for _, ch := range n.watches[p] {
-		close(ch)
+	for _, died := range n.watches[p] {
+		go died()
 	}
 	delete(n.watches, p)
 }

@@ -299,7 +299,9 @@ func Lock(dir *os.Root, what string) (*os.File, error) {
 // lets go of the state directory. Sandboxes and members go on. Call it after
 // every other call, except of Wait, has returned.
 func (m *Manager) Close() error {
-	m.cancel()
+	m.mu.Lock()
+	m.cancel() // from here on nothing begins
+	m.mu.Unlock()
 	m.wg.Wait()
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -55,9 +55,9 @@ type PauseNode interface {
 	// AdoptPause makes the node hold the namespaces of a pause that an earlier
 	// daemon started. It fails with [procid.ErrGone] if that pause is gone.
 	AdoptPause(ctx context.Context, r *Record) error
-	// WatchPause returns a channel that is closed when the pause has died. The
-	// watch ends, without the channel being closed, with ctx.
-	WatchPause(ctx context.Context, r *Record) (<-chan struct{}, error)
+	// WatchPause has died called, in a goroutine of its own, when the pause has
+	// died, also if that was before.
+	WatchPause(r *Record, died func()) error
 	// KillPause kills the pause and drops what the node holds of it.
 	KillPause(ctx context.Context, r *Record) error
 	// RemoveSandboxData removes the sandbox's directory under the root directory.

@@ -222,19 +222,14 @@ func (m *Manager) finish(ctx context.Context, mb *memb, e Exit, startErr string)
 	m.o.Log.Info("Member exited", "sandbox", r.Sandbox, "member", r.ID, "name", r.Config.Name, "code", e.Code, "reason", e.Reason)
 }
 
-// watchPause starts the goroutine that replaces b's pause should it die.
-// Preconditions: b.op is held.
+// watchPause sees to it that b's pause is replaced should it die. It takes no
+// goroutine until then. Preconditions: b.op is held.
 func (m *Manager) watchPause(b *box) error {
-	dead, err := m.node.WatchPause(b.ctx, b.rec.Load())
-	if err != nil {
-		return err
-	}
-	m.wg.Go(func() {
-		select {
-		case <-dead:
-		case <-b.ctx.Done():
+	return m.node.WatchPause(b.rec.Load(), func() {
+		if !m.begin() {
 			return
 		}
+		defer m.wg.Done()
 		if err := b.op.acquire(b.ctx); err != nil {
 			return
 		}
@@ -244,7 +239,18 @@ func (m *Manager) watchPause(b *box) error {
 		}
 		m.reanchor(b.ctx, b)
 	})
-	return nil
+}
+
+// begin adds a goroutine to those that Close waits for, and reports whether it
+// may go on: after Close it may not.
+func (m *Manager) begin() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.ctx.Err() != nil {
+		return false
+	}
+	m.wg.Add(1)
+	return true
 }
 
 // anchored reports whether a sandbox in state s is meant to have a pause.

@@ -378,11 +378,13 @@ func (n *node) AdoptPause(ctx context.Context, r *sandbox.Record) error {
 }
 
 // WatchPause implements [sandbox.PauseNode].
-func (n *node) WatchPause(_ context.Context, r *sandbox.Record) (<-chan struct{}, error) {
-	if p := n.pause(r.ID); p != nil {
-		return p.Done(), nil
+func (n *node) WatchPause(r *sandbox.Record, died func()) error {
+	p := n.pause(r.ID)
+	if p == nil {
+		return procid.ErrGone
 	}
-	return nil, procid.ErrGone
+	p.OnDeath(died)
+	return nil
 }
 
 // KillPause implements [sandbox.PauseNode].
