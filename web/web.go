@@ -26,6 +26,7 @@ import (
 	"golang.org/x/net/netutil"
 
 	"github.com/sandboxd/sandboxd/internal/garbage"
+	"github.com/sandboxd/sandboxd/internal/rest"
 	"github.com/sandboxd/sandboxd/sandbox"
 )
 
@@ -66,6 +67,7 @@ type Server struct {
 	src  atomic.Pointer[Source]
 	csp  string
 	done chan error
+	rest *rest.Timer
 }
 
 // Bounds of what a client may do.
@@ -86,7 +88,7 @@ func Serve(l net.Listener, o Options) *Server {
 	if o.Now == nil {
 		o.Now = time.Now
 	}
-	s := &Server{o: o, csp: contentPolicy(), done: make(chan error, 1)}
+	s := &Server{o: o, csp: contentPolicy(), done: make(chan error, 1), rest: rest.NewTimer()}
 	timeout := answerTimeout
 	if o.Pprof {
 		timeout = pprofTimeout
@@ -110,6 +112,7 @@ func (s *Server) Recovered(src Source) {
 
 // Shutdown ends the server: requests in progress until ctx ends.
 func (s *Server) Shutdown(ctx context.Context) error {
+	defer s.rest.Stop()
 	err := s.http.Shutdown(ctx)
 	if err != nil {
 		err = errors.Join(err, s.http.Close())
@@ -162,6 +165,7 @@ func (s *Server) guard(next http.Handler, local bool) http.Handler {
 			return
 		}
 		next.ServeHTTP(w, r)
+		s.rest.Called()
 	})
 }
 

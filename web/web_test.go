@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"regexp"
+	"runtime/metrics"
 	"slices"
 	"strconv"
 	"strings"
@@ -69,9 +70,32 @@ func ask(t *testing.T, method, address, path, host string) (*http.Response, stri
 	return res, string(b)
 }
 
+// What a scrape has allocated is given back soon, and not when as much again has
+// been allocated.
+func TestRest(t *testing.T) {
+	forced := func() uint64 {
+		s := []metrics.Sample{{Name: "/gc/cycles/forced:gc-cycles"}}
+		metrics.Read(s)
+		return s[0].Value.Uint64()
+	}
+	address, _ := serve(t, Options{})
+	for end, before := time.Now().Add(20*time.Second), forced(); forced() == before; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("nothing is given back after the start")
+		}
+	}
+	before := forced()
+	ask(t, "GET", address, "/healthz", "")
+	for end := time.Now().Add(20 * time.Second); forced() == before; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("nothing is given back after a request")
+		}
+	}
+}
+
 func TestRoutes(t *testing.T) {
-	metrics := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "metrics") })
-	address, s := serve(t, Options{Metrics: metrics})
+	handler := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "metrics") })
+	address, s := serve(t, Options{Metrics: handler})
 	s.Recovered(infos{})
 	with, _ := serve(t, Options{Pprof: true})
 	for _, tt := range []struct {

@@ -9,7 +9,6 @@ import (
 	"iter"
 	"log/slog"
 	"net"
-	"runtime/debug"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -21,6 +20,7 @@ import (
 	"github.com/sandboxd/sandboxd/api/internal/wire"
 	pb "github.com/sandboxd/sandboxd/api/sandboxd/v1"
 	"github.com/sandboxd/sandboxd/internal/garbage"
+	"github.com/sandboxd/sandboxd/internal/rest"
 	"github.com/sandboxd/sandboxd/sandbox"
 )
 
@@ -59,22 +59,18 @@ var _ Manager = (*sandbox.Manager)(nil)
 type Server struct {
 	grpc *grpc.Server
 	quit context.CancelFunc
-	rest *time.Timer // gives memory back when there has been no call for a while
+	rest *rest.Timer
 }
-
-// restAfter is how long after the last call the memory that calls have used is
-// given back to the system: a node's daemon is at rest nearly always.
-const restAfter = 2 * time.Second
 
 // New returns a server. Failed calls are logged to log, which must not be nil.
 func New(m Manager, x Execer, log *slog.Logger) *Server {
 	quit, cancel := context.WithCancel(context.Background())
-	s := &Server{quit: cancel, rest: time.AfterFunc(restAfter, debug.FreeOSMemory)}
+	s := &Server{quit: cancel, rest: rest.NewTimer()}
 	s.grpc = grpc.NewServer(grpc.UnaryInterceptor(
 		func(ctx context.Context, req any, info *grpc.UnaryServerInfo, h grpc.UnaryHandler) (any, error) {
 			begin := time.Now()
 			resp, err := h(ctx, req)
-			s.rest.Reset(restAfter)
+			s.rest.Called()
 			switch status.Code(err) {
 			case codes.OK, codes.Canceled:
 			case codes.NotFound:
