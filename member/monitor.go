@@ -530,6 +530,7 @@ type Monitor struct {
 	explain func(op int, errno unix.Errno) error // names the call of the launch program that failed; nil after a restart and after the start
 	phase   Phase
 	changed chan struct{} // closed and replaced when phase changes
+	onDone  func()        // called after done is closed
 	asked   []chan error  // answers that are due, in order
 }
 
@@ -571,6 +572,27 @@ func (m *Monitor) Init() procid.ID { return m.init }
 // Done is closed when init has ended and its exit record is durable, or when
 // the monitor is gone.
 func (m *Monitor) Done() <-chan struct{} { return m.done }
+
+// OnDone has f called, in a goroutine of its own, when Done is closed, also if that
+// was before. There is one such function: the last one.
+func (m *Monitor) OnDone(f func()) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	select {
+	case <-m.done:
+		go f()
+	default:
+		m.onDone = f
+	}
+}
+
+// end closes done. Preconditions: m.mu is held; done is open.
+func (m *Monitor) end() {
+	close(m.done)
+	if m.onDone != nil {
+		go m.onDone()
+	}
+}
 
 // InitEnded reports whether the monitor has told that init has ended.
 func (m *Monitor) InitEnded() bool {
@@ -687,7 +709,7 @@ func (m *Monitor) read() {
 			m.changed = make(chan struct{})
 			if m.phase >= PhaseExited && !ended {
 				ended = true
-				close(m.done)
+				m.end()
 			}
 		case kind == 'c':
 			select {
@@ -711,7 +733,9 @@ func (m *Monitor) read() {
 	}
 	close(m.gone)
 	if !ended {
-		close(m.done)
+		m.mu.Lock()
+		m.end()
+		m.mu.Unlock()
 	}
 }
 

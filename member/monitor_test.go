@@ -831,11 +831,29 @@ func TestMonitorConnect(t *testing.T) {
 	if err := m.mon.Start(m.ctx); err != nil {
 		t.Errorf("Start of what runs = %v", err)
 	}
+	third, err := Connect(m.ctx, m.spec.Dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	told := make(chan string, 4)
+	m.mon.OnDone(func() { told <- "first" })
+	third.OnDone(func() { told <- "third" })
+	third.Close()
+	if got := <-told; got != "third" {
+		t.Errorf("%s is told when the third is closed", got)
+	}
 	m.mon.Init().Signal(unix.SIGTERM)
 	select {
 	case <-second.Done():
 	case <-m.ctx.Done():
 		t.Error("the second connection is not told")
+	}
+	if got := <-told; got != "first" {
+		t.Errorf("%s is told when init ends", got)
+	}
+	second.OnDone(func() { told <- "late" })
+	if got := <-told; got != "late" {
+		t.Errorf("%s is told of what is over", got)
 	}
 }
 

@@ -102,6 +102,9 @@ type fakeConn struct {
 	mon  *fakeMonitor
 	f    MonitorFacts
 	done chan struct{}
+
+	closed    chan struct{}
+	closeOnce sync.Once
 }
 
 func newFakeNode() *fakeNode {
@@ -531,7 +534,7 @@ func (n *fakeNode) StartMonitor(ctx context.Context, r *Record, m *MemberRecord,
 }
 
 func (n *fakeNode) connect(mon *fakeMonitor) *fakeConn {
-	c := &fakeConn{n: n, mon: mon, f: MonitorFacts{Monitor: mon.proc, Init: mon.init}, done: make(chan struct{})}
+	c := &fakeConn{n: n, mon: mon, f: MonitorFacts{Monitor: mon.proc, Init: mon.init}, done: make(chan struct{}), closed: make(chan struct{})}
 	if mon.phase == PhaseExited {
 		close(c.done)
 		return c
@@ -656,7 +659,21 @@ func (n *fakeNode) Orphaned(m *MemberRecord, _ string) {
 
 func (c *fakeConn) Facts() MonitorFacts   { return c.f }
 func (c *fakeConn) Done() <-chan struct{} { return c.done }
-func (c *fakeConn) Close() error          { return nil }
+
+func (c *fakeConn) OnDone(f func()) {
+	go func() {
+		select {
+		case <-c.done:
+		case <-c.closed:
+		}
+		f()
+	}()
+}
+
+func (c *fakeConn) Close() error {
+	c.closeOnce.Do(func() { close(c.closed) })
+	return nil
+}
 
 func (c *fakeConn) Start(ctx context.Context) error {
 	var bad *StartError

@@ -204,6 +204,9 @@ type Monitor interface {
 	Start(ctx context.Context) error
 	// Done is closed when the exit record is on disk, or the monitor is gone.
 	Done() <-chan struct{}
+	// OnDone has f called, in a goroutine of its own, when Done is closed, also if
+	// that was before, or when the connection is closed. It is called once.
+	OnDone(f func())
 	// ReopenLog makes the monitor open the log's path anew.
 	ReopenLog(ctx context.Context) error
 	Close() error

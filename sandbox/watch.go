@@ -14,31 +14,29 @@ import (
 	"github.com/sandboxd/sandboxd/internal/statefile"
 )
 
-// watch starts the goroutine that sees to what follows when a member's monitor
-// reports init's exit, or dies.
-func (m *Manager) watch(b *box, mb *memb) {
-	m.wg.Go(func() {
-		delay := m.o.retryMin
-		for {
-			if mon := mb.monitor(); mon != nil {
-				select {
-				case <-mon.Done():
-				case <-mb.over:
-				case <-m.ctx.Done():
-					return
-				}
-			}
-			if again := m.attend(b, mb); !again {
-				return
-			}
-			// A monitor that dies as often as it is replaced, or that cannot
-			// be replaced, must not keep the daemon busy.
-			if !sleep(m.ctx, delay) {
-				return
-			}
-			delay = min(2*delay, m.o.retryMax)
+// watch sees to what follows when a member's monitor reports init's exit, or
+// dies. It takes no goroutine until then, or until the connection to the monitor
+// is closed because somebody else has seen to it.
+func (m *Manager) watch(b *box, mb *memb) { m.watchSlowly(b, mb, m.o.retryMin) }
+
+// watchSlowly is watch with a pause of delay before the next one.
+func (m *Manager) watchSlowly(b *box, mb *memb, delay time.Duration) {
+	follow := func() {
+		if !m.begin() {
+			return
 		}
-	})
+		defer m.wg.Done()
+		// A monitor that dies as often as it is replaced, or that cannot
+		// be replaced, must not keep the daemon busy.
+		if m.attend(b, mb) && sleep(m.ctx, delay) {
+			m.watchSlowly(b, mb, min(2*delay, m.o.retryMax))
+		}
+	}
+	if mon := mb.monitor(); mon != nil {
+		mon.OnDone(follow)
+		return
+	}
+	go follow()
 }
 
 // attend deals with the end of a member's monitor or init, unless an operation
