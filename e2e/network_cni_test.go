@@ -85,7 +85,7 @@ func TestDaemonKilledWhilePluginRuns(t *testing.T) {
 cat >/dev/null
 case $CNI_COMMAND in
 ADD) echo $$ >%[1]s/pid; mv %[1]s/pid %[1]s/started; sleep 5; : >%[1]s/late; echo '{"cniVersion":"1.0.0"}' ;;
-DEL) : >%[1]s/freed ;;
+DEL) [ -e "$CNI_NETNS" ] && : >%[1]s/inside; : >%[1]s/freed ;;
 esac
 `, r.cniConf)
 	if err := os.WriteFile(filepath.Join(r.plugins, "two"), []byte(slow), 0o755); err != nil {
@@ -105,6 +105,9 @@ esac
 	create.Wait() // fails, or not: its daemon is gone
 	r.mustServe()
 	r.eventually("the network is taken down", func() bool { return there("freed") && r.ok("ls", "-a", "-q") == "" })
+	if !there("inside") {
+		t.Error("the plugin was not given the namespace, which was there, to take down what is in it")
+	}
 	pid, err := os.ReadFile(filepath.Join(r.cniConf, "started"))
 	if err != nil {
 		t.Fatal(err)

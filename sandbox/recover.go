@@ -190,6 +190,7 @@ func (m *Manager) recoverBox(ctx context.Context, b *box) {
 	if b.broken || !b.rec.Load().State.anchored() {
 		// Creating, Deleting, Unclean: all end in the same way. If that does
 		// not succeed the sandbox stays, unclean, for somebody to remove.
+		m.adoptForNetwork(ctx, b)
 		if b.lastWork() {
 			m.wg.Go(func() {
 				if err := b.op.acquire(m.ctx); err == nil {
@@ -219,6 +220,19 @@ func (m *Manager) recoverBox(ctx context.Context, b *box) {
 				m.stopped(m.ctx, b) // the next daemon goes on where it was cut off
 			}
 		})
+	}
+}
+
+// adoptForNetwork has the node hold the namespaces of a sandbox that is about to be
+// taken down, if they are there: some of what was done for its network can only be
+// taken back with them. Preconditions: b.op is held.
+func (m *Manager) adoptForNetwork(ctx context.Context, b *box) {
+	r := b.rec.Load()
+	if b.broken || !made(r.Config.Network) || r.Pause.IsZero() {
+		return
+	}
+	if err := m.node.AdoptPause(ctx, r); err != nil && !errors.Is(err, procid.ErrGone) {
+		m.o.Log.Warn("Network is taken down without its namespace", "sandbox", r.ID, "err", err)
 	}
 }
 
