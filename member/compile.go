@@ -324,6 +324,9 @@ func (c *compiler) enter(k namespace.Kind) {
 // /proc/sys shows a process its own namespaces' values, and unlike the
 // member's it is neither masked nor anybody's to replace.
 func (c *compiler) setUpNamespaces() error {
+	if c.ns(namespace.Net).Private {
+		c.bringUpLo()
+	}
 	if h := c.Spec.Hostname; h != "" {
 		c.p.Call("set hostname to "+h, unix.SYS_SETHOSTNAME, c.p.String(h), launch.Int(len(h)))
 	}
@@ -348,6 +351,17 @@ func (c *compiler) setUpNamespaces() error {
 		c.writeFile(fmt.Sprintf("set sysctl %s to %q", k, c.lx.Sysctl[k]), "/proc/sys/"+name, c.lx.Sysctl[k])
 	}
 	return nil
+}
+
+// bringUpLo makes localhost work in a new network namespace (netdevice(7)).
+func (c *compiler) bringUpLo() {
+	const step = "bring lo up"
+	ifreq := make([]byte, 40)
+	copy(ifreq, "lo")
+	binary.NativeEndian.PutUint16(ifreq[unix.IFNAMSIZ:], unix.IFF_UP|unix.IFF_RUNNING)
+	fd := c.p.Call(step, unix.SYS_SOCKET, launch.Int(unix.AF_INET), launch.Int(unix.SOCK_DGRAM|unix.SOCK_CLOEXEC), launch.Int(0)).Result()
+	c.p.Call(step, unix.SYS_IOCTL, fd, launch.Int(unix.SIOCSIFFLAGS), c.p.Bytes(ifreq))
+	c.close(fd)
 }
 
 // sysctlKind says which kind of namespace a sysctl belongs to (ipc_namespaces(7),

@@ -404,6 +404,15 @@ func testTerminal(t *testing.T, files int) {
 	}
 }
 
+func TestPrivateNetworkHasLo(t *testing.T) {
+	testenv.Root(t)
+	in := realInput(t, "cat", "/sys/class/net/lo/flags")
+	in.Namespaces[namespace.Net] = Join{Private: true}
+	if got := mustRun(t, in); got != "0x9\n" { // up, and a loopback device
+		t.Errorf("flags of lo: %q", got)
+	}
+}
+
 // A member whose mount namespace is another's starts in that one's root.
 func TestJoinedRoot(t *testing.T) {
 	testenv.Root(t)

@@ -108,6 +108,7 @@ var calls = map[uintptr]call{
 	unix.SYS_SETRESGID:      {"setresgid", "nnn"},
 	unix.SYS_SETRESUID:      {"setresuid", "nnn"},
 	unix.SYS_SETSID:         {"setsid", ""},
+	unix.SYS_SOCKET:         {"socket", "nxn"},
 	unix.SYS_SYMLINKAT:      {"symlinkat", "sds"},
 	unix.SYS_UMASK:          {"umask", "o"},
 	unix.SYS_UMOUNT2:        {"umount2", "sx"},
