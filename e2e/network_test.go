@@ -75,25 +75,26 @@ func newHost(t *testing.T) *os.File {
 		"ip link add up0 type veth peer name up1",
 		"ip link set up0 addrgenmode none", "ip link set up1 addrgenmode none", // addresses would come later
 		"ip link set up1 up", "ip link set up0 up")
-	// The kernel notices the carrier when it has time, which can be a second later
-	// (net/core/link_watch.c), and makes the routes of IPv6 addresses then, again if
-	// they are there. Of those that come afterwards it makes them at once.
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
-		out, err := inNetNS(ns, "ip", "link", "show", "up0")
-		if err == nil && strings.Contains(out, "state UP") {
-			break
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("the uplink has no carrier: %v: %s", err, out)
+	wait := func(text string, args ...string) {
+		t.Helper()
+		for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+			out, err := inNetNS(ns, args...)
+			if err == nil && strings.Contains(out, text) {
+				return
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("no %q in what %v shows: %v: %s", text, args, err, out)
+			}
 		}
 	}
+	// The kernel notices the carrier when it has time, which can be a second later
+	// (net/core/link_watch.c), and makes the routes of IPv6 addresses then, again if
+	// they are there. Of those that come afterwards it makes them once, soon.
+	wait("state UP", "ip", "link", "show", "up0")
 	do("ip addr add 192.0.2.1/24 dev up0",
 		"ip -6 addr add 2001:db8::1/64 dev up0 nodad",
 		"ip route add default via 192.0.2.254")
-	out, err := inNetNS(ns, "ip", "-6", "route", "show", "table", "local")
-	if err != nil || !strings.Contains(out, "local 2001:db8::1 ") {
-		t.Fatalf("no route to the uplink's address: %v: %s", err, out)
-	}
+	wait("local 2001:db8::1 ", "ip", "-6", "route", "show", "table", "local")
 	return ns
 }
 
