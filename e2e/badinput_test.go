@@ -785,6 +785,7 @@ func TestBadDaemonFlags(t *testing.T) {
 		{"collections of nonsense", []string{"--collect-max-total", "lots"}, 0, []string{`"lots"`, "1g"}},
 		{"collections kept for nonsense", []string{"--collect-keep", "-1h"}, 0, []string{`"-1h"`}},
 		{"samples without end", []string{"--sample-interval", "1ns"}, 0, []string{"1ns", "100ms"}},
+		{"garbage collection without end", []string{"--gc-interval", "1ms"}, 0, []string{"1ms", "1s"}},
 		{"fewer than none in custody", []string{"--custody-max", "-1"}, 0, []string{"--custody-max", "-1"}},
 		{"custody of nonsense", []string{"--custody-max-tmpfs", "x"}, 0, []string{`"x"`}},
 		{"a level of nonsense", []string{"--log-level", "loud"}, 0, []string{`"loud"`, "debug"}},

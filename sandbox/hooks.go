@@ -250,6 +250,10 @@ func (m *Manager) runHooks(ctx context.Context, s subject, stage request.Stage, 
 	return errors.Join(errs...)
 }
 
+// hookCutOffs is how many attempts of a hook may end with the daemon. A hook
+// that ends it, by mistake, must not do so at every start.
+const hookCutOffs = 10
+
 // runHook runs one hook, again if it is to be retried.
 func (m *Manager) runHook(ctx context.Context, s subject, i int, h request.Hook, init procid.ID) error {
 	run := s.runs()[i]
@@ -265,6 +269,16 @@ func (m *Manager) runHook(ctx context.Context, s subject, i int, h request.Hook,
 				return ctx.Err()
 			}
 			delay = min(2*delay, m.o.retryMax)
+		case HookRunning:
+			if n := run.Attempt - run.Failures; n >= hookCutOffs {
+				run.State, run.Code = HookFailed, -1
+				run.Error = fmt.Sprintf("the daemon ended %d times while it ran", n)
+				if err := m.noteRun(s, i, run, true); err != nil {
+					return err
+				}
+				m.hookDone(s, run)
+				continue
+			}
 		}
 		var err error
 		if run, err = m.attempt(ctx, s, i, h, run, init); err != nil {

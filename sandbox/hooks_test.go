@@ -171,6 +171,35 @@ func TestHooksOfALife(t *testing.T) {
 	}
 }
 
+// A hook during which daemons end is given up, so that it does not end them all.
+func TestHookEndsDaemons(t *testing.T) {
+	for cutOff, want := range map[int]HookState{hookCutOffs - 1: HookSucceeded, hookCutOffs: HookFailed} {
+		n := newFakeNode()
+		m := open(t, t.TempDir(), n)
+		ctx := t.Context()
+		must[Info](t)(m.Create(ctx, Config{Name: "web"}))
+		c := member("app")
+		c.Hooks = []request.Hook{{Stage: request.Poststop, Path: "/hook", Retries: 3}}
+		must[MemberInfo](t)(m.Add(ctx, "web", c))
+		must[MemberInfo](t)(m.Start(ctx, "web/app"))
+		b, mb, err := m.member("web/app")
+		check(t, err)
+		check(t, m.noteRun(subject{b, mb}, 0, HookRun{Stage: request.Poststop, Path: "/hook", State: HookRunning, Attempt: cutOff}, false))
+		check(t, m.StopMember(ctx, "web/app", time.Minute))
+		soon(t, func() error {
+			if mi := must[MemberInfo](t)(m.InspectMember("web/app")); mi.State != "Collected" || mi.Hooks[0].State != want {
+				return fmt.Errorf("cut off %d times: %s, %+v", cutOff, mi.State, mi.Hooks)
+			}
+			return nil
+		})
+		if ran := len(n.hooks) > 0; ran != (want == HookSucceeded) {
+			t.Errorf("cut off %d times, it was run again: %t", cutOff, ran)
+		}
+		check(t, m.Remove(ctx, "web", true))
+		check(t, n.empty())
+	}
+}
+
 // What it means that a hook of a stage fails.
 func TestHookFails(t *testing.T) {
 	for _, tt := range []struct {

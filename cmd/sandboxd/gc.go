@@ -53,8 +53,12 @@ in the making. What is kept is for somebody to look at.`,
 	return cmd
 }
 
-// gcInterval is the default of --gc-interval.
-const gcInterval = 5 * time.Minute
+const (
+	// gcInterval is the default of --gc-interval.
+	gcInterval = 5 * time.Minute
+	// minGCInterval keeps the daemon from doing nothing else.
+	minGCInterval = time.Second
+)
 
 // garbageCollector is the part of a [sandbox.Manager] that keepClean needs.
 type garbageCollector interface {

@@ -124,6 +124,9 @@ func (a *app) serve(ctx context.Context, o serveOptions) (err error) {
 	if o.collect.sampleInterval > 0 && o.collect.sampleInterval < minSampleInterval {
 		return fmt.Errorf("--sample-interval %s is less than %s", o.collect.sampleInterval, minSampleInterval)
 	}
+	if o.gcInterval > 0 && o.gcInterval < minGCInterval {
+		return fmt.Errorf("--gc-interval %s is less than %s", o.gcInterval, minGCInterval)
+	}
 	if o.collect.collectDir, err = filepath.Abs(cmp.Or(o.collect.collectDir, filepath.Join(root, "collected"))); err != nil {
 		return err
 	}
