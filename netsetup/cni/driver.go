@@ -199,6 +199,11 @@ func (d *Driver) del(ctx context.Context, id string, a attachment, ns *os.File) 
 	}
 	prev := d.previous(list, id, a)
 	var errs []error
+	if prev == nil && ns != nil {
+		if prev, err = observed(list, a.Interface, ns); err != nil {
+			errs = append(errs, fmt.Errorf("look at interface %s: %w", a.Interface, err))
+		}
+	}
 	ns, made, done, err := standIn(list, a.Interface, prev, ns)
 	defer done()
 	if err != nil {

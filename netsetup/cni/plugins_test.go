@@ -119,6 +119,35 @@ func TestInterfaceIsGone(t *testing.T) {
 	}
 }
 
+// A daemon that is killed before the result of a chain is on disk: DEL gets what
+// the namespace has.
+func TestNoResult(t *testing.T) {
+	eachSet(t, func(t *testing.T, dir, version string) {
+		r := newRig(t, dir)
+		r.config("10-a.conflist", `{"cniVersion":"`+version+`","name":"a","plugins":[
+			{"type":"bridge","bridge":"cbr0","isGateway":true,"ipMasq":true,
+			 "ipam":{"type":"host-local","dataDir":"LEASES","ranges":[[{"subnet":"10.99.0.0/24"}]],"routes":[{"dst":"0.0.0.0/0"}]}},
+			{"type":"portmap","capabilities":{"portMappings":true},"snat":true},{"type":"firewall","backend":"iptables"}]}`)
+		ns := newNS(t)
+		plan := r.plan(id, network.Request{Ports: []network.Port{{HostPort: 8080, Port: 80, Protocol: network.TCP}}})
+		r.attach(id, plan, ns)
+		rules := func() string { return in(t, nil, "iptables-save") + in(t, nil, "nft", "list", "ruleset") }
+		if !strings.Contains(rules(), "-A CNI-FORWARD -s 10.99.0.2/32") {
+			t.Fatalf("no rules: %s", rules())
+		}
+		if err := os.RemoveAll(r.opts.Root); err != nil {
+			t.Fatal(err)
+		}
+		r.detach(id, plan, ns)
+		if rs := rules(); strings.Contains(rs, "10.99.0.2") {
+			t.Errorf("rules left: %s", rs)
+		}
+		if l := append(r.leases(), links(t, ns)...); len(l) > 0 {
+			t.Errorf("left: %v", l)
+		}
+	})
+}
+
 // outside makes a namespace that stands for the network beyond the host, joined by
 // the link "uplink", and returns it. Its address is 10.98.0.1/24.
 func outside(t *testing.T) *os.File {

@@ -4,13 +4,17 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 
+	"github.com/containernetworking/cni/libcni"
 	"github.com/containernetworking/cni/pkg/types"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 
+	"github.com/sandboxd/sandboxd/internal/namespace"
 	"github.com/sandboxd/sandboxd/internal/network"
+	"github.com/sandboxd/sandboxd/internal/nsthread"
 )
 
 // attachmentOf translates what the last plugin of a chain printed.
@@ -62,6 +66,33 @@ func attachmentOf(a attachment, added types.Result) (*network.Attachment, error)
 	}
 	out.DNS = dnsOf(r.DNS)
 	return out, nil
+}
+
+// observed makes up a result for an ADD whose own is not on disk, since the daemon was killed
+// before the last plugin had answered: the interface and its addresses as the
+// namespace has them. The plugin firewall takes the addresses whose rules it removes from
+// the previous result, and removes none without one. It is nil if there is no such interface.
+func observed(l *libcni.NetworkConfigList, ifname string, ns *os.File) (types.Result, error) {
+	ifi, err := interfaceIn(ns, ifname)
+	if err != nil || ifi == nil {
+		return nil, err
+	}
+	var addrs []net.Addr
+	err = nsthread.Do(map[namespace.Kind]*os.File{namespace.Net: ns}, func() error { addrs, err = ifi.Addrs(); return err })
+	if err != nil {
+		return nil, err
+	}
+	r := &types100.Result{
+		CNIVersion: types100.ImplementedSpecVersion,
+		Interfaces: []*types100.Interface{{Name: ifname, Mac: ifi.HardwareAddr.String(), Mtu: ifi.MTU, Sandbox: nsPath(ns)}},
+	}
+	for _, a := range addrs {
+		// The kernel makes link-local ones of IPv6 by itself.
+		if n, ok := a.(*net.IPNet); ok && (n.IP.To4() != nil || !n.IP.IsLinkLocalUnicast()) {
+			r.IPs = append(r.IPs, &types100.IPConfig{Interface: types100.Int(0), Address: *n})
+		}
+	}
+	return r.GetAsVersion(l.CNIVersion)
 }
 
 func ours(all []*types100.Interface, i int, name string) bool {
