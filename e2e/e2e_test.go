@@ -207,6 +207,7 @@ type daemon struct {
 	env                 []string // what start adds to the environment
 	flags               []string // and to the command line of serve
 	netns               *os.File // the daemon's network namespace; nil: the machine's
+	stderr              *os.File // in place of log, if not nil
 	cmd                 *exec.Cmd
 	exited              chan struct{} // closed when cmd has ended and was waited for
 	log                 lockedBuffer  // what it and its predecessors wrote to stderr
@@ -340,6 +341,9 @@ func (d *daemon) launch() error {
 	d.cmd = exec.Command(d.binary, d.serveArgs()...)
 	d.cmd.Env = append(os.Environ(), d.env...)
 	d.cmd.Stderr = &d.log
+	if d.stderr != nil {
+		d.cmd.Stderr = d.stderr
+	}
 	start := d.cmd.Start
 	if d.netns != nil {
 		start = func() error { return startIn(d.netns, d.cmd) }

@@ -132,6 +132,26 @@ func TestLock(t *testing.T) {
 	r.ok("rm", "box")
 }
 
+// Whoever reads the daemon's log may go away.
+func TestLogWithoutReader(t *testing.T) {
+	r := newRig(t)
+	read, write, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.d.stderr = write
+	r.d.start(t)
+	read.Close()
+	write.Close()
+	r.ok("create", "web")
+	// What it starts has the signal's default action.
+	if got := r.ok("run", "web", "--rm", "--rootfs", r.rootfs, "--", "grep", "SigIgn", "/proc/self/status"); !strings.Contains(got, "0000000000000000") {
+		t.Errorf("a member ignores signals: %s", got)
+	}
+	r.ok("rm", "web")
+	r.d.stop(t)
+}
+
 // TestRecoverMany tells in its log how long it takes to recover many sandboxes.
 func TestRecoverMany(t *testing.T) {
 	const n = 200

@@ -91,6 +91,12 @@ go on, and so do their logs.`,
 		_ = unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC)
 		ctx, stop := signal.NotifyContext(cmd.Context(), unix.SIGTERM, unix.SIGINT)
 		defer stop()
+		// A log that nobody reads any more must not end the daemon, as SIGPIPE for
+		// stderr would (package os/signal). It is caught and not ignored, so that
+		// no program that is started inherits that.
+		pipe := make(chan os.Signal, 1)
+		signal.Notify(pipe, unix.SIGPIPE)
+		defer signal.Stop(pipe)
 		return a.serve(ctx, o)
 	}
 	return cmd
