@@ -223,6 +223,12 @@ func (c *Client) GC(ctx context.Context, dryRun bool) ([]garbage.Finding, error)
 	return wire.ToFindings(r.GetFindings()), err
 }
 
+// ForgetNetwork is [sandbox.Manager.ForgetNetwork].
+func (c *Client) ForgetNetwork(ctx context.Context, id string) error {
+	_, err := c.rpc.ForgetNetwork(ctx, &pb.ForgetNetworkRequest{Sandbox: id})
+	return c.err(err)
+}
+
 // ReopenLog is [sandbox.Manager.ReopenLog].
 func (c *Client) ReopenLog(ctx context.Context, ref string) error {
 	_, err := c.rpc.ReopenMemberLog(ctx, &pb.ReopenMemberLogRequest{Member: ref})

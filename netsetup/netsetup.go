@@ -19,6 +19,9 @@ import (
 // ErrInvalid means that a request can never succeed as it is.
 var ErrInvalid = errors.New("invalid network request")
 
+// ErrNoTombstone means that there is no network that waits to be taken down.
+var ErrNoTombstone = errors.New("no network of that sandbox waits to be taken down")
+
 // Driver makes networks of one kind. Its methods may be called from several
 // goroutines, but not at the same time for one id.
 //
@@ -37,6 +40,9 @@ type Driver interface {
 	// nothing is there, may be called again, and works without the namespace:
 	// ns may be nil. One part that fails does not keep others from being taken back.
 	Detach(ctx context.Context, id string, plan json.RawMessage, ns *os.File) error
+	// Forget lets go of what the driver itself keeps of an attachment that
+	// Detach will not be called for again. On the host it takes nothing back.
+	Forget(id string, plan json.RawMessage) error
 	// Verify reports what is no longer as Attach made it.
 	Verify(ctx context.Context, id string, plan json.RawMessage, ns *os.File) error
 	// Restore repairs what can have been lost on the host while no daemon ran,

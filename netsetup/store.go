@@ -114,9 +114,22 @@ type Store struct {
 
 // entry is one attachment. Records are replaced, never changed.
 type entry struct {
-	rec  *attachment   // guarded by Store.mu
-	busy bool          // a tombstone that is being tried; guarded by Store.mu
-	now  chan struct{} // has a buffer of one: try now
+	rec  *attachment        // guarded by Store.mu
+	stop context.CancelFunc // ends the attempt that is being made, nil if none is; guarded by Store.mu
+	now  chan struct{}      // has a buffer of one: try now
+	gone chan struct{}      // closed when the tombstone is forgotten
+
+	file sync.Mutex // held while a tombstone's record is written or removed for good; before Store.mu
+}
+
+// forgotten reports whether the tombstone is one no more.
+func (e *entry) forgotten() bool {
+	select {
+	case <-e.gone:
+		return true
+	default:
+		return false
+	}
 }
 
 // Open returns a Store that keeps its records below dir, which is made if need
@@ -214,7 +227,9 @@ func (s *Store) read(name string) (*attachment, error) {
 	return &rec, nil
 }
 
-func newEntry(rec *attachment) *entry { return &entry{rec: rec, now: make(chan struct{}, 1)} }
+func newEntry(rec *attachment) *entry {
+	return &entry{rec: rec, now: make(chan struct{}, 1), gone: make(chan struct{})}
+}
 
 func file(id string) string { return attachmentsDir + "/" + id + suffix }
 
@@ -343,14 +358,21 @@ func (s *Store) bury(e *entry, old *attachment, why error) Tombstone {
 		rec.LastError = why.Error()
 		rec.NextTry = s.now().Add(s.delay(rec.Attempts))
 	}
+	e.file.Lock()
+	defer e.file.Unlock()
 	crash.Point("tombstone before")
+	if e.forgotten() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return e.tombstone()
+	}
 	if err := s.write(&rec); err != nil {
 		s.o.Log.Warn("Record not written", "sandbox", rec.ID, "err", err)
 	}
 	crash.Point("tombstone after")
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	e.rec, e.busy = &rec, false
+	e.rec, e.stop = &rec, nil
 	return e.tombstone()
 }
 
@@ -377,6 +399,9 @@ func (s *Store) work(e *entry) {
 			select {
 			case <-t.C:
 			case <-e.now:
+			case <-e.gone:
+				t.Stop()
+				return
 			case <-s.ctx.Done():
 				t.Stop()
 				return
@@ -384,6 +409,8 @@ func (s *Store) work(e *entry) {
 			t.Stop()
 			select {
 			case s.slots <- struct{}{}:
+			case <-e.gone:
+				return
 			case <-s.ctx.Done():
 				return
 			}
@@ -398,13 +425,19 @@ func (s *Store) work(e *entry) {
 
 // retry makes one attempt and reports whether it was the last one.
 func (s *Store) retry(e *entry) bool {
-	s.mu.Lock()
-	rec := *e.rec
-	e.busy = true
-	s.mu.Unlock()
 	ctx, cancel := context.WithTimeout(s.ctx, retryTimeout)
 	defer cancel()
+	s.mu.Lock()
+	rec := *e.rec
+	e.stop = cancel
+	s.mu.Unlock()
+	if e.forgotten() {
+		return true
+	}
 	err := s.detach(ctx, e, &rec, nil)
+	if e.forgotten() {
+		return true
+	}
 	if s.ctx.Err() != nil && err != nil {
 		return true // the daemon ends; that says nothing about the network
 	}
@@ -420,6 +453,48 @@ func (s *Store) retry(e *entry) bool {
 	t.Attempts, t.LastError = t.Attempts+1, ""
 	s.o.Tried(t, nil)
 	return true
+}
+
+// Forget gives a tombstone up, for good, and ends the attempt that is being made: what it
+// stands for is not tried to be taken down again, and its record is removed. It
+// fails with [ErrNoTombstone] if there is none of that id.
+func (s *Store) Forget(id string) (Tombstone, error) {
+	s.mu.Lock()
+	e := s.entries[id]
+	if e == nil || e.rec.State != detaching {
+		s.mu.Unlock()
+		return Tombstone{}, ErrNoTombstone
+	}
+	s.mu.Unlock()
+	e.file.Lock()
+	defer e.file.Unlock()
+	s.mu.Lock()
+	rec, t := e.rec, e.tombstone()
+	still := s.entries[id] == e
+	s.mu.Unlock()
+	if !still {
+		return Tombstone{}, ErrNoTombstone // taken down, or forgotten, meanwhile
+	}
+	crash.Point("tombstone forget before")
+	if err := s.drivers[rec.Mode].Forget(id, rec.Plan); err != nil {
+		// Of a plan that cannot be read nothing can be found. GC does with the rest what it can.
+		s.o.Log.Warn("Network not wholly forgotten", "sandbox", id, "err", err)
+	}
+	if err := s.remove(rec); err != nil {
+		return Tombstone{}, err
+	}
+	crash.Point("tombstone forget after")
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.entries[id] == e {
+		delete(s.entries, id)
+	}
+	close(e.gone)
+	if e.stop != nil {
+		e.stop()
+	}
+	s.o.Log.Warn("Network given up: what is left of it stays", "sandbox", id, "name", t.Name, "mode", t.Mode, "attempts", t.Attempts, "err", t.LastError)
+	return t, nil
 }
 
 // Settle makes tombstones of the attachments whose sandbox is not alive, and
@@ -497,7 +572,7 @@ func (e *entry) tombstone() Tombstone {
 		ID: r.ID, Name: r.Name, Mode: r.Mode, CreatedAt: r.CreatedAt, Since: r.Since,
 		Attempts: r.Attempts, LastError: r.LastError, NextTry: r.NextTry,
 	}
-	if e.busy {
+	if e.stop != nil {
 		t.NextTry = time.Time{}
 	}
 	return t

@@ -28,6 +28,7 @@ type fakeDriver struct {
 	attached map[string]string // plans by id
 	detach   error             // what Detach fails with
 	hang     bool              // Detach with a namespace waits for its context
+	stuck    chan struct{}     // not nil: Detach without one says that it is called, and waits for its context
 	calls    []string          // of Detach: ID, and " ns" with a namespace
 	live     []string          // ids that GC was shown
 }
@@ -54,6 +55,10 @@ func (d *fakeDriver) Detach(ctx context.Context, id string, plan json.RawMessage
 	}
 	d.calls = append(d.calls, call)
 	hang := d.hang && ns != nil
+	if d.stuck != nil && ns == nil {
+		hang = true
+		d.stuck <- struct{}{}
+	}
 	d.mu.Unlock()
 	if hang {
 		<-ctx.Done()
@@ -71,6 +76,12 @@ func (d *fakeDriver) Detach(ctx context.Context, id string, plan json.RawMessage
 	return nil
 }
 
+func (d *fakeDriver) Forget(id string, _ json.RawMessage) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	delete(d.attached, id)
+	return nil
+}
 func (d *fakeDriver) Verify(context.Context, string, json.RawMessage, *os.File) error  { return nil }
 func (d *fakeDriver) Restore(context.Context, string, json.RawMessage, *os.File) error { return nil }
 func (d *fakeDriver) Status(context.Context) error                                     { return nil }
@@ -266,6 +277,45 @@ func TestTombstone(t *testing.T) {
 
 // After a reboot there are no sandboxes, and the networks of all that there were
 // are taken down.
+// A tombstone is forgotten while it waits, and while it is being tried.
+func TestForget(t *testing.T) {
+	for _, tried := range []bool{false, true} {
+		f := newFixture(t)
+		const id = "0123456789abcdef"
+		if _, err := f.s.Attach(t.Context(), id, "box", network.ModeCNI, json.RawMessage(`"p"`), nil); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := f.s.Forget(id); !errors.Is(err, ErrNoTombstone) {
+			t.Errorf("a network that is in use is forgotten: %v", err)
+		}
+		f.d.set(errPlugin, false)
+		if tried {
+			f.d.stuck = make(chan struct{}, 1000)
+			f.s.o.RetryMin = 20 * time.Millisecond
+		}
+		if tomb, err := f.s.Detach(t.Context(), id, os.Stdin); !tomb || err != nil {
+			t.Fatal(tomb, err)
+		}
+		if tried {
+			<-f.d.stuck
+		}
+		got, err := f.s.Forget(id)
+		if err != nil || got.ID != id || got.Name != "box" || got.LastError != errPlugin.Error() {
+			t.Errorf("forgotten %+v, %v", got, err)
+		}
+		if _, err := f.s.Forget(id); !errors.Is(err, ErrNoTombstone) {
+			t.Errorf("forgotten twice: %v", err)
+		}
+		f.reopen() // waits for the attempt
+		if ts := f.s.Tombstones(); len(ts) > 0 {
+			t.Errorf("tombstones %+v", ts)
+		}
+		if err := f.d.empty(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 func TestSettle(t *testing.T) {
 	f := newFixture(t)
 	for _, id := range []string{"a", "b", "c"} {

@@ -442,6 +442,16 @@ func (n *fakeNode) Tombstones() []Tombstone {
 	return ts
 }
 
+func (n *fakeNode) ForgetNetwork(id string) (Tombstone, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if !n.tombs[id] {
+		return Tombstone{}, ErrNotFound
+	}
+	delete(n.tombs, id)
+	return Tombstone{ID: id, Name: id, Mode: request.NetworkCNI, TombstoneInfo: TombstoneInfo{Attempts: 3, LastError: "no"}}, nil
+}
+
 func (n *fakeNode) ResolveMember(ctx context.Context, r *Record, m *MemberRecord, siblings []*MemberRecord) (*specs.Spec, namespace.Selection, error) {
 	sel := namespace.Selection{}
 	for _, k := range namespace.Kinds() {

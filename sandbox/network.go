@@ -122,6 +122,25 @@ func (m *Manager) Tombstones() []Info {
 	return infos
 }
 
+// ForgetNetwork gives up the network of a sandbox that is gone, of those that
+// [Manager.Tombstones] returns: it is not tried to be taken down again, and what is left of it on
+// the host stays there. id is the whole id, so that nobody means another one.
+func (m *Manager) ForgetNetwork(ctx context.Context, id string) (err error) {
+	defer m.operation("forget_network", &err)()
+	if err := ctx.Err(); err != nil {
+		return &OpError{Op: "gc", Ref: id, Err: err}
+	}
+	t, err := m.node.ForgetNetwork(id)
+	if err != nil {
+		return &OpError{Op: "gc", Ref: id, Err: err}
+	}
+	m.Emit(Event{
+		Type: journal.Network, Sandbox: t.ID, SandboxName: t.Name, Reason: t.LastError,
+		Attrs: map[string]string{"action": "forget", "mode": string(t.Mode), "attempts": strconv.Itoa(t.Attempts), "outcome": "done"},
+	})
+	return nil
+}
+
 // Bounds of a network request. They keep a record, and a resolv.conf(5) or hosts(5)
 // that is made of it, of a size that everybody can read.
 const (

@@ -96,7 +96,7 @@ func TestDefaultNetwork(t *testing.T) {
 // A network that does not go down is shown, and holds nothing up.
 func TestTombstones(t *testing.T) {
 	n := newFakeNode()
-	m := open(t, t.TempDir(), n)
+	m := openWithJournal(t, t.TempDir(), n)
 	i, err := m.Create(t.Context(), Config{Name: "box", Network: network.ModeCNI})
 	if err != nil {
 		t.Fatal(err)
@@ -120,5 +120,21 @@ func TestTombstones(t *testing.T) {
 	}
 	if err := m.VerifyNetwork(t.Context(), "box"); !errors.Is(err, ErrNotFound) {
 		t.Errorf("verify: %v", err)
+	}
+	if err := m.ForgetNetwork(t.Context(), "box"); !errors.Is(err, ErrNotFound) {
+		t.Errorf("forget by name: %v", err)
+	}
+	if err := m.ForgetNetwork(t.Context(), i.ID); err != nil || len(m.Tombstones()) > 0 {
+		t.Errorf("forget: %v, tombstones %+v", err, m.Tombstones())
+	}
+	var last Event
+	for e, err := range m.Events(t.Context(), EventQuery{}) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		last = e
+	}
+	if last.Attrs["action"] != "forget" || last.Sandbox != i.ID || last.Reason != "no" {
+		t.Errorf("last event %+v", last)
 	}
 }

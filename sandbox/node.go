@@ -97,6 +97,9 @@ type NetworkNode interface {
 	// Tombstones returns the networks of sandboxes that are gone which could not
 	// be taken down yet, the oldest first.
 	Tombstones() []Tombstone
+	// ForgetNetwork gives up one of them, by its id, for good. It fails with an
+	// error that wraps [ErrNotFound] if there is none.
+	ForgetNetwork(id string) (Tombstone, error)
 }
 
 // Tombstone is the network of a sandbox that is gone. It is tried to take it down

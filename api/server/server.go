@@ -46,6 +46,7 @@ type Manager interface {
 
 	Events(ctx context.Context, q sandbox.EventQuery) iter.Seq2[sandbox.Event, error]
 	GC(ctx context.Context, dryRun bool) ([]garbage.Finding, error)
+	ForgetNetwork(ctx context.Context, id string) error
 }
 
 // Execer runs commands in members. Package cmd/sandboxd has the real one.
@@ -254,6 +255,10 @@ func (s *service) CollectGarbage(ctx context.Context, r *pb.CollectGarbageReques
 		out.Error = err.Error()
 	}
 	return out, nil
+}
+
+func (s *service) ForgetNetwork(ctx context.Context, r *pb.ForgetNetworkRequest) (*pb.ForgetNetworkResponse, error) {
+	return &pb.ForgetNetworkResponse{}, wire.ToStatus(s.m.ForgetNetwork(ctx, r.GetSandbox()))
 }
 
 // timeout returns what d says, or the default if it is absent.

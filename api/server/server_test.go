@@ -109,6 +109,10 @@ func (f *fake) Events(ctx context.Context, q sandbox.EventQuery) iter.Seq2[sandb
 	}
 }
 
+func (f *fake) ForgetNetwork(_ context.Context, id string) error {
+	f.ask("forgetnetwork", id)
+	return f.err
+}
 func (f *fake) GC(_ context.Context, dryRun bool) ([]garbage.Finding, error) {
 	f.ask("gc", dryRun)
 	return []garbage.Finding{{Kind: garbage.Link, Name: "x"}}, f.err
@@ -195,6 +199,7 @@ func TestRoundTrip(t *testing.T) {
 		{func() (any, error) { return none(c.StopMember(ctx, "web/m", time.Minute)) }, nil, []any{"stopmember", "web/m", time.Minute}},
 		{func() (any, error) { return none(c.Kill(ctx, "web/m", unix.SIGHUP)) }, nil, []any{"kill", "web/m", unix.SIGHUP}},
 		{func() (any, error) { return none(c.RemoveMember(ctx, "web/m", false)) }, nil, []any{"removemember", "web/m", false}},
+		{func() (any, error) { return none(c.ForgetNetwork(ctx, "0123456789abcdef")) }, nil, []any{"forgetnetwork", "0123456789abcdef"}},
 		{func() (any, error) { e, err := c.Wait(ctx, "web/m"); return e.Code, err }, 3, []any{"wait", "web/m"}},
 		{func() (any, error) { return none(c.ReopenLog(ctx, "web/m")) }, nil, []any{"reopen", "web/m"}},
 		{func() (any, error) { return mid(c.InspectMember(ctx, "web/m")) }, "2", []any{"inspectmember", "web/m"}},

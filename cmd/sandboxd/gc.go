@@ -13,7 +13,7 @@ import (
 
 func (a *app) gcCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use:   "gc [--dry-run] [-o json]",
+		Use:   "gc [--dry-run | --forget ID] [-o json]",
 		Short: "Remove what belongs to nobody any more",
 		Long: `Remove what a crash, a boot or somebody's hand has left: processes, cgroups and
 directories of sandboxes that are not on record, records whose removal failed,
@@ -21,16 +21,24 @@ networks, unfinished collections, temporary files. The daemon does the same when
 every --gc-interval.
 
 Nothing is touched that this installation has not made, nothing that is in use or
-in the making. What is kept is for somebody to look at.`,
+in the making. What is kept is for somebody to look at.
+
+A network that can never be taken down, since a plugin is gone for good, is tried
+again for ever. With --forget it is given up: what is left of it on the host stays.`,
 		Example: "  sandboxd gc --dry-run\n  sandboxd gc -o json | jq -r '.[].name'",
 		Args:    argsBetween(0, 0),
 	}
 	isJSON := outputFlag(cmd)
 	dryRun := cmd.Flags().BoolP("dry-run", "n", false, "only show what would be removed")
+	forget := cmd.Flags().String("forget", "", "collect nothing, but give up the network of the removed sandbox of this `ID`, as ls -a shows it")
+	cmd.MarkFlagsMutuallyExclusive("forget", "dry-run")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		c, err := a.client()
 		if err != nil {
 			return err
+		}
+		if cmd.Flags().Changed("forget") {
+			return c.ForgetNetwork(cmd.Context(), *forget)
 		}
 		found, err := c.GC(cmd.Context(), *dryRun)
 		if err != nil && found == nil {

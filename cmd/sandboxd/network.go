@@ -198,6 +198,15 @@ func (n *networks) SettleNetworks(alive func(id string) bool, tried func(sandbox
 	n.store.Settle(alive)
 }
 
+// ForgetNetwork implements [sandbox.NetworkNode].
+func (n *networks) ForgetNetwork(id string) (sandbox.Tombstone, error) {
+	t, err := n.store.Forget(id)
+	if errors.Is(err, netsetup.ErrNoTombstone) {
+		err = fmt.Errorf("%w: %w (ls -a lists those that do, by id)", sandbox.ErrNotFound, err)
+	}
+	return tombstone(t), err
+}
+
 // told passes on what the store tells.
 func (n *networks) told(t netsetup.Tombstone, err error) {
 	if f := n.tried.Load(); f != nil {

@@ -69,6 +69,12 @@ func (d *Driver) Detach(_ context.Context, id string, raw json.RawMessage, _ *os
 	return nil
 }
 
+// Forget lets the ports go. The lease is found by [Driver.GC], as one of nobody.
+func (d *Driver) Forget(id string, _ json.RawMessage) error {
+	d.unregister(id)
+	return nil
+}
+
 // cutOff sets a sandbox's links down and into the group of those that go.
 func (d *Driver) cutOff(id string) error {
 	down := func(name string) request {

@@ -190,6 +190,21 @@ func (d *Driver) Detach(ctx context.Context, id string, plan json.RawMessage, ns
 	return nil
 }
 
+// Forget removes the cached results, for which GC would run DEL again, and lets the ports go.
+func (d *Driver) Forget(id string, plan json.RawMessage) error {
+	p, err := readPlan(plan)
+	if err != nil {
+		return err
+	}
+	for _, a := range p.Networks {
+		if err := os.Remove(d.cacheFile(a.Network, id, a.Interface)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	d.o.Ports.Release(id)
+	return nil
+}
+
 // del runs DEL of each plugin of a network, the last one first, also after one
 // that fails, and forgets the cached result when all have succeeded.
 func (d *Driver) del(ctx context.Context, id string, a attachment, ns *os.File) error {

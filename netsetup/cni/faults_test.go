@@ -304,6 +304,26 @@ func TestDELUsesWhatADDUsed(t *testing.T) {
 	}
 }
 
+// What is forgotten is not garbage either: GC would run DEL again.
+func TestForget(t *testing.T) {
+	r := newRig(t)
+	r.chain("a", "one")
+	plan := r.plan(id, network.Request{})
+	r.attach(id, plan, newNS(t))
+	os.Remove(filepath.Join(r.dir, "bin", "one"))
+	if err := r.Detach(t.Context(), id, plan, nil); err == nil {
+		t.Fatal("DEL without its plugin")
+	}
+	for range 2 {
+		if err := r.Forget(id, plan); err != nil {
+			t.Error(err)
+		}
+	}
+	if fs := r.gc(nil, false); len(fs)+len(r.cached()) > 0 {
+		t.Errorf("found %+v, cached %v", fs, r.cached())
+	}
+}
+
 // What a plugin gets: the environment and nothing of our descriptors.
 func TestWhatAPluginGets(t *testing.T) {
 	// What this process was started with, as the daemon does at its start.

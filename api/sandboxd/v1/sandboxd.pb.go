@@ -4096,6 +4096,86 @@ func (x *CollectGarbageRequest) GetDryRun() bool {
 	return false
 }
 
+type ForgetNetworkRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Sandbox       string                 `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"` // its whole id
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForgetNetworkRequest) Reset() {
+	*x = ForgetNetworkRequest{}
+	mi := &file_sandboxd_proto_msgTypes[61]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForgetNetworkRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForgetNetworkRequest) ProtoMessage() {}
+
+func (x *ForgetNetworkRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_proto_msgTypes[61]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForgetNetworkRequest.ProtoReflect.Descriptor instead.
+func (*ForgetNetworkRequest) Descriptor() ([]byte, []int) {
+	return file_sandboxd_proto_rawDescGZIP(), []int{61}
+}
+
+func (x *ForgetNetworkRequest) GetSandbox() string {
+	if x != nil {
+		return x.Sandbox
+	}
+	return ""
+}
+
+type ForgetNetworkResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForgetNetworkResponse) Reset() {
+	*x = ForgetNetworkResponse{}
+	mi := &file_sandboxd_proto_msgTypes[62]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForgetNetworkResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForgetNetworkResponse) ProtoMessage() {}
+
+func (x *ForgetNetworkResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_proto_msgTypes[62]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForgetNetworkResponse.ProtoReflect.Descriptor instead.
+func (*ForgetNetworkResponse) Descriptor() ([]byte, []int) {
+	return file_sandboxd_proto_rawDescGZIP(), []int{62}
+}
+
 type CollectGarbageResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Findings      []*GarbageFinding      `protobuf:"bytes,1,rep,name=findings,proto3" json:"findings,omitempty"`
@@ -4106,7 +4186,7 @@ type CollectGarbageResponse struct {
 
 func (x *CollectGarbageResponse) Reset() {
 	*x = CollectGarbageResponse{}
-	mi := &file_sandboxd_proto_msgTypes[61]
+	mi := &file_sandboxd_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4118,7 +4198,7 @@ func (x *CollectGarbageResponse) String() string {
 func (*CollectGarbageResponse) ProtoMessage() {}
 
 func (x *CollectGarbageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[61]
+	mi := &file_sandboxd_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4131,7 +4211,7 @@ func (x *CollectGarbageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CollectGarbageResponse.ProtoReflect.Descriptor instead.
 func (*CollectGarbageResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{61}
+	return file_sandboxd_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *CollectGarbageResponse) GetFindings() []*GarbageFinding {
@@ -4163,7 +4243,7 @@ type GarbageFinding struct {
 
 func (x *GarbageFinding) Reset() {
 	*x = GarbageFinding{}
-	mi := &file_sandboxd_proto_msgTypes[62]
+	mi := &file_sandboxd_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4175,7 +4255,7 @@ func (x *GarbageFinding) String() string {
 func (*GarbageFinding) ProtoMessage() {}
 
 func (x *GarbageFinding) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[62]
+	mi := &file_sandboxd_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4188,7 +4268,7 @@ func (x *GarbageFinding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GarbageFinding.ProtoReflect.Descriptor instead.
 func (*GarbageFinding) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{62}
+	return file_sandboxd_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *GarbageFinding) GetKind() string {
@@ -4595,7 +4675,10 @@ const file_sandboxd_proto_rawDesc = "" +
 	"\x05first\x18\x02 \x01(\x04R\x05first\x12\x12\n" +
 	"\x04last\x18\x03 \x01(\x04R\x04last\"0\n" +
 	"\x15CollectGarbageRequest\x12\x17\n" +
-	"\adry_run\x18\x01 \x01(\bR\x06dryRun\"g\n" +
+	"\adry_run\x18\x01 \x01(\bR\x06dryRun\"0\n" +
+	"\x14ForgetNetworkRequest\x12\x18\n" +
+	"\asandbox\x18\x01 \x01(\tR\asandbox\"\x17\n" +
+	"\x15ForgetNetworkResponse\"g\n" +
 	"\x16CollectGarbageResponse\x127\n" +
 	"\bfindings\x18\x01 \x03(\v2\x1b.sandboxd.v1.GarbageFindingR\bfindings\x12\x14\n" +
 	"\x05error\x18\x02 \x01(\tR\x05error\"\xb0\x01\n" +
@@ -4605,7 +4688,7 @@ const file_sandboxd_proto_rawDesc = "" +
 	"\x05since\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x16\n" +
 	"\x06reason\x18\x04 \x01(\tR\x06reason\x12\x16\n" +
 	"\x06action\x18\x05 \x01(\tR\x06action\x12\x14\n" +
-	"\x05error\x18\x06 \x01(\tR\x05error2\x8d\v\n" +
+	"\x05error\x18\x06 \x01(\tR\x05error2\xe5\v\n" +
 	"\bSandboxd\x12V\n" +
 	"\rCreateSandbox\x12!.sandboxd.v1.CreateSandboxRequest\x1a\".sandboxd.v1.CreateSandboxResponse\x12P\n" +
 	"\vStopSandbox\x12\x1f.sandboxd.v1.StopSandboxRequest\x1a .sandboxd.v1.StopSandboxResponse\x12V\n" +
@@ -4629,7 +4712,8 @@ const file_sandboxd_proto_rawDesc = "" +
 	"ExecMember\x12\x1e.sandboxd.v1.ExecMemberRequest\x1a\x1f.sandboxd.v1.ExecMemberResponse\x12O\n" +
 	"\n" +
 	"ReadEvents\x12\x1e.sandboxd.v1.ReadEventsRequest\x1a\x1f.sandboxd.v1.ReadEventsResponse0\x01\x12Y\n" +
-	"\x0eCollectGarbage\x12\".sandboxd.v1.CollectGarbageRequest\x1a#.sandboxd.v1.CollectGarbageResponseB9Z7github.com/sandboxd/sandboxd/api/sandboxd/v1;sandboxdv1b\x06proto3"
+	"\x0eCollectGarbage\x12\".sandboxd.v1.CollectGarbageRequest\x1a#.sandboxd.v1.CollectGarbageResponse\x12V\n" +
+	"\rForgetNetwork\x12!.sandboxd.v1.ForgetNetworkRequest\x1a\".sandboxd.v1.ForgetNetworkResponseB9Z7github.com/sandboxd/sandboxd/api/sandboxd/v1;sandboxdv1b\x06proto3"
 
 var (
 	file_sandboxd_proto_rawDescOnce sync.Once
@@ -4643,7 +4727,7 @@ func file_sandboxd_proto_rawDescGZIP() []byte {
 	return file_sandboxd_proto_rawDescData
 }
 
-var file_sandboxd_proto_msgTypes = make([]protoimpl.MessageInfo, 74)
+var file_sandboxd_proto_msgTypes = make([]protoimpl.MessageInfo, 76)
 var file_sandboxd_proto_goTypes = []any{
 	(*SandboxConfig)(nil),           // 0: sandboxd.v1.SandboxConfig
 	(*NetworkConfig)(nil),           // 1: sandboxd.v1.NetworkConfig
@@ -4706,27 +4790,29 @@ var file_sandboxd_proto_goTypes = []any{
 	(*Event)(nil),                   // 58: sandboxd.v1.Event
 	(*EventGap)(nil),                // 59: sandboxd.v1.EventGap
 	(*CollectGarbageRequest)(nil),   // 60: sandboxd.v1.CollectGarbageRequest
-	(*CollectGarbageResponse)(nil),  // 61: sandboxd.v1.CollectGarbageResponse
-	(*GarbageFinding)(nil),          // 62: sandboxd.v1.GarbageFinding
-	nil,                             // 63: sandboxd.v1.SandboxConfig.SysctlsEntry
-	nil,                             // 64: sandboxd.v1.SandboxConfig.LabelsEntry
-	nil,                             // 65: sandboxd.v1.SandboxConfig.AnnotationsEntry
-	nil,                             // 66: sandboxd.v1.MemberConfig.NamespacesEntry
-	nil,                             // 67: sandboxd.v1.MemberConfig.LabelsEntry
-	nil,                             // 68: sandboxd.v1.SandboxInfo.NamespacesEntry
-	nil,                             // 69: sandboxd.v1.SandboxInfo.LabelsEntry
-	nil,                             // 70: sandboxd.v1.SandboxInfo.AnnotationsEntry
-	nil,                             // 71: sandboxd.v1.MemberInfo.NamespacesEntry
-	nil,                             // 72: sandboxd.v1.MemberInfo.LabelsEntry
-	nil,                             // 73: sandboxd.v1.Event.AttrsEntry
-	(*durationpb.Duration)(nil),     // 74: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),   // 75: google.protobuf.Timestamp
+	(*ForgetNetworkRequest)(nil),    // 61: sandboxd.v1.ForgetNetworkRequest
+	(*ForgetNetworkResponse)(nil),   // 62: sandboxd.v1.ForgetNetworkResponse
+	(*CollectGarbageResponse)(nil),  // 63: sandboxd.v1.CollectGarbageResponse
+	(*GarbageFinding)(nil),          // 64: sandboxd.v1.GarbageFinding
+	nil,                             // 65: sandboxd.v1.SandboxConfig.SysctlsEntry
+	nil,                             // 66: sandboxd.v1.SandboxConfig.LabelsEntry
+	nil,                             // 67: sandboxd.v1.SandboxConfig.AnnotationsEntry
+	nil,                             // 68: sandboxd.v1.MemberConfig.NamespacesEntry
+	nil,                             // 69: sandboxd.v1.MemberConfig.LabelsEntry
+	nil,                             // 70: sandboxd.v1.SandboxInfo.NamespacesEntry
+	nil,                             // 71: sandboxd.v1.SandboxInfo.LabelsEntry
+	nil,                             // 72: sandboxd.v1.SandboxInfo.AnnotationsEntry
+	nil,                             // 73: sandboxd.v1.MemberInfo.NamespacesEntry
+	nil,                             // 74: sandboxd.v1.MemberInfo.LabelsEntry
+	nil,                             // 75: sandboxd.v1.Event.AttrsEntry
+	(*durationpb.Duration)(nil),     // 76: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),   // 77: google.protobuf.Timestamp
 }
 var file_sandboxd_proto_depIdxs = []int32{
 	6,  // 0: sandboxd.v1.SandboxConfig.share:type_name -> sandboxd.v1.NamespaceKinds
-	63, // 1: sandboxd.v1.SandboxConfig.sysctls:type_name -> sandboxd.v1.SandboxConfig.SysctlsEntry
-	64, // 2: sandboxd.v1.SandboxConfig.labels:type_name -> sandboxd.v1.SandboxConfig.LabelsEntry
-	65, // 3: sandboxd.v1.SandboxConfig.annotations:type_name -> sandboxd.v1.SandboxConfig.AnnotationsEntry
+	65, // 1: sandboxd.v1.SandboxConfig.sysctls:type_name -> sandboxd.v1.SandboxConfig.SysctlsEntry
+	66, // 2: sandboxd.v1.SandboxConfig.labels:type_name -> sandboxd.v1.SandboxConfig.LabelsEntry
+	67, // 3: sandboxd.v1.SandboxConfig.annotations:type_name -> sandboxd.v1.SandboxConfig.AnnotationsEntry
 	1,  // 4: sandboxd.v1.SandboxConfig.net:type_name -> sandboxd.v1.NetworkConfig
 	9,  // 5: sandboxd.v1.SandboxConfig.hooks:type_name -> sandboxd.v1.Hook
 	2,  // 6: sandboxd.v1.NetworkConfig.attach:type_name -> sandboxd.v1.NetworkName
@@ -4735,18 +4821,18 @@ var file_sandboxd_proto_depIdxs = []int32{
 	5,  // 9: sandboxd.v1.NetworkConfig.hosts:type_name -> sandboxd.v1.Host
 	11, // 10: sandboxd.v1.MemberConfig.volumes:type_name -> sandboxd.v1.Volume
 	12, // 11: sandboxd.v1.MemberConfig.tmpfs:type_name -> sandboxd.v1.Tmpfs
-	66, // 12: sandboxd.v1.MemberConfig.namespaces:type_name -> sandboxd.v1.MemberConfig.NamespacesEntry
-	67, // 13: sandboxd.v1.MemberConfig.labels:type_name -> sandboxd.v1.MemberConfig.LabelsEntry
+	68, // 12: sandboxd.v1.MemberConfig.namespaces:type_name -> sandboxd.v1.MemberConfig.NamespacesEntry
+	69, // 13: sandboxd.v1.MemberConfig.labels:type_name -> sandboxd.v1.MemberConfig.LabelsEntry
 	8,  // 14: sandboxd.v1.MemberConfig.collect:type_name -> sandboxd.v1.Collect
-	74, // 15: sandboxd.v1.MemberConfig.custody_ttl:type_name -> google.protobuf.Duration
+	76, // 15: sandboxd.v1.MemberConfig.custody_ttl:type_name -> google.protobuf.Duration
 	9,  // 16: sandboxd.v1.MemberConfig.hooks:type_name -> sandboxd.v1.Hook
-	74, // 17: sandboxd.v1.Hook.timeout:type_name -> google.protobuf.Duration
-	75, // 18: sandboxd.v1.HookRun.started_at:type_name -> google.protobuf.Timestamp
-	74, // 19: sandboxd.v1.HookRun.duration:type_name -> google.protobuf.Duration
-	75, // 20: sandboxd.v1.SandboxInfo.created_at:type_name -> google.protobuf.Timestamp
-	68, // 21: sandboxd.v1.SandboxInfo.namespaces:type_name -> sandboxd.v1.SandboxInfo.NamespacesEntry
-	69, // 22: sandboxd.v1.SandboxInfo.labels:type_name -> sandboxd.v1.SandboxInfo.LabelsEntry
-	70, // 23: sandboxd.v1.SandboxInfo.annotations:type_name -> sandboxd.v1.SandboxInfo.AnnotationsEntry
+	76, // 17: sandboxd.v1.Hook.timeout:type_name -> google.protobuf.Duration
+	77, // 18: sandboxd.v1.HookRun.started_at:type_name -> google.protobuf.Timestamp
+	76, // 19: sandboxd.v1.HookRun.duration:type_name -> google.protobuf.Duration
+	77, // 20: sandboxd.v1.SandboxInfo.created_at:type_name -> google.protobuf.Timestamp
+	70, // 21: sandboxd.v1.SandboxInfo.namespaces:type_name -> sandboxd.v1.SandboxInfo.NamespacesEntry
+	71, // 22: sandboxd.v1.SandboxInfo.labels:type_name -> sandboxd.v1.SandboxInfo.LabelsEntry
+	72, // 23: sandboxd.v1.SandboxInfo.annotations:type_name -> sandboxd.v1.SandboxInfo.AnnotationsEntry
 	18, // 24: sandboxd.v1.SandboxInfo.members:type_name -> sandboxd.v1.MemberInfo
 	10, // 25: sandboxd.v1.SandboxInfo.hooks:type_name -> sandboxd.v1.HookRun
 	14, // 26: sandboxd.v1.SandboxInfo.networks:type_name -> sandboxd.v1.NetworkInfo
@@ -4754,41 +4840,41 @@ var file_sandboxd_proto_depIdxs = []int32{
 	15, // 28: sandboxd.v1.NetworkInfo.routes:type_name -> sandboxd.v1.Route
 	4,  // 29: sandboxd.v1.NetworkInfo.dns:type_name -> sandboxd.v1.DNS
 	3,  // 30: sandboxd.v1.NetworkInfo.ports:type_name -> sandboxd.v1.Port
-	75, // 31: sandboxd.v1.Tombstone.since:type_name -> google.protobuf.Timestamp
-	75, // 32: sandboxd.v1.Tombstone.next_try:type_name -> google.protobuf.Timestamp
-	75, // 33: sandboxd.v1.MemberInfo.created_at:type_name -> google.protobuf.Timestamp
-	75, // 34: sandboxd.v1.MemberInfo.started_at:type_name -> google.protobuf.Timestamp
-	71, // 35: sandboxd.v1.MemberInfo.namespaces:type_name -> sandboxd.v1.MemberInfo.NamespacesEntry
+	77, // 31: sandboxd.v1.Tombstone.since:type_name -> google.protobuf.Timestamp
+	77, // 32: sandboxd.v1.Tombstone.next_try:type_name -> google.protobuf.Timestamp
+	77, // 33: sandboxd.v1.MemberInfo.created_at:type_name -> google.protobuf.Timestamp
+	77, // 34: sandboxd.v1.MemberInfo.started_at:type_name -> google.protobuf.Timestamp
+	73, // 35: sandboxd.v1.MemberInfo.namespaces:type_name -> sandboxd.v1.MemberInfo.NamespacesEntry
 	21, // 36: sandboxd.v1.MemberInfo.custody:type_name -> sandboxd.v1.CustodyInfo
-	72, // 37: sandboxd.v1.MemberInfo.labels:type_name -> sandboxd.v1.MemberInfo.LabelsEntry
+	74, // 37: sandboxd.v1.MemberInfo.labels:type_name -> sandboxd.v1.MemberInfo.LabelsEntry
 	23, // 38: sandboxd.v1.MemberInfo.exit:type_name -> sandboxd.v1.ExitRecord
 	10, // 39: sandboxd.v1.MemberInfo.hooks:type_name -> sandboxd.v1.HookRun
 	19, // 40: sandboxd.v1.MemberInfo.limits:type_name -> sandboxd.v1.Limits
 	20, // 41: sandboxd.v1.MemberInfo.mounts:type_name -> sandboxd.v1.MountInfo
-	75, // 42: sandboxd.v1.CustodyInfo.since:type_name -> google.protobuf.Timestamp
-	75, // 43: sandboxd.v1.CustodyInfo.until:type_name -> google.protobuf.Timestamp
+	77, // 42: sandboxd.v1.CustodyInfo.since:type_name -> google.protobuf.Timestamp
+	77, // 43: sandboxd.v1.CustodyInfo.until:type_name -> google.protobuf.Timestamp
 	22, // 44: sandboxd.v1.CustodyInfo.released:type_name -> sandboxd.v1.CustodyRelease
-	75, // 45: sandboxd.v1.CustodyRelease.at:type_name -> google.protobuf.Timestamp
-	75, // 46: sandboxd.v1.ExitRecord.finished_at:type_name -> google.protobuf.Timestamp
+	77, // 45: sandboxd.v1.CustodyRelease.at:type_name -> google.protobuf.Timestamp
+	77, // 46: sandboxd.v1.ExitRecord.finished_at:type_name -> google.protobuf.Timestamp
 	24, // 47: sandboxd.v1.ExitRecord.rusage:type_name -> sandboxd.v1.Rusage
 	0,  // 48: sandboxd.v1.CreateSandboxRequest.config:type_name -> sandboxd.v1.SandboxConfig
 	13, // 49: sandboxd.v1.CreateSandboxResponse.sandbox:type_name -> sandboxd.v1.SandboxInfo
-	74, // 50: sandboxd.v1.StopSandboxRequest.timeout:type_name -> google.protobuf.Duration
+	76, // 50: sandboxd.v1.StopSandboxRequest.timeout:type_name -> google.protobuf.Duration
 	13, // 51: sandboxd.v1.ListSandboxesResponse.sandboxes:type_name -> sandboxd.v1.SandboxInfo
 	13, // 52: sandboxd.v1.GetSandboxResponse.sandbox:type_name -> sandboxd.v1.SandboxInfo
 	7,  // 53: sandboxd.v1.AddMemberRequest.config:type_name -> sandboxd.v1.MemberConfig
 	18, // 54: sandboxd.v1.AddMemberResponse.member:type_name -> sandboxd.v1.MemberInfo
 	18, // 55: sandboxd.v1.StartMemberResponse.member:type_name -> sandboxd.v1.MemberInfo
-	74, // 56: sandboxd.v1.StopMemberRequest.timeout:type_name -> google.protobuf.Duration
+	76, // 56: sandboxd.v1.StopMemberRequest.timeout:type_name -> google.protobuf.Duration
 	23, // 57: sandboxd.v1.WaitMemberResponse.exit:type_name -> sandboxd.v1.ExitRecord
 	18, // 58: sandboxd.v1.GetMemberResponse.member:type_name -> sandboxd.v1.MemberInfo
-	75, // 59: sandboxd.v1.ReadEventsRequest.since:type_name -> google.protobuf.Timestamp
+	77, // 59: sandboxd.v1.ReadEventsRequest.since:type_name -> google.protobuf.Timestamp
 	58, // 60: sandboxd.v1.ReadEventsResponse.event:type_name -> sandboxd.v1.Event
-	75, // 61: sandboxd.v1.Event.time:type_name -> google.protobuf.Timestamp
+	77, // 61: sandboxd.v1.Event.time:type_name -> google.protobuf.Timestamp
 	23, // 62: sandboxd.v1.Event.exit:type_name -> sandboxd.v1.ExitRecord
-	73, // 63: sandboxd.v1.Event.attrs:type_name -> sandboxd.v1.Event.AttrsEntry
-	62, // 64: sandboxd.v1.CollectGarbageResponse.findings:type_name -> sandboxd.v1.GarbageFinding
-	75, // 65: sandboxd.v1.GarbageFinding.since:type_name -> google.protobuf.Timestamp
+	75, // 63: sandboxd.v1.Event.attrs:type_name -> sandboxd.v1.Event.AttrsEntry
+	64, // 64: sandboxd.v1.CollectGarbageResponse.findings:type_name -> sandboxd.v1.GarbageFinding
+	77, // 65: sandboxd.v1.GarbageFinding.since:type_name -> google.protobuf.Timestamp
 	17, // 66: sandboxd.v1.SandboxInfo.NamespacesEntry.value:type_name -> sandboxd.v1.NamespaceInfo
 	17, // 67: sandboxd.v1.MemberInfo.NamespacesEntry.value:type_name -> sandboxd.v1.NamespaceInfo
 	26, // 68: sandboxd.v1.Sandboxd.CreateSandbox:input_type -> sandboxd.v1.CreateSandboxRequest
@@ -4808,25 +4894,27 @@ var file_sandboxd_proto_depIdxs = []int32{
 	54, // 82: sandboxd.v1.Sandboxd.ExecMember:input_type -> sandboxd.v1.ExecMemberRequest
 	56, // 83: sandboxd.v1.Sandboxd.ReadEvents:input_type -> sandboxd.v1.ReadEventsRequest
 	60, // 84: sandboxd.v1.Sandboxd.CollectGarbage:input_type -> sandboxd.v1.CollectGarbageRequest
-	27, // 85: sandboxd.v1.Sandboxd.CreateSandbox:output_type -> sandboxd.v1.CreateSandboxResponse
-	29, // 86: sandboxd.v1.Sandboxd.StopSandbox:output_type -> sandboxd.v1.StopSandboxResponse
-	31, // 87: sandboxd.v1.Sandboxd.RemoveSandbox:output_type -> sandboxd.v1.RemoveSandboxResponse
-	33, // 88: sandboxd.v1.Sandboxd.ListSandboxes:output_type -> sandboxd.v1.ListSandboxesResponse
-	35, // 89: sandboxd.v1.Sandboxd.GetSandbox:output_type -> sandboxd.v1.GetSandboxResponse
-	37, // 90: sandboxd.v1.Sandboxd.CheckNetwork:output_type -> sandboxd.v1.CheckNetworkResponse
-	39, // 91: sandboxd.v1.Sandboxd.AddMember:output_type -> sandboxd.v1.AddMemberResponse
-	41, // 92: sandboxd.v1.Sandboxd.StartMember:output_type -> sandboxd.v1.StartMemberResponse
-	43, // 93: sandboxd.v1.Sandboxd.StopMember:output_type -> sandboxd.v1.StopMemberResponse
-	45, // 94: sandboxd.v1.Sandboxd.KillMember:output_type -> sandboxd.v1.KillMemberResponse
-	47, // 95: sandboxd.v1.Sandboxd.RemoveMember:output_type -> sandboxd.v1.RemoveMemberResponse
-	49, // 96: sandboxd.v1.Sandboxd.WaitMember:output_type -> sandboxd.v1.WaitMemberResponse
-	51, // 97: sandboxd.v1.Sandboxd.ReopenMemberLog:output_type -> sandboxd.v1.ReopenMemberLogResponse
-	53, // 98: sandboxd.v1.Sandboxd.GetMember:output_type -> sandboxd.v1.GetMemberResponse
-	55, // 99: sandboxd.v1.Sandboxd.ExecMember:output_type -> sandboxd.v1.ExecMemberResponse
-	57, // 100: sandboxd.v1.Sandboxd.ReadEvents:output_type -> sandboxd.v1.ReadEventsResponse
-	61, // 101: sandboxd.v1.Sandboxd.CollectGarbage:output_type -> sandboxd.v1.CollectGarbageResponse
-	85, // [85:102] is the sub-list for method output_type
-	68, // [68:85] is the sub-list for method input_type
+	61, // 85: sandboxd.v1.Sandboxd.ForgetNetwork:input_type -> sandboxd.v1.ForgetNetworkRequest
+	27, // 86: sandboxd.v1.Sandboxd.CreateSandbox:output_type -> sandboxd.v1.CreateSandboxResponse
+	29, // 87: sandboxd.v1.Sandboxd.StopSandbox:output_type -> sandboxd.v1.StopSandboxResponse
+	31, // 88: sandboxd.v1.Sandboxd.RemoveSandbox:output_type -> sandboxd.v1.RemoveSandboxResponse
+	33, // 89: sandboxd.v1.Sandboxd.ListSandboxes:output_type -> sandboxd.v1.ListSandboxesResponse
+	35, // 90: sandboxd.v1.Sandboxd.GetSandbox:output_type -> sandboxd.v1.GetSandboxResponse
+	37, // 91: sandboxd.v1.Sandboxd.CheckNetwork:output_type -> sandboxd.v1.CheckNetworkResponse
+	39, // 92: sandboxd.v1.Sandboxd.AddMember:output_type -> sandboxd.v1.AddMemberResponse
+	41, // 93: sandboxd.v1.Sandboxd.StartMember:output_type -> sandboxd.v1.StartMemberResponse
+	43, // 94: sandboxd.v1.Sandboxd.StopMember:output_type -> sandboxd.v1.StopMemberResponse
+	45, // 95: sandboxd.v1.Sandboxd.KillMember:output_type -> sandboxd.v1.KillMemberResponse
+	47, // 96: sandboxd.v1.Sandboxd.RemoveMember:output_type -> sandboxd.v1.RemoveMemberResponse
+	49, // 97: sandboxd.v1.Sandboxd.WaitMember:output_type -> sandboxd.v1.WaitMemberResponse
+	51, // 98: sandboxd.v1.Sandboxd.ReopenMemberLog:output_type -> sandboxd.v1.ReopenMemberLogResponse
+	53, // 99: sandboxd.v1.Sandboxd.GetMember:output_type -> sandboxd.v1.GetMemberResponse
+	55, // 100: sandboxd.v1.Sandboxd.ExecMember:output_type -> sandboxd.v1.ExecMemberResponse
+	57, // 101: sandboxd.v1.Sandboxd.ReadEvents:output_type -> sandboxd.v1.ReadEventsResponse
+	63, // 102: sandboxd.v1.Sandboxd.CollectGarbage:output_type -> sandboxd.v1.CollectGarbageResponse
+	62, // 103: sandboxd.v1.Sandboxd.ForgetNetwork:output_type -> sandboxd.v1.ForgetNetworkResponse
+	86, // [86:104] is the sub-list for method output_type
+	68, // [68:86] is the sub-list for method input_type
 	68, // [68:68] is the sub-list for extension type_name
 	68, // [68:68] is the sub-list for extension extendee
 	0,  // [0:68] is the sub-list for field type_name
@@ -4844,7 +4932,7 @@ func file_sandboxd_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_sandboxd_proto_rawDesc), len(file_sandboxd_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   74,
+			NumMessages:   76,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -48,6 +48,7 @@ const (
 	Sandboxd_ExecMember_FullMethodName      = "/sandboxd.v1.Sandboxd/ExecMember"
 	Sandboxd_ReadEvents_FullMethodName      = "/sandboxd.v1.Sandboxd/ReadEvents"
 	Sandboxd_CollectGarbage_FullMethodName  = "/sandboxd.v1.Sandboxd/CollectGarbage"
+	Sandboxd_ForgetNetwork_FullMethodName   = "/sandboxd.v1.Sandboxd/ForgetNetwork"
 )
 
 // SandboxdClient is the client API for Sandboxd service.
@@ -95,6 +96,9 @@ type SandboxdClient interface {
 	// CollectGarbage finds what belongs to nobody any more and, unless dry_run is
 	// set, removes it.
 	CollectGarbage(ctx context.Context, in *CollectGarbageRequest, opts ...grpc.CallOption) (*CollectGarbageResponse, error)
+	// ForgetNetwork gives up the network of a sandbox that is gone, which could not
+	// be taken down: that is not tried again, and what is left of it stays.
+	ForgetNetwork(ctx context.Context, in *ForgetNetworkRequest, opts ...grpc.CallOption) (*ForgetNetworkResponse, error)
 }
 
 type sandboxdClient struct {
@@ -284,6 +288,16 @@ func (c *sandboxdClient) CollectGarbage(ctx context.Context, in *CollectGarbageR
 	return out, nil
 }
 
+func (c *sandboxdClient) ForgetNetwork(ctx context.Context, in *ForgetNetworkRequest, opts ...grpc.CallOption) (*ForgetNetworkResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ForgetNetworkResponse)
+	err := c.cc.Invoke(ctx, Sandboxd_ForgetNetwork_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // SandboxdServer is the server API for Sandboxd service.
 // All implementations must embed UnimplementedSandboxdServer
 // for forward compatibility.
@@ -329,6 +343,9 @@ type SandboxdServer interface {
 	// CollectGarbage finds what belongs to nobody any more and, unless dry_run is
 	// set, removes it.
 	CollectGarbage(context.Context, *CollectGarbageRequest) (*CollectGarbageResponse, error)
+	// ForgetNetwork gives up the network of a sandbox that is gone, which could not
+	// be taken down: that is not tried again, and what is left of it stays.
+	ForgetNetwork(context.Context, *ForgetNetworkRequest) (*ForgetNetworkResponse, error)
 	mustEmbedUnimplementedSandboxdServer()
 }
 
@@ -389,6 +406,9 @@ func (UnimplementedSandboxdServer) ReadEvents(*ReadEventsRequest, grpc.ServerStr
 }
 func (UnimplementedSandboxdServer) CollectGarbage(context.Context, *CollectGarbageRequest) (*CollectGarbageResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method CollectGarbage not implemented")
+}
+func (UnimplementedSandboxdServer) ForgetNetwork(context.Context, *ForgetNetworkRequest) (*ForgetNetworkResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ForgetNetwork not implemented")
 }
 func (UnimplementedSandboxdServer) mustEmbedUnimplementedSandboxdServer() {}
 func (UnimplementedSandboxdServer) testEmbeddedByValue()                  {}
@@ -710,6 +730,24 @@ func _Sandboxd_CollectGarbage_Handler(srv interface{}, ctx context.Context, dec 
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Sandboxd_ForgetNetwork_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ForgetNetworkRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SandboxdServer).ForgetNetwork(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Sandboxd_ForgetNetwork_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SandboxdServer).ForgetNetwork(ctx, req.(*ForgetNetworkRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Sandboxd_ServiceDesc is the grpc.ServiceDesc for Sandboxd service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -780,6 +818,10 @@ var Sandboxd_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "CollectGarbage",
 			Handler:    _Sandboxd_CollectGarbage_Handler,
+		},
+		{
+			MethodName: "ForgetNetwork",
+			Handler:    _Sandboxd_ForgetNetwork_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{
