@@ -58,6 +58,7 @@ type Driver struct {
 	// plugins are asked to collect garbage (specification, "GC").
 	gc     sync.RWMutex
 	stopGC atomic.Pointer[context.CancelFunc] // kills those plugins
+	atWork sync.Map                           // by sandbox's id, for whom ADD or DEL runs: since when, a time.Time
 }
 
 var _ netsetup.Driver = (*Driver)(nil)
@@ -136,10 +137,11 @@ func (d *Driver) Attach(ctx context.Context, id string, plan json.RawMessage, ns
 	if err := d.o.Ports.Claim(id, p.ports()); err != nil {
 		return nil, err
 	}
-	if err := d.working(ctx); err != nil {
+	done, err := d.working(ctx, id)
+	if err != nil {
 		return nil, err
 	}
-	defer d.gc.RUnlock()
+	defer done()
 	res := &network.Result{Networks: []network.Attachment{}}
 	for _, a := range p.Networks {
 		list, err := a.list()
@@ -170,10 +172,11 @@ func (d *Driver) Detach(ctx context.Context, id string, plan json.RawMessage, ns
 	if err != nil {
 		return err
 	}
-	if err := d.working(ctx); err != nil {
+	done, err := d.working(ctx, id)
+	if err != nil {
 		return err
 	}
-	defer d.gc.RUnlock()
+	defer done()
 	var errs []error
 	for i, a := range slices.Backward(p.Networks) {
 		ctx, cancel := share(ctx, i+1)

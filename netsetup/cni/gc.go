@@ -74,7 +74,11 @@ func (d *Driver) GC(ctx context.Context, live func() map[string]json.RawMessage,
 	if dryRun {
 		return found, nil
 	}
-	return found, d.collect(ctx, live)
+	if networks, err := d.collectable(plans); err != nil || len(networks) == 0 {
+		return found, err
+	}
+	slow, err := d.collect(ctx, live)
+	return append(found, slow...), err
 }
 
 // cache reads the entries of the cache. One that cannot be read, since a crash
@@ -127,40 +131,61 @@ func (d *Driver) dropCached(ctx context.Context, e cached) error {
 	if e.err != nil {
 		return os.Remove(e.file)
 	}
-	if err := d.working(ctx); err != nil {
+	done, err := d.working(ctx, e.ContainerID)
+	if err != nil {
 		return err
 	}
-	defer d.gc.RUnlock()
+	defer done()
 	return d.del(ctx, e.ContainerID, attachment{
 		Network: e.NetworkName, Interface: e.IfName, Config: e.Config, Args: e.CNIArgs, Capabilities: e.CapabilityArgs,
 	}, nil)
 }
 
-// working takes d.gc for ADD or DEL. Garbage can be collected another time: who hangs
-// at it holds nobody up.
-func (d *Driver) working(ctx context.Context) error {
+// working takes d.gc for ADD or DEL of a sandbox; done gives it back. Garbage can be
+// collected another time: who hangs at it holds nobody up.
+func (d *Driver) working(ctx context.Context, id string) (done func(), err error) {
 	for end := time.Now().Add(gcPatience); !d.gc.TryRLock(); {
 		if stop := d.stopGC.Load(); stop != nil && time.Now().After(end) {
 			(*stop)()
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("plugins that collect garbage were waited for: %w", ctx.Err())
+			return nil, fmt.Errorf("plugins that collect garbage were waited for: %w", ctx.Err())
 		case <-time.After(5 * time.Millisecond):
 		}
 	}
-	return nil
+	d.atWork.Store(id, time.Now())
+	return func() { d.atWork.Delete(id); d.gc.RUnlock() }, nil
 }
 
-// collect runs GC of the plugins of networks that have attachments.
-func (d *Driver) collect(ctx context.Context, live func() map[string]json.RawMessage) error {
-	// Somebody who waits for the lock would make all that come later wait too.
-	for end := time.Now().Add(gcWait); !d.gc.TryLock(); {
-		if err := ctx.Err(); err != nil {
-			return err
+// workingSince lists the sandboxes for which ADD or DEL has run since before t,
+// as findings: nothing is asked to collect while they do.
+func (d *Driver) workingSince(t time.Time) (found []garbage.Finding) {
+	for id, since := range d.atWork.Range {
+		if since.(time.Time).Before(t) {
+			found = append(found, garbage.Finding{
+				Kind: garbage.CNI, Name: id.(string), Action: garbage.Kept,
+				Reason: "plugins are still at work for this sandbox: none are asked to collect garbage before they have ended",
+			})
 		}
-		if time.Now().After(end) {
-			return errors.New("plugins were not asked to collect garbage, since some were at work all the time")
+	}
+	slices.SortFunc(found, func(a, b garbage.Finding) int { return strings.Compare(a.Name, b.Name) })
+	return found
+}
+
+// collect runs GC of the plugins of networks that have attachments. What hangs in
+// ADD or DEL keeps it from that; this is found, and is no error.
+func (d *Driver) collect(ctx context.Context, live func() map[string]json.RawMessage) ([]garbage.Finding, error) {
+	// Somebody who waits for the lock would make all that come later wait too.
+	for begin := time.Now(); !d.gc.TryLock(); {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		if time.Since(begin) > gcWait {
+			if slow := d.workingSince(begin); len(slow) > 0 {
+				return slow, nil
+			}
+			return nil, errors.New("plugins were not asked to collect garbage, since some were at work all the time")
 		}
 		time.Sleep(5 * time.Millisecond)
 	}
@@ -173,7 +198,7 @@ func (d *Driver) collect(ctx context.Context, live func() map[string]json.RawMes
 	// So this is complete.
 	networks, err := d.collectable(live())
 	if err != nil {
-		return err
+		return nil, err
 	}
 	// libcni's GC also runs DEL for what is in the cache, with the path of a
 	// namespace that may long be another's. It is given a cache that is empty.
@@ -185,7 +210,7 @@ func (d *Driver) collect(ctx context.Context, live func() map[string]json.RawMes
 			errs = append(errs, fmt.Errorf("network %s: %w", n.list.Name, err))
 		}
 	}
-	return errors.Join(errs...)
+	return nil, errors.Join(errs...)
 }
 
 // collectable is a network whose plugins can be asked to collect.
@@ -195,7 +220,7 @@ type collectable struct {
 }
 
 // collectable lists the networks of the plans whose version has GC, with all
-// attachments of each, sorted by name (libcni leaves out those with disableGC). The configuration is the present one if there is
+// attachments of each, sorted by name, but those with disableGC. The configuration is the present one if there is
 // one, else that of some attachment. A plan that cannot be read is an error: what it has would be freed.
 func (d *Driver) collectable(plans map[string]json.RawMessage) ([]collectable, error) {
 	now := d.conf.current()
@@ -223,7 +248,7 @@ func (d *Driver) collectable(plans map[string]json.RawMessage) ([]collectable, e
 	}
 	var out []collectable
 	for _, n := range byName {
-		if ok, err := version.GreaterThanOrEqualTo(n.list.CNIVersion, "1.1.0"); err != nil || !ok {
+		if ok, err := version.GreaterThanOrEqualTo(n.list.CNIVersion, "1.1.0"); err != nil || !ok || n.list.DisableGC {
 			continue
 		}
 		slices.SortFunc(n.valid, func(a, b types.GCAttachment) int {

@@ -1,6 +1,7 @@
 package cni
 
 import (
+	"context"
 	"encoding/json"
 	"os"
 	"path/filepath"
@@ -234,6 +235,48 @@ func TestGCHangs(t *testing.T) {
 	}
 	r.detach(alive, stays, ns)
 	r.wantNothingLeft()
+}
+
+// TestDELHangs: a plugin that hangs in DEL is found, and is no failure of GC. GC
+// waits for it only if some plugin is to be asked.
+func TestDELHangs(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.chain("a", "one")
+	r.chain("b", "two")
+	r.config("c.conflist", `{"cniVersion":"1.0.0","name":"c","plugins":[{"type":"one"}]}`)
+	stays, goes := r.plan(alive, network.Request{}), r.plan(dead, network.Request{Attach: []network.Attach{{Network: "b"}}})
+	old := r.plan(alive, network.Request{Attach: []network.Attach{{Network: "c"}}})
+	r.attach(alive, stays, newNS(t))
+	r.attach(dead, goes, newNS(t))
+	r.plugin("two", holder("two", `if [ $CNI_COMMAND = DEL ]; then : >$D/hangs; exec sleep 1000; fi`))
+	ctx, cancel := context.WithCancel(t.Context())
+	gone := make(chan error, 1)
+	go func() { gone <- r.Detach(ctx, dead, goes, nil) }()
+	eventually(t, func() bool { _, err := os.Stat(filepath.Join(r.dir, "hangs")); return err == nil }, func() string { return "DEL is not called" })
+	begin := time.Now()
+	if fs := r.gc(map[string]json.RawMessage{alive: old, dead: old}, false); len(fs) > 0 {
+		t.Errorf("found %+v", fs)
+	}
+	if took := time.Since(begin); took > gcWait/2 {
+		t.Errorf("GC, which has nothing to ask, has waited %s", took)
+	}
+	fs := r.gc(map[string]json.RawMessage{alive: stays, dead: goes}, false)
+	if len(fs) != 1 || fs[0].Name != dead || fs[0].Action != garbage.Kept || !strings.Contains(fs[0].Reason, "still at work") {
+		t.Errorf("found %+v", fs)
+	}
+	cancel()
+	if err := <-gone; err == nil {
+		t.Error("DEL that hangs has succeeded")
+	}
+	r.plugin("two", holder("two", ""))
+	r.detach(dead, goes, nil)
+	if fs := r.gc(map[string]json.RawMessage{alive: stays}, false); len(fs) > 0 {
+		t.Errorf("found %+v", fs)
+	}
+	if !strings.Contains(r.read("calls"), "GC one") {
+		t.Errorf("calls %s", r.read("calls"))
+	}
 }
 
 func TestIDInName(t *testing.T) {
