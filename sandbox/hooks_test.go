@@ -56,6 +56,14 @@ func (n *fakeNode) RunHook(ctx context.Context, c *HookCall) HookOutcome {
 		}
 		return nil
 	})
+	if errors.Is(err, errInjected) {
+		// It could not be run, which is an attempt all the same.
+		n.with(func() {
+			if n.hooks[k+" "+c.Hook.Path] == nil {
+				n.hooks[k+" "+c.Hook.Path] = &fakeHook{}
+			}
+		})
+	}
 	if err == nil {
 		n.with(func() { n.hooks[k+" "+c.Hook.Path].told = n.daemon })
 	}

@@ -193,9 +193,12 @@ func (m *Manager) recoverBox(ctx context.Context, b *box) {
 		m.adoptForNetwork(ctx, b)
 		if b.lastWork() {
 			m.wg.Go(func() {
-				if err := b.op.acquire(m.ctx); err == nil {
+				if err := b.op.acquire(m.ctx); err != nil {
+					return
+				}
+				defer b.op.release()
+				if !b.gone { // somebody may have removed it meanwhile
 					m.takeDown(m.ctx, b, "recover")
-					b.op.release()
 				}
 			})
 			return
@@ -216,7 +219,7 @@ func (m *Manager) recoverBox(ctx context.Context, b *box) {
 				return
 			}
 			defer b.op.release()
-			if b.rec.Load().State == Stopped {
+			if !b.gone && b.rec.Load().State == Stopped {
 				m.stopped(m.ctx, b) // the next daemon goes on where it was cut off
 			}
 		})
