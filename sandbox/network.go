@@ -216,6 +216,9 @@ func completeMAC(s string) (string, error) {
 	return mac.String(), nil
 }
 
+// broadcast is the address of everybody on a link (RFC 919), and of no host.
+var broadcast = netip.AddrFrom4([4]byte{255, 255, 255, 255})
+
 func completePorts(in []network.Port) ([]network.Port, error) {
 	if len(in) > maxPorts {
 		return nil, invalidf("%d published ports are more than %d", len(in), maxPorts)
@@ -232,7 +235,7 @@ func completePorts(in []network.Port) ([]network.Port, error) {
 			return nil, invalidf("published port %d: protocol %s: want tcp, udp or sctp", p.HostPort, quote(string(p.Protocol)))
 		case p.Port == 0:
 			return nil, invalidf("published port %d: the sandbox's port is 0", p.HostPort)
-		case p.HostIP.IsMulticast() || p.HostIP.Is4In6() || p.HostIP.Zone() != "":
+		case p.HostIP.IsMulticast() || p.HostIP == broadcast || p.HostIP.Is4In6() || p.HostIP.Zone() != "":
 			return nil, invalidf("published port %d: %s is not an address that the host can have", p.HostPort, p.HostIP)
 		}
 		key := network.Port{HostIP: p.HostIP, HostPort: p.HostPort, Protocol: p.Protocol}

@@ -47,6 +47,7 @@ func TestCompleteNetwork(t *testing.T) {
 		{network.ModeBuiltin, network.Request{Ports: []network.Port{{HostPort: 1, Port: 1, Protocol: "icmp"}}}, "icmp"},
 		{network.ModeBuiltin, network.Request{Ports: []network.Port{{HostPort: 1, Port: 1}, {HostPort: 1, Port: 2}}}, "twice"},
 		{network.ModeBuiltin, network.Request{Ports: []network.Port{{HostIP: addr("224.0.0.1"), HostPort: 1, Port: 1}}}, "224.0.0.1"},
+		{network.ModeBuiltin, network.Request{Ports: []network.Port{{HostIP: addr("255.255.255.255"), HostPort: 1, Port: 1}}}, "255.255.255.255 is not an address that the host can have"},
 		{network.ModeBuiltin, network.Request{Ports: make([]network.Port, maxPorts+1)}, "more than"},
 		{network.ModeNone, network.Request{DNS: network.DNS{Search: []string{"a\nb"}}}, "search domain"},
 		{network.ModeNone, network.Request{DNS: network.DNS{Options: []string{"a b"}}}, "one word"},

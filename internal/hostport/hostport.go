@@ -179,6 +179,9 @@ func (r *Registry) available(id string, p network.Port) error {
 	return checkFree(p)
 }
 
+// broadcast is the address of everybody on a link (RFC 919), and of no host.
+var broadcast = netip.AddrFrom4([4]byte{255, 255, 255, 255})
+
 // Check looks at each port by itself, and for two that are the same.
 func Check(ports []network.Port) error {
 	for i, p := range ports {
@@ -187,7 +190,7 @@ func Check(ports []network.Port) error {
 			return fmt.Errorf("protocol %q of port %d is none of tcp, udp, sctp", p.Protocol, p.Port)
 		case p.Port == 0:
 			return errors.New("port 0 of the sandbox cannot be published")
-		case p.HostIP.IsValid() && (p.HostIP.Zone() != "" || p.HostIP.Is4In6() || p.HostIP.IsMulticast()):
+		case p.HostIP.IsValid() && (p.HostIP.Zone() != "" || p.HostIP.Is4In6() || p.HostIP.IsMulticast() || p.HostIP == broadcast):
 			return fmt.Errorf("port %s: not an address that a port can be published on", Name(p))
 		}
 		for _, q := range ports[:i] {

@@ -178,6 +178,7 @@ func TestCheck(t *testing.T) {
 		{":80/tcp 127.0.0.1:80/tcp", "port 127.0.0.1:80/tcp is published twice"},
 		{":80/icmp", `protocol "icmp" of port 80 is none of tcp, udp, sctp`},
 		{"224.0.0.1:80/tcp", "port 224.0.0.1:80/tcp: not an address"},
+		{"255.255.255.255:80/tcp", "port 255.255.255.255:80/tcp: not an address"},
 		{"[::ffff:1.2.3.4]:80/tcp", "not an address"},
 	}
 	for _, tt := range tests {
