@@ -83,6 +83,9 @@ func (d *Driver) check(req *network.Request) error {
 		if len(mac) != 6 || mac[0]&1 != 0 || bytes.Equal(mac, make([]byte, 6)) {
 			return fmt.Errorf("MAC address %s is not a unicast one of 6 bytes", req.MAC)
 		}
+		if bytes.Equal(mac, d.bridgeMAC()) {
+			return fmt.Errorf("MAC address %s is that of the bridge %s: choose another one", req.MAC, d.opts.Bridge)
+		}
 	}
 	for _, rate := range []uint64{req.Bandwidth.Ingress, req.Bandwidth.Egress} {
 		if rate != 0 && (rate < minRate || rate > maxRate) {

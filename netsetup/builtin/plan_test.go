@@ -34,6 +34,7 @@ func TestCheck(t *testing.T) {
 		{"mac form", network.Request{MAC: "02-00"}, false, "not of the form"},
 		{"mac multicast", network.Request{MAC: "01:00:00:00:00:01"}, false, "unicast"},
 		{"mac zero", network.Request{MAC: "00:00:00:00:00:00"}, false, "unicast"},
+		{"mac of the bridge", network.Request{MAC: (&Driver{}).bridgeMAC().String()}, false, "that of the bridge"},
 		{"mac length", network.Request{MAC: "02:00:00:00:00:00:00:01"}, false, "unicast"},
 		{"bandwidth", network.Request{Bandwidth: network.Bandwidth{Ingress: 8000, Egress: 1e15}}, false, ""},
 		{"bandwidth too low", network.Request{Bandwidth: network.Bandwidth{Ingress: 7999}}, false, "bandwidth of 7999"},
