@@ -220,7 +220,7 @@ func (t *table) remove(id string, p *plan, l lease) error {
 			}
 		}
 	}
-	return errors.Join(errs...)
+	return once(errors.Join(errs...))
 }
 
 func (t *table) removeElements(e elements) error {

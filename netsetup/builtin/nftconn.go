@@ -3,6 +3,7 @@ package builtin
 import (
 	"errors"
 	"slices"
+	"strings"
 
 	"github.com/google/nftables"
 	"github.com/mdlayher/netlink"
@@ -32,7 +33,7 @@ func (p *nftPool) use(fn func(c *nftables.Conn) error) error {
 	}
 	if err != nil {
 		// There may be answers that nobody has read, or requests that were not sent.
-		err = errors.Join(err, c.CloseLasting())
+		err = once(errors.Join(err, c.CloseLasting()))
 		var derr error
 		if c, derr = dialNft(); derr != nil {
 			return err
@@ -40,6 +41,30 @@ func (p *nftPool) use(fn func(c *nftables.Conn) error) error {
 	}
 	p.put(c)
 	return err
+}
+
+// onceError says each of several causes once, in one line.
+type onceError struct {
+	text string
+	err  error
+}
+
+func (e *onceError) Error() string { return e.text }
+func (e *onceError) Unwrap() error { return e.err }
+
+// once makes err say once what it says of each message of a transaction.
+func once(err error) error {
+	if err == nil {
+		return nil
+	}
+	var causes []string
+	for line := range strings.SplitSeq(err.Error(), "\n") {
+		line = strings.TrimPrefix(line, "conn.Receive: ") // the whole answer, which begins with the first cause
+		if !slices.Contains(causes, line) {
+			causes = append(causes, line)
+		}
+	}
+	return &onceError{strings.Join(causes, "; "), err}
 }
 
 func dialNft() (*nftables.Conn, error) {
