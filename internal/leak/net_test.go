@@ -14,6 +14,7 @@ import (
 // no longer found when it has been taken away.
 func TestNetworkNamespace(t *testing.T) {
 	testenv.Root(t)
+	testenv.Program(t, "nft")
 	pid, _ := start(t, &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET})
 	in := func(line string) {
 		t.Helper()
