@@ -186,6 +186,15 @@ func (m *Manager) createSteps(ctx context.Context, b *box) error {
 	if err != nil {
 		return err
 	}
+	if s := (subject{b: b}); s.pending(request.Postcreate) {
+		// They, and predelete hooks if one of them fails, are told the addresses.
+		err = m.run("create", "network record", func() error {
+			return m.write(b, func(r *Record) { r.Networks = networks })
+		})
+		if err != nil {
+			return err
+		}
+	}
 	err = m.run("create", "watch", func() error { return m.watchPause(b) })
 	if err != nil {
 		return err

@@ -51,6 +51,9 @@ func (n *fakeNode) RunHook(ctx context.Context, c *HookCall) HookOutcome {
 		h.succeeded++
 		mon := n.monitors[k]
 		h.at = fmt.Sprintf("pause %t cgroup %t", n.procs[n.pauses[c.Sandbox.ID]], n.cgroups[k])
+		if c.Member == nil {
+			h.at += fmt.Sprintf(" networks %d", len(c.Sandbox.Networks))
+		}
 		if c.Member != nil {
 			h.at += fmt.Sprintf(" monitor %t init %t started %t data %t", mon != nil && n.procs[mon.proc], mon != nil && n.procs[mon.init], n.started[k], n.data[k])
 		}
@@ -132,7 +135,7 @@ func TestHooksOfALife(t *testing.T) {
 	n := newFakeNode()
 	m := open(t, t.TempDir(), n)
 	ctx := t.Context()
-	i := must[Info](t)(m.Create(ctx, Config{Name: "web", Hooks: allHooks(request.SandboxStages())}))
+	i := must[Info](t)(m.Create(ctx, Config{Name: "web", Network: request.NetworkCNI, Hooks: allHooks(request.SandboxStages())}))
 	c := member("app")
 	c.Hooks = allHooks(request.MemberStages())
 	mi := must[MemberInfo](t)(m.Add(ctx, "web", c))
@@ -157,10 +160,10 @@ func TestHooksOfALife(t *testing.T) {
 	const made = "pause true cgroup true monitor true init true started false data true"
 	k := i.ID + "/" + mi.ID
 	for hook, want := range map[string]string{
-		i.ID + " /postcreate": "pause true cgroup true",
-		i.ID + " /prestop":    "pause true cgroup true",
-		i.ID + " /poststop":   "pause true cgroup true",
-		i.ID + " /predelete":  "pause true cgroup true",
+		i.ID + " /postcreate": "pause true cgroup true networks 1",
+		i.ID + " /prestop":    "pause true cgroup true networks 1",
+		i.ID + " /poststop":   "pause true cgroup true networks 1",
+		i.ID + " /predelete":  "pause true cgroup true networks 1",
 		k + " /oci-prestart":  made, k + " /createRuntime": made, k + " /createContainer": made, k + " /postcreate": made,
 		k + " /prestart": made, k + " /startContainer": made,
 		k + " /poststart":    "pause true cgroup true monitor true init true started true data true",
