@@ -216,7 +216,7 @@ func TestStoryBundleHooks(t *testing.T) {
 	}
 	h, file := r.recorder("")
 	inside := r.script("#!/bin/sh\nb=$(jq -r .bundle)\nmount -t tmpfs made $b/rootfs/mnt && echo mounted > $b/rootfs/mnt/file && ls $b/rootfs/proc/self/exe\n")
-	if err := os.WriteFile(bundle+"/rootfs/bin/inside", []byte("#!/bin/sh\ncat >/dev/null; echo \"$0 $1 $K\" > /mnt/start\n"), 0o755); err != nil {
+	if err := os.WriteFile(bundle+"/rootfs/bin/inside", []byte("#!/bin/sh\ncat >/dev/null; echo \"$0 $1 $K\" > /mnt/start; cat /proc/self/cgroup\n"), 0o755); err != nil {
 		t.Fatal(err)
 	}
 	ociHooks := func(path string, args ...string) []specs.Hook {
@@ -245,6 +245,10 @@ func TestStoryBundleHooks(t *testing.T) {
 	res := r.cli("run", "box", "--bundle", bundle, "--name", "m")
 	if res.code != 0 || res.out != "mounted\n/bin/inside one V\n" {
 		t.Errorf("%v; %+v", res, r.member("box/m").Hooks)
+	}
+	// Its own limits are those of a program out of a member's root, seen from its cgroup namespace.
+	if h := r.member("box/m").Hooks[3]; h.Stage != "startContainer" || !strings.Contains(h.Output, ":/") || strings.Contains(h.Output, "..") {
+		t.Errorf("a startContainer hook is not in the member's cgroup: %+v", h)
 	}
 	if got := stages(r.inputs(file)); !slices.Equal(got, []string{"prestart", "createRuntime", "poststart"}) {
 		t.Errorf("before the removal: %q", got)

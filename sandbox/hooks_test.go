@@ -228,7 +228,7 @@ func TestHookFails(t *testing.T) {
 		{request.CreateContainer, false, "add", ""},
 		{request.Postcreate, false, "add", ""},
 		{request.Prestart, false, "start", "Created"},
-		{request.StartContainer, false, "start", "Created"},
+		{request.StartContainer, false, "start", "Exited"},
 		{request.Poststart, false, "start", "Exited"},
 		{request.Prestop, false, "", "Exited"},
 		{request.Poststop, false, "", "Collected"},

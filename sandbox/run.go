@@ -65,10 +65,17 @@ func (m *Manager) start(ctx context.Context, b *box, mb *memb) error {
 		return err
 	}
 	for _, stage := range []request.Stage{request.Prestart, request.StartContainer} {
-		if err := m.runHooks(ctx, subject{b, mb}, stage, procid.ID{}); err != nil {
-			m.noteMember(mb, func(r *MemberRecord) { r.State = MemberCreated })
-			return err
+		err := m.runHooks(ctx, subject{b, mb}, stage, procid.ID{})
+		if err == nil {
+			continue
 		}
+		if stage == request.StartContainer && ctx.Err() == nil {
+			m.endMember(context.WithoutCancel(ctx), b, mb) // as runtime-spec demands (runtime.md, Lifecycle)
+		}
+		if mb.rec.Load().State.alive() {
+			m.noteMember(mb, func(r *MemberRecord) { r.State = MemberCreated })
+		}
+		return err
 	}
 	// From here on the client's patience does not matter: init may have been
 	// told already, and the outcome has to be learned.

@@ -111,12 +111,20 @@ func (n *node) RunHook(ctx context.Context, c *sandbox.HookCall) sandbox.HookOut
 	return out
 }
 
-func (n *node) runHook(ctx context.Context, c *sandbox.HookCall) (sandbox.HookOutcome, error) {
-	leaf := c.Sandbox.Cgroup + "/hook"
-	if c.Member != nil {
-		leaf += "-" + c.Member.ID
+// hookCgroup is the cgroup of a hook. One out of the member's root is in the
+// member's, whose limits and devices are its own too.
+func hookCgroup(c *sandbox.HookCall) string {
+	switch {
+	case c.Member == nil:
+		return fmt.Sprintf("%s/hook-%d", c.Sandbox.Cgroup, c.Index)
+	case c.Hook.Stage == request.StartContainer:
+		return fmt.Sprintf("%s/hook-%d", c.Member.Cgroup, c.Index)
 	}
-	leaf += "-" + strconv.Itoa(c.Index)
+	return fmt.Sprintf("%s/hook-%s-%d", c.Sandbox.Cgroup, c.Member.ID, c.Index)
+}
+
+func (n *node) runHook(ctx context.Context, c *sandbox.HookCall) (sandbox.HookOutcome, error) {
+	leaf := hookCgroup(c)
 	if c.Attempt > 1 {
 		// One that was cut off with its daemon may be at work. The cgroup goes too: Linux
 		// 6.18 kills what is cloned into a cgroup that was killed before (cgroup_post_fork
@@ -152,7 +160,7 @@ func (n *node) runHook(ctx context.Context, c *sandbox.HookCall) (sandbox.HookOu
 	var res hook.Result
 	switch c.Hook.Stage {
 	case request.CreateContainer, request.StartContainer:
-		res = n.runInside(ctx, c, stdin, timeout, dir)
+		res = n.runInside(ctx, c, leaf, stdin, timeout, dir)
 	default:
 		res = hook.Run(ctx, &hook.Command{
 			Path: c.Hook.Path, Args: c.Hook.Args, Env: c.Hook.Env, Stdin: stdin, Timeout: timeout, CgroupDir: dir,
@@ -175,7 +183,7 @@ func (n *node) runHook(ctx context.Context, c *sandbox.HookCall) (sandbox.HookOu
 }
 
 // runInside runs a hook in the member's namespaces.
-func (n *node) runInside(ctx context.Context, c *sandbox.HookCall, stdin []byte, timeout time.Duration, cgroup *os.File) hook.Result {
+func (n *node) runInside(ctx context.Context, c *sandbox.HookCall, leaf string, stdin []byte, timeout time.Duration, cgroup *os.File) hook.Result {
 	begin := time.Now()
 	fail := func(err error) hook.Result { return hook.Result{Code: -1, Took: time.Since(begin), Err: err} }
 	j := &joiner{src: &app{state: n.State}, target: &target{sandbox: c.Sandbox, member: c.Member, dir: c.Dir}}
@@ -192,6 +200,12 @@ func (n *node) runInside(ctx context.Context, c *sandbox.HookCall, stdin []byte,
 		return fail(err)
 	}
 	j.spec.CgroupDir = cgroup
+	if c.Hook.Stage == request.StartContainer {
+		j.spec.CgroupTasks = n.cg.Tasks(c.Member.Cgroup)
+	}
+	if cgroup == nil {
+		j.spec.CgroupTasks = append(j.spec.CgroupTasks, n.cg.LeafTasks(leaf))
+	}
 	p := j.spec.Process
 	p.Args, p.Env, p.Cwd, p.Terminal, p.ConsoleSize = c.Hook.Args, hook.Environment(c.Hook.Env), "/", false, nil
 	if p.Args == nil {
