@@ -80,7 +80,7 @@ func Check(h request.Hook, stages []request.Stage) error {
 	}
 	switch {
 	case !filepath.IsAbs(h.Path) || filepath.Clean(h.Path) != h.Path || h.Path == "/" || !text(h.Path) || len(h.Path) >= unix.PathMax:
-		return fmt.Errorf("program %q is not an absolute path", h.Path)
+		return fmt.Errorf("program %q is not an absolute path in its shortest form", h.Path)
 	case h.Timeout < 0 || h.Timeout > request.MaxHookTimeout:
 		return fmt.Errorf("timeout %s of %s: want more than 0 and at most %s", h.Timeout, h.Path, request.MaxHookTimeout)
 	case h.Retries < 0 || h.Retries > request.MaxHookRetries:
