@@ -285,6 +285,11 @@ func TestHookFails(t *testing.T) {
 				} else {
 					i, _ := m.InspectMember("web/app")
 					state = i.State
+					if tt.stage == request.StartContainer {
+						if _, mb, err := m.member("web/app"); err != nil || mb.rec.Load().StartError == "" {
+							t.Errorf("the record does not say why it never ran: %v", err)
+						}
+					}
 				}
 				if state != tt.state {
 					return fmt.Errorf("state %q, want %q", state, tt.state)

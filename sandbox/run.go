@@ -72,9 +72,13 @@ func (m *Manager) start(ctx context.Context, b *box, mb *memb) error {
 		if stage == request.StartContainer && ctx.Err() == nil {
 			m.endMember(context.WithoutCancel(ctx), b, mb) // as runtime-spec demands (runtime.md, Lifecycle)
 		}
-		if mb.rec.Load().State.alive() {
-			m.noteMember(mb, func(r *MemberRecord) { r.State = MemberCreated })
-		}
+		m.noteMember(mb, func(r *MemberRecord) {
+			if r.State.over() {
+				r.StartError = err.Error()
+			} else {
+				r.State = MemberCreated
+			}
+		})
 		return err
 	}
 	// From here on the client's patience does not matter: init may have been
