@@ -1,17 +1,14 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
@@ -25,10 +22,6 @@ import (
 )
 
 // GC implements [sandbox.GarbageNode].
-//
-// There is nothing to be found of memfds: the programs of pauses and monitors, and
-// launch programs, are in some, which the kernel frees with the last process that
-// has them. Those processes are what is looked for.
 func (n *node) GC(ctx context.Context, live func() sandbox.Live, dryRun bool) ([]garbage.Finding, error) {
 	c := &collector{node: n, ctx: ctx, live: live, dryRun: dryRun}
 	// In this order: processes keep cgroups and mounts from going.
@@ -222,6 +215,11 @@ func (c *collector) ours(path, sid string) bool {
 // knows, those of an earlier boot among them.
 func (c *collector) directories() error {
 	top := filepath.Join(c.Root, "sandboxes")
+	// What is mounted there is not looked at: it may not answer.
+	mounts, err := mountPoints(top)
+	if err != nil {
+		return err
+	}
 	ents, err := os.ReadDir(top)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -235,7 +233,11 @@ func (c *collector) directories() error {
 			continue
 		}
 		names = append(names, e.Name())
-		subs, err := os.ReadDir(filepath.Join(top, e.Name()))
+		dir := filepath.Join(top, e.Name())
+		if slices.Contains(mounts, dir) {
+			continue
+		}
+		subs, err := os.ReadDir(dir)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
@@ -267,83 +269,39 @@ func (c *collector) directories() error {
 		default:
 			dead = sid
 		}
-		fi, err := os.Lstat(dir)
-		if err != nil {
-			continue // removed meanwhile
+		if !slices.Contains(mounts, dir) {
+			fi, err := os.Lstat(dir)
+			if err != nil {
+				continue // removed meanwhile
+			}
+			f.Since = fi.ModTime().UTC()
 		}
-		f.Since = fi.ModTime().UTC()
 		if !c.mountsBelow(dir) {
 			f.Err = "something is mounted in it"
 			c.note(f, nil)
 			continue
 		}
-		c.note(f, func() error { return os.RemoveAll(dir) })
+		c.note(f, func() error { return removeAll(dir) })
 	}
 	return nil
 }
 
-// mountsBelow takes what is mounted below dir, in the daemon's mount namespace,
-// down, and reports whether nothing is mounted there any more, or would be: what is
-// in a mount must not be removed with the directory.
+// mountsBelow takes what is mounted in dir down, and reports whether nothing is
+// mounted there any more, or would be.
 func (c *collector) mountsBelow(dir string) bool {
 	points, err := mountPoints(dir)
 	if err != nil {
 		return false
 	}
-	for _, p := range slices.Backward(points) {
+	for _, p := range tops(points) {
 		f := garbage.Finding{Kind: garbage.Mount, Name: p, Reason: "it is in a directory that belongs to nobody"}
-		c.note(f, func() error {
-			return os.NewSyscallError("umount", unix.Unmount(p, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW))
-		})
+		c.note(f, func() error { return detach(p) })
 	}
 	if c.dryRun || len(points) == 0 {
 		return true
 	}
 	points, err = mountPoints(dir)
 	return err == nil && len(points) == 0
-}
-
-// mountPoints returns what is mounted at dir and below, parents first.
-func mountPoints(dir string) ([]string, error) {
-	f, err := os.Open("/proc/self/mountinfo")
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	return parseMountPoints(f, dir)
-}
-
-// parseMountPoints reads proc_pid_mountinfo(5).
-func parseMountPoints(r io.Reader, dir string) ([]string, error) {
-	var points []string
-	sc := bufio.NewScanner(r)
-	for sc.Scan() {
-		f := strings.Fields(sc.Text())
-		if len(f) < 5 {
-			return nil, fmt.Errorf("mountinfo line %q has too few fields", sc.Text())
-		}
-		p := unescapeMount(f[4])
-		if p == dir || strings.HasPrefix(p, dir+"/") {
-			points = append(points, p)
-		}
-	}
-	return points, sc.Err()
-}
-
-// unescapeMount undoes the kernel's escaping of blanks and the like as \ooo.
-func unescapeMount(s string) string {
-	var b strings.Builder
-	for i := 0; i < len(s); i++ {
-		if s[i] == '\\' && i+3 < len(s) {
-			if n, err := strconv.ParseUint(s[i+1:i+4], 8, 8); err == nil {
-				b.WriteByte(byte(n))
-				i += 3
-				continue
-			}
-		}
-		b.WriteByte(s[i])
-	}
-	return b.String()
 }
 
 // tempAge is how old a temporary file must be to be garbage.
@@ -361,11 +319,11 @@ func (c *collector) tempFiles() error {
 		return err
 	}
 	for _, e := range ents {
-		if !isProgram(e.Name()) {
+		if !isProgram(e.Name()) || !e.Type().IsRegular() {
 			continue
 		}
 		fi, err := e.Info()
-		if err != nil || !fi.Mode().IsRegular() || time.Since(fi.ModTime()) < tempAge {
+		if err != nil || time.Since(fi.ModTime()) < tempAge {
 			continue
 		}
 		path := filepath.Join(c.Root, e.Name())

@@ -32,35 +32,6 @@ func TestParseSince(t *testing.T) {
 	}
 }
 
-func TestMountPoints(t *testing.T) {
-	const info = `36 35 98:0 / /data rw - ext4 /dev/root rw
-37 36 98:0 / /data/x rw shared:1 - ext4 /dev/root rw
-38 37 98:0 / /data/x/a\040b rw - tmpfs none rw
-39 37 98:0 / /data/xy rw - tmpfs none rw
-40 37 98:0 / /data/x/a\040b/c rw - tmpfs none rw
-`
-	got, err := parseMountPoints(strings.NewReader(info), "/data/x")
-	if want := []string{"/data/x", "/data/x/a b", "/data/x/a b/c"}; err != nil || !slices.Equal(got, want) {
-		t.Errorf("mount points %q, %v; want %q", got, err, want)
-	}
-	if got, err := parseMountPoints(strings.NewReader("36 35\n"), "/x"); err == nil {
-		t.Errorf("half a line is accepted: %q", got)
-	}
-}
-
-func FuzzMountPoints(f *testing.F) {
-	f.Add("36 35 98:0 / /data/x\\040y rw - ext4 /dev/root rw\n", "/data")
-	f.Add("1 2 3 4 \\777\\08", "")
-	f.Fuzz(func(t *testing.T, info, dir string) {
-		points, err := parseMountPoints(strings.NewReader(info), dir)
-		for _, p := range points {
-			if err == nil && p != dir && !strings.HasPrefix(p, dir+"/") {
-				t.Errorf("%q is not below %q", p, dir)
-			}
-		}
-	})
-}
-
 func TestStatesOfARoot(t *testing.T) {
 	root, one, two := t.TempDir(), t.TempDir(), t.TempDir()
 	for range 2 {

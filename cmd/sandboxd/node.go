@@ -409,7 +409,7 @@ func (n *node) KillPause(ctx context.Context, r *sandbox.Record) error {
 // RemoveSandboxData implements [sandbox.PauseNode].
 func (n *node) RemoveSandboxData(_ context.Context, r *sandbox.Record) error {
 	n.hosted.forget(r.ID, "")
-	return os.RemoveAll(filepath.Join(n.Root, "sandboxes", r.ID))
+	return removeData(filepath.Join(n.Root, "sandboxes", r.ID))
 }
 
 // ResolveMember implements [sandbox.MemberNode].
@@ -519,7 +519,7 @@ func copyAttributes(from, to string) error {
 // RemoveMemberData implements [sandbox.MemberNode].
 func (n *node) RemoveMemberData(_ context.Context, m *sandbox.MemberRecord) error {
 	n.hosted.forget(m.Sandbox, m.ID)
-	return os.RemoveAll(n.dataDir(m))
+	return removeData(n.dataDir(m))
 }
 
 // adoptTimeout bounds the wait for the answer of a monitor. One that is stopped, or

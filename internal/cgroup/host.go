@@ -14,16 +14,16 @@
 package cgroup
 
 import (
-	"bufio"
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 
+	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 )
 
@@ -64,36 +64,27 @@ func Detect() (*Host, error) {
 // parseMounts reads proc_pid_mountinfo(5). A hierarchy that is mounted more than once
 // counts where it is mounted first.
 func parseMounts(r io.Reader) (*Host, error) {
+	mounts, err := mountinfo.GetMountsFromReader(r, mountinfo.FSTypeFilter("cgroup", "cgroup2"))
+	if err != nil {
+		return nil, fmt.Errorf("read mountinfo: %w", err)
+	}
 	h := new(Host)
 	seen := map[string]bool{}
-	sc := bufio.NewScanner(r)
-	for sc.Scan() {
-		pre, post, ok := strings.Cut(sc.Text(), " - ")
-		f, g := strings.Fields(pre), strings.Fields(post)
-		if !ok || len(f) < 6 || len(g) < 3 {
-			return nil, fmt.Errorf("mountinfo line %q has too few fields", sc.Text())
+	for _, m := range mounts {
+		if m.FSType == "cgroup2" {
+			h.v2 = cmp.Or(h.v2, m.Mountpoint)
+			continue
 		}
-		mount := unescape(f[4])
-		switch g[0] {
-		case "cgroup2":
-			if h.v2 == "" {
-				h.v2 = mount
-			}
-		case "cgroup":
-			cs := v1Controllers(g[2])
-			key := strings.Join(cs, ",")
-			if len(cs) == 0 || seen[key] {
-				continue
-			}
-			seen[key] = true
-			h.v1 = append(h.v1, Hierarchy{Mount: mount, Controllers: cs})
-			if slices.Contains(cs, "cpuset") {
-				h.cpuset = mount
-			}
+		cs := v1Controllers(m.VFSOptions)
+		key := strings.Join(cs, ",")
+		if len(cs) == 0 || seen[key] {
+			continue
 		}
-	}
-	if err := sc.Err(); err != nil {
-		return nil, fmt.Errorf("read mountinfo: %w", err)
+		seen[key] = true
+		h.v1 = append(h.v1, Hierarchy{Mount: m.Mountpoint, Controllers: cs})
+		if slices.Contains(cs, "cpuset") {
+			h.cpuset = m.Mountpoint
+		}
 	}
 	if h.v2 == "" && len(h.v1) == 0 {
 		return nil, errors.New("no cgroup hierarchy is mounted")
@@ -114,25 +105,6 @@ func v1Controllers(opts string) []string {
 		}
 	}
 	return cs
-}
-
-// unescape undoes the kernel's escaping of blanks and the like as \ooo.
-func unescape(s string) string {
-	if !strings.Contains(s, `\`) {
-		return s
-	}
-	var b strings.Builder
-	for i := 0; i < len(s); i++ {
-		if s[i] == '\\' && i+3 < len(s) {
-			if n, err := strconv.ParseUint(s[i+1:i+4], 8, 8); err == nil {
-				b.WriteByte(byte(n))
-				i += 3
-				continue
-			}
-		}
-		b.WriteByte(s[i])
-	}
-	return b.String()
 }
 
 // Mode returns the layout.

@@ -75,6 +75,7 @@ const (
 	IPVLAN     Feature = "ipvlan"     // links of kind ipvlan
 	CoreFile   Feature = "corefile"   // core_pattern is a relative name, so that cores are files of who dumps them
 
+	FUSE            Feature = "fuse"        // /dev/fuse
 	BridgeNetfilter Feature = "brnetfilter" // br_netfilter, built in or loaded
 )
 
@@ -115,6 +116,12 @@ func probe(f Feature) error {
 		return probeCorePattern()
 	case PIDFDInfo:
 		return probePIDFDInfo()
+	case FUSE:
+		f, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0)
+		if err == nil {
+			err = f.Close()
+		}
+		return err
 	case BridgeNetfilter:
 		_, err := os.Stat("/proc/sys/net/bridge/bridge-nf-call-iptables")
 		return err
@@ -234,4 +241,10 @@ func makeBusybox(rootfs, bin string) error {
 		}
 	}
 	return nil
+}
+
+// MountFUSE mounts a file system at dir that never answers. It ends when dev, which is
+// /dev/fuse, is closed.
+func MountFUSE(dev *os.File, dir string) error {
+	return unix.Mount("hangs", dir, "fuse", 0, fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0", dev.Fd()))
 }
