@@ -87,7 +87,7 @@ var (
 
 var garbageKinds = []garbage.Kind{
 	garbage.Record, garbage.Pause, garbage.Monitor, garbage.Cgroup, garbage.Layer, garbage.Mount, garbage.Link,
-	garbage.Nft, garbage.Lease, garbage.CNI, garbage.Tombstone, garbage.Temp, garbage.Memfd, garbage.Collection,
+	garbage.Nft, garbage.Lease, garbage.CNI, garbage.Tombstone, garbage.Temp, garbage.Collection,
 }
 
 // Upper bounds of histograms, in seconds.

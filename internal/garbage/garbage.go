@@ -22,7 +22,6 @@ const (
 	CNI        Kind = "cni"        // an entry of the CNI cache
 	Tombstone  Kind = "tombstone"  // a network that could not be taken down yet
 	Temp       Kind = "temp"       // a temporary file
-	Memfd      Kind = "memfd"      //
 	Collection Kind = "collection" // unfinished or past its time
 )
 
