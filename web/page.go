@@ -84,9 +84,15 @@ type cell struct {
 }
 
 func (s *Server) page(w http.ResponseWriter, r *http.Request) {
-	v := s.view(r)
+	var html []byte
+	if !s.working(r.Context(), func() {
+		v := s.view(r)
+		html = v.html()
+	}) {
+		return
+	}
 	w.Header().Set("Content-Type", "text/html; charset=utf-8")
-	w.Write(v.html()) // a client that has gone away needs no answer
+	w.Write(html) // a client that has gone away needs no answer
 }
 
 func (s *Server) view(r *http.Request) view {

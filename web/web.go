@@ -23,8 +23,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/net/netutil"
-
 	"github.com/sandboxd/sandboxd/internal/garbage"
 	"github.com/sandboxd/sandboxd/internal/rest"
 	"github.com/sandboxd/sandboxd/sandbox"
@@ -68,11 +66,13 @@ type Server struct {
 	csp  string
 	done chan error
 	rest *rest.Timer
+	work chan struct{} // has room for those who are working
 }
 
 // Bounds of what a client may do.
 const (
-	maxConns      = 64
+	maxConns      = 256
+	maxWorking    = 8 // requests that are being answered, of those that cost something
 	headerTimeout = 5 * time.Second
 	answerTimeout = 30 * time.Second
 	pprofTimeout  = 2 * time.Minute // a profile lasts 30 s unless told otherwise
@@ -88,7 +88,7 @@ func Serve(l net.Listener, o Options) *Server {
 	if o.Now == nil {
 		o.Now = time.Now
 	}
-	s := &Server{o: o, csp: contentPolicy(), done: make(chan error, 1), rest: rest.NewTimer()}
+	s := &Server{o: o, csp: contentPolicy(), done: make(chan error, 1), rest: rest.NewTimer(), work: make(chan struct{}, maxWorking)}
 	timeout := answerTimeout
 	if o.Pprof {
 		timeout = pprofTimeout
@@ -96,9 +96,10 @@ func Serve(l net.Listener, o Options) *Server {
 	s.http = &http.Server{
 		Handler: s.guard(s.routes(), localOnly(l.Addr())), ReadHeaderTimeout: headerTimeout, ReadTimeout: headerTimeout,
 		WriteTimeout: timeout, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10,
-		ErrorLog: slog.NewLogLogger(o.Log.Handler(), slog.LevelDebug),
+		ErrorLog:  slog.NewLogLogger(o.Log.Handler(), slog.LevelDebug),
+		ConnState: (&conns{max: maxConns, m: map[net.Conn]connState{}}).changed,
 	}
-	go func() { s.done <- s.http.Serve(netutil.LimitListener(l, maxConns)) }()
+	go func() { s.done <- s.http.Serve(l) }()
 	return s
 }
 
@@ -121,6 +122,18 @@ func (s *Server) Shutdown(ctx context.Context) error {
 		err = errors.Join(err, serr)
 	}
 	return err
+}
+
+// working runs fn when there are few others, unless the client goes away before.
+func (s *Server) working(ctx context.Context, fn func()) bool {
+	select {
+	case s.work <- struct{}{}:
+	case <-ctx.Done():
+		return false
+	}
+	defer func() { <-s.work }()
+	fn()
+	return true
 }
 
 func (s *Server) source() Source {
@@ -208,8 +221,13 @@ func (s *Server) ready(w http.ResponseWriter, r *http.Request) {
 	if s.source() == nil {
 		say("recovery", errors.New("what an earlier daemon left is being taken up"))
 	} else {
-		for _, name := range slices.Sorted(maps.Keys(s.o.Checks)) {
-			say(name, s.o.Checks[name](ctx))
+		asked := s.working(ctx, func() {
+			for _, name := range slices.Sorted(maps.Keys(s.o.Checks)) {
+				say(name, s.o.Checks[name](ctx))
+			}
+		})
+		if !asked {
+			say("checks", ctx.Err())
 		}
 		say("recovery", nil)
 	}
