@@ -17,7 +17,8 @@
 // waits, so that a power cut can cost the events of about the last half minute (the
 // kernel's dirty_expire_centisecs). They may have been read and their numbers be
 // known to somebody: at the first start after a boot the numbers jump ahead by
-// [bootGap], so that no number ever stands for two events.
+// [bootGap], so that no number ever stands for two events. So they do if the end of
+// the journal is found damaged, or a record knows of numbers that it does not show.
 //
 // # Exactly once
 //

@@ -153,7 +153,7 @@ func (j *Journal) load() error {
 				return err
 			}
 		}
-		if j.jump = j.jump || sc.header.Boot != j.o.Boot; j.jump {
+		if j.jump = j.jump || sc.lost || sc.header.Boot != j.o.Boot; j.jump {
 			j.sizes = append(j.sizes, size{s.first, sc.end})
 			return f.Close()
 		}
@@ -250,6 +250,15 @@ func (j *Journal) Written(id string, rev, after uint64) bool {
 	}
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	if after > j.last {
+		// The journal's end is lost, or all of it. Its numbers were given out.
+		if j.f != nil {
+			j.sizes = append(j.sizes, size{j.first, j.off})
+			j.f.Close()
+			j.f = nil
+		}
+		j.last, j.jump = after, true
+	}
 	return after+1 < j.tailFirst || j.tail[id].Rev >= rev
 }
 

@@ -203,7 +203,8 @@ func TestDamage(t *testing.T) {
 	}{
 		{"nothing", func(b []byte) []byte { return b }, []uint64{1, 2, 3, 4}, 4},
 		{"zeros at the end", func(b []byte) []byte { return append(b, make([]byte, 5000)...) }, []uint64{1, 2, 3, 4}, 4},
-		{"zeros and a line feed", func(b []byte) []byte { return append(append(b, make([]byte, 5000)...), '\n') }, []uint64{1, 2, 3, 4}, 4},
+		{"zeros and a line feed", func(b []byte) []byte { return append(append(b, make([]byte, 5000)...), '\n') }, []uint64{1, 2, 3, 1_000_004}, 1_000_004},
+		{"the last line but its end", func(b []byte) []byte { return bytes.Replace(b, []byte(`"seq":3`), []byte(`"seq"x3`), 1) }, []uint64{1, 2, 1_000_003}, 1_000_003},
 		{"a line", func(b []byte) []byte { return bytes.Replace(b, []byte(`"seq":2`), []byte(`"seq"x2`), 1) }, []uint64{1, 3, 4}, 4},
 		{"the header", func(b []byte) []byte { b[0] = 'x'; return b }, []uint64{1, 2, 3, 1_000_004}, 1_000_004},
 		{"the last line", func(b []byte) []byte { return b[:len(b)-3] }, []uint64{1, 2, 3}, 3},
@@ -243,6 +244,37 @@ func TestDamage(t *testing.T) {
 	}
 	if _, err := Open(dir, Options{}); err == nil || !strings.Contains(err.Error(), "not a regular file") {
 		t.Errorf("a FIFO: %v", err)
+	}
+}
+
+// TestNumbersThatARecordKnows: what was cut off a journal, or removed with it, does not
+// give its numbers to other events.
+func TestNumbersThatARecordKnows(t *testing.T) {
+	for name, damage := range map[string]func(string) error{
+		"cut":     func(file string) error { return os.Truncate(file, 100) },
+		"removed": os.Remove,
+	} {
+		dir := t.TempDir()
+		j := open(t, dir, Options{})
+		put(t, j, Event{Type: State}, Event{Type: State}, Event{Type: State})
+		known := j.Last()
+		put(t, j, Event{Type: State, Sandbox: "a", Rev: 1})
+		j.Close()
+		if err := damage(filepath.Join(dir, segmentName(1))); err != nil {
+			t.Fatal(err)
+		}
+		j = open(t, dir, Options{})
+		if j.Written("a", 1, known) {
+			t.Errorf("%s: what is lost is said to be written", name)
+		}
+		put(t, j, Event{Type: State, Sandbox: "a", Rev: 1}, Event{Type: State})
+		check(t, name, after(known), dir, known+bootGap+1, known+bootGap+2)
+		if all, err := read(dir, Query{}); err != nil || len(all) < 2 {
+			t.Errorf("%s: what is there: %v, %v", name, all, err)
+		}
+		if _, err := read(dir, after(1)); !errors.Is(err, ErrGap) {
+			t.Errorf("%s: what is lost is not missed: %v", name, err)
+		}
 	}
 }
 

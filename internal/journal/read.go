@@ -55,7 +55,7 @@ func Read(ctx context.Context, dir string, q Query, wait func(ctx context.Contex
 			return
 		}
 		defer root.Close()
-		r := &reader{dir: root}
+		r := &reader{dir: root, any: q.After == nil && !q.Follow}
 		defer r.close()
 		if err := r.seek(q); err != nil {
 			yield(Event{}, err)
@@ -91,6 +91,7 @@ func Read(ctx context.Context, dir string, q Query, wait func(ctx context.Contex
 // reader reads events from segments.
 type reader struct {
 	dir   *os.Root
+	any   bool   // what is there is wanted, and no more
 	first uint64 // of the segment that is open
 	f     *os.File
 	l     lines
@@ -252,7 +253,7 @@ func (r *reader) next() (Event, error) {
 		} else if err != nil {
 			return Event{}, err
 		}
-		if r.last > after {
+		if r.last > after && !r.any {
 			return Event{}, r.gap(after)
 		}
 		r.last = after

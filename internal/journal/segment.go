@@ -141,6 +141,7 @@ type scanned struct {
 	header header
 	last   uint64 // the number of its last event; header.Prev if there is none
 	end    int64  // after the last complete line
+	lost   bool   // complete lines follow that are no events
 }
 
 // scan reads a segment. A line that is no event is passed over: a power cut can
@@ -171,9 +172,10 @@ func scan(f io.ReaderAt, first uint64, each func(*Event)) (scanned, error) {
 		}
 		var e Event
 		if json.Unmarshal(line, &e) != nil || e.Seq <= s.last || e.Seq < first {
+			s.lost = true
 			continue
 		}
-		s.last, s.end = e.Seq, l.end()
+		s.last, s.end, s.lost = e.Seq, l.end(), false
 		if each != nil {
 			each(&e)
 		}
