@@ -228,15 +228,18 @@ func Tmpfs(root *os.File, targets []string) int64 {
 // nothing of what it holds.
 func inMemory(st *unix.Statfs_t) bool { return st.Type == unix.TMPFS_MAGIC && st.Blocks > 0 }
 
-// statfs shows the file system at target in root, and its device.
+// statfs shows the file system at target in root, and its device. What is mounted at
+// another target than / must be in memory: one that is not may not answer (FUSE, NFS), and
+// who is waiting shows all members, or follows their exits.
 func statfs(root *os.File, target string) (*unix.Statfs_t, uint64, error) {
-	fd, err := unix.Openat2(int(root.Fd()), target, &unix.OpenHow{
-		Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,
-	})
+	fd, err := openCached(int(root.Fd()), target)
 	if err != nil {
 		return nil, 0, err
 	}
 	defer unix.Close(fd)
+	if path.Clean(target) != "/" && !isTmpfs(fd) {
+		return nil, 0, errors.New("not a tmpfs")
+	}
 	var st unix.Statfs_t
 	if err := unix.Fstatfs(fd, &st); err != nil {
 		return nil, 0, err
@@ -246,6 +249,38 @@ func statfs(root *os.File, target string) (*unix.Statfs_t, uint64, error) {
 		return nil, 0, err
 	}
 	return &st, uint64(is.Dev), nil
+}
+
+// openCached opens a path in root by what the kernel has in memory, without asking any
+// file system on the way: a place where something is mounted is there, and so are the
+// directories above it.
+func openCached(root int, target string) (fd int, err error) {
+	const resolveCached = 0x20 // RESOLVE_CACHED, which package unix does not have
+	how := unix.OpenHow{
+		Flags:   unix.O_PATH | unix.O_CLOEXEC,
+		Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS | resolveCached,
+	}
+	for range 5 { // a mount or rename elsewhere comes between
+		if fd, err = unix.Openat2(root, target, &how); !errors.Is(err, unix.EAGAIN) {
+			break
+		}
+	}
+	if errors.Is(err, unix.EINVAL) { // before Linux 5.12
+		how.Resolve &^= resolveCached
+		fd, err = unix.Openat2(root, target, &how)
+	}
+	return fd, err
+}
+
+// isTmpfs reports whether fd is in a tmpfs, by the form of its file handles
+// (shmem_encode_fh in mm/shmem.c), which the kernel makes by itself.
+func isTmpfs(fd int) bool {
+	const fileidIno32Gen = 1
+	h, _, err := unix.NameToHandleAt(fd, "", unix.AT_EMPTY_PATH)
+	if errors.Is(err, unix.ENOSYS) {
+		return true // it has to be asked
+	}
+	return err == nil && h.Type() == fileidIno32Gen && h.Size() == 12
 }
 
 // mqueueMagic is the kernel's MQUEUE_MAGIC (ipc/mqueue.c).
