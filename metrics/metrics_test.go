@@ -271,6 +271,31 @@ func TestHeldTmpfsIsReadSeldom(t *testing.T) {
 	check(1, 4)
 }
 
+// An exit does not wait for a scrape that waits for the file systems of a member.
+func TestExitWaitsForNoScrape(t *testing.T) {
+	src := &source{}
+	src.add("1", sandbox.Ready, &sandbox.MemberRecord{
+		ID: "m", State: sandbox.MemberExited, Exit: &sandbox.Exit{}, HeldSince: now, Monitor: alive(t),
+	})
+	m := New(Options{})
+	reading, exited := make(chan bool), make(chan bool)
+	m.Attach(src, Readers{HeldTmpfs: func(*sandbox.MemberRecord, string) int64 {
+		close(reading)
+		select {
+		case <-exited:
+		case <-time.After(5 * time.Second):
+			t.Error("the exit waits")
+		}
+		return 1
+	}})
+	go func() {
+		<-reading
+		m.Exited(&sandbox.MemberRecord{ID: "other", Exit: &sandbox.Exit{}}, "other")
+		close(exited)
+	}()
+	value(t, m, "sandboxd_custody_held_tmpfs_bytes")
+}
+
 // The counts of members go with them, the total stays, and a new daemon's total
 // begins with nothing.
 func TestOutput(t *testing.T) {

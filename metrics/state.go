@@ -1,6 +1,7 @@
 package metrics
 
 import (
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -56,7 +57,9 @@ type state struct {
 	r      Readers
 	now    func() time.Time
 	output *outputs
-	tmpfs  tmpfsCache // guarded by output.mu
+
+	mu    sync.Mutex // not output's, which exits wait for
+	tmpfs tmpfsCache // guarded by mu
 }
 
 // Describe implements [prometheus.Collector].
@@ -92,13 +95,12 @@ func (s *state) Collect(ch chan<- prometheus.Metric) {
 	var (
 		ofSandboxes = map[sandbox.State]int{}
 		ofMembers   = map[sandbox.MemberState]int{}
-		nHeld       int
+		inCustody   []*sandbox.MemberRecord
 		tmpfs       int64
 		oldest      time.Time
 	)
 	now := s.now()
 	s.output.mu.Lock()
-	s.tmpfs.begin()
 	for r, ms := range s.src.Records() {
 		ofSandboxes[r.State]++
 		for _, m := range ms {
@@ -108,10 +110,7 @@ func (s *state) Collect(ch chan<- prometheus.Metric) {
 			}
 			ofMembers[st]++
 			if m.Exit != nil && !m.HeldSince.IsZero() && m.Released == nil && m.Monitor.Alive() {
-				nHeld++
-				if s.r.HeldTmpfs != nil {
-					tmpfs += s.tmpfs.of(m, s.src.MemberDir(m), now)
-				}
+				inCustody = append(inCustody, m)
 				if oldest.IsZero() || m.HeldSince.Before(oldest) {
 					oldest = m.HeldSince
 				}
@@ -122,9 +121,17 @@ func (s *state) Collect(ch chan<- prometheus.Metric) {
 		}
 	}
 	s.output.forget()
-	s.tmpfs.end()
 	out := s.output.total
 	s.output.mu.Unlock()
+	if s.r.HeldTmpfs != nil {
+		s.mu.Lock()
+		s.tmpfs.begin()
+		for _, m := range inCustody {
+			tmpfs += s.tmpfs.of(m, s.src.MemberDir(m), now)
+		}
+		s.tmpfs.end()
+		s.mu.Unlock()
+	}
 
 	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
 		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
@@ -135,7 +142,7 @@ func (s *state) Collect(ch chan<- prometheus.Metric) {
 	for _, st := range memberStates {
 		gauge(members, float64(ofMembers[st]), st.String())
 	}
-	gauge(held, float64(nHeld))
+	gauge(held, float64(len(inCustody)))
 	gauge(heldOldest, s.age(oldest))
 	if s.r.HeldTmpfs != nil {
 		gauge(heldTmpfs, float64(tmpfs))
