@@ -94,6 +94,9 @@ func (c *Client) err(err error) error {
 	if d := c.dialErr.Load(); d != nil && *d != nil {
 		return fmt.Errorf("%w: %w", ErrUnavailable, *d)
 	}
+	if !strings.HasPrefix(err.Error(), ErrUnavailable.Error()) { // it is gRPC's, of the connection
+		return fmt.Errorf("the daemon ended before it answered, and may have done what it was asked: %w", err)
+	}
 	return err
 }
 

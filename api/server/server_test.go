@@ -263,6 +263,33 @@ func TestNobodyListens(t *testing.T) {
 	}
 }
 
+// A daemon that is killed hangs up.
+func TestDaemonHangsUp(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s.sock")
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	go func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			conn.Close()
+		}
+	}()
+	c, err := api.Dial(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if _, err := c.List(t.Context()); !errors.Is(err, api.ErrUnavailable) || !strings.Contains(err.Error(), "ended before it answered") {
+		t.Errorf("List of a daemon that hangs up: %v", err)
+	}
+}
+
 func TestDialRefusesAddresses(t *testing.T) {
 	for _, addr := range []string{"", "tcp://127.0.0.1:1", "relative", "unix://relative"} {
 		if c, err := api.Dial(addr); err == nil {
