@@ -197,24 +197,35 @@ static void read_small(int fd, char *buf, long size) {
 	buf[IS_ERR(n) ? 0 : n] = 0;
 }
 
-/* start_time is field 22 of /proc/PID/stat, or 0. The command's name may hold
- * anything, so fields are counted from the last parenthesis (field 2's). */
-NOINLINE static uint64_t start_time(int pid) {
-	char buf[512];
+/* stat_read reads /proc/PID/stat into buf and returns the text behind its second
+ * field, the command's name, which may hold anything but a later parenthesis. */
+NOINLINE static const char *stat_read(int pid, char *buf, long size) {
 	long fd = proc_open(pid, "stat", O_RDONLY);
 	if (IS_ERR(fd))
-		return 0;
-	read_small((int)fd, buf, sizeof buf);
+		return "";
+	read_small((int)fd, buf, size);
 	SYS1(close, fd);
 	const char *p = buf;
 	for (const char *q = buf; *q; q++)
 		if (*q == ')')
 			p = q;
-	for (int field = 2; field < 22 && *p; p++)
+	return p;
+}
+
+/* stat_field is the number in field n of what stat_read has returned, or 0. */
+static uint64_t stat_field(const char *p, int n) {
+	for (int field = 2; field < n && *p; p++)
 		field += *p == ' ';
-	uint64_t n;
-	get_num(p, &n);
-	return n;
+	uint64_t v;
+	get_num(p, &v);
+	return v;
+}
+
+#define STAT_MAX 1280 /* 52 numbers of at most 20 digits, and a name of 64 bytes */
+
+static uint64_t start_time(int pid) {
+	char buf[STAT_MAX];
+	return stat_field(stat_read(pid, buf, sizeof buf), 22);
 }
 
 /* oom_kills is the number in the line "oom_kill N", which memory.events and
@@ -498,7 +509,9 @@ NOINLINE static void init_ended(int status, const struct rusage *ru, const char 
 		st->flags |= STATUS_UNKNOWN;
 	drain();
 	exit_write(status, ru, why);
-	int keep = custody == CUSTODY_ALWAYS || (custody == CUSTODY_FAILURE && (*why || status != 0));
+	/* There is nothing to keep if init had ended before it was adopted. */
+	int keep = st->flags & STATUS_CUSTODY &&
+		(custody == CUSTODY_ALWAYS || (custody == CUSTODY_FAILURE && (*why || status != 0)));
 	if (!keep)
 		st->flags &= ~(uint32_t)STATUS_CUSTODY;
 	set_phase(PHASE_EXITED);
@@ -520,9 +533,25 @@ static _Noreturn void fail(int32_t op, long err) {
 	sys_exit(1);
 }
 
+/* zombie_status is the wait status of init, or -1 if it is no zombie. Field 52 is
+ * 0 for whoever may not trace the process, which the same question about a
+ * namespace tells (proc_pid_stat(5)). */
+NOINLINE static int zombie_status(void) {
+	char buf[STAT_MAX];
+	const char *p = stat_read(init_pid, buf, sizeof buf);
+	if (!*p || p[2] != 'Z' || stat_field(p, 22) != st->init_start)
+		return -1;
+	long ns = proc_open(init_pid, "ns/user", O_RDONLY);
+	if (ns == -EACCES)
+		return -1;
+	SYS1(close, ns);
+	return (int)stat_field(p, 52);
+}
+
 /* adopted_ended is called when the init of an adopted member has ended. Its
  * parent reaps it: then either the kernel tells a pidfd's owner how it ended
- * (since Linux 6.15), or the parent was the daemon, which writes exit.json. */
+ * (since Linux 6.15), or the parent was the daemon, which writes exit.json. A
+ * parent that reaps nobody, or does so late, leaves a zombie that tells it. */
 static void adopted_ended(void) {
 	struct {
 		uint64_t mask, cgroup;
@@ -531,6 +560,7 @@ static void adopted_ended(void) {
 	} info;
 	struct rusage ru = {0};
 	uint64_t end = now(MONOTONIC) + REAP_NS;
+	int status = -1;
 	do {
 		info.mask = 8; /* PIDFD_INFO_EXIT */
 		long r = SYS3(ioctl, FD_INIT, 0xc040ff0b /* PIDFD_GET_INFO */, &info);
@@ -538,13 +568,17 @@ static void adopted_ended(void) {
 			init_ended(info.exit_code, &ru, "");
 			return;
 		}
+		if (status < 0)
+			status = zombie_status();
 		/* The info is there from the moment that POLLHUP is; on older kernels
-		 * this waits for the time, or for exit.json. */
+		 * this waits for the time, or for exit.json: the daemon knows more
+		 * than the status. */
 		struct pollfd p = {FD_INIT, 0, 0};
 		struct timespec64 t = {0, 50000000};
 		SYS5(ppoll, &p, 1, &t, 0, 8);
-	} while (!exit_exists() && now(MONOTONIC) < end);
-	init_ended(0, &ru, "monitor was killed and the kernel does not tell the exit status of another's child (PIDFD_GET_INFO)");
+	} while (status < 0 && !exit_exists() && now(MONOTONIC) < end);
+	init_ended(status < 0 ? 0 : status, &ru,
+		status < 0 ? "monitor was killed and the kernel does not tell the exit status of another's child (PIDFD_GET_INFO)" : "");
 }
 
 /* -- The beginning of init -- */

@@ -714,6 +714,60 @@ func TestMonitorIsReplaced(t *testing.T) {
 	}
 }
 
+// Whoever has become its parent need not reap it: the pid 1 of many a container
+// does not.
+func TestMonitorIsReplacedAndNobodyReaps(t *testing.T) {
+	subreaper(t)
+	for name, status := range map[string]string{"code": "exit 9", "signal": "kill -USR1 $$", "no error": "exit 0"} {
+		for _, before := range []bool{true, false} {
+			t.Run(fmt.Sprintf("%s, before it is replaced: %v", name, before), func(t *testing.T) {
+				m := newMonitored(t, "read x; "+status)
+				m.spec.Stdin = true
+				m.start()
+				init := m.mon.Init()
+				in, err := OpenStdin(m.spec.Dir)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer in.Close()
+				end := func() {
+					in.WriteString("\n")
+					m.eventually("init has ended", func() bool { return !init.Alive() })
+				}
+				old := m.mon
+				old.Process().Signal(unix.SIGKILL)
+				<-old.Gone()
+				if before {
+					end()
+				}
+				mon, err := m.ms.Adopt(m.ctx, AdoptSpec{MonitorSpec: m.spec, Init: init})
+				if err == nil {
+					m.watch(mon)
+				} else if !before || !errors.Is(err, procid.ErrGone) { // it need not stay for the answer
+					t.Fatal(err)
+				}
+				if !before {
+					end()
+				}
+				var got *exit.Record
+				m.eventually("the exit is recorded", func() bool { got, err = ReadExit(m.spec.Dir); return got != nil })
+				if want := map[string]int{"code": 9, "signal": 138, "no error": 0}[name]; err != nil || !got.Known || got.Code != want {
+					t.Errorf("exit = %+v, %v, want %d", got, err, want)
+				}
+				if st, err := ReadStatus(m.spec.Dir); err != nil || st.Custody == before {
+					t.Errorf("custody = %v, %v", st.Custody, err)
+				}
+				if before && mon != nil {
+					m.eventually("a monitor that holds nothing ends", func() bool { return !mon.Process().Alive() })
+				}
+				if _, err := unix.Wait4(init.PID, nil, 0, nil); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+	}
+}
+
 func TestMonitorKilledDoesNotEndStdin(t *testing.T) {
 	testenv.Kernel(t, testenv.PIDFDInfo)
 	m := newMonitored(t, "read x || exit 1; echo got $x; cat; exit 6")

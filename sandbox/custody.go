@@ -27,9 +27,6 @@ func holds(p Custody, e Exit) bool {
 	return p == request.CustodyAlways || p == request.CustodyFailure && (!e.Known || e.Code != 0)
 }
 
-// holds reports whether r's monitor keeps root and namespaces after e.
-func (r *MemberRecord) holds(e Exit) bool { return holds(r.MonitorPolicy(), e) }
-
 // MonitorPolicy is the policy that a member's monitor is told. What is declared
 // to happen after the exit needs the root and the namespaces whatever the
 // member's own policy says; after that, the [Manager] ends what it does not want.

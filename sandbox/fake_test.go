@@ -633,7 +633,7 @@ func (n *fakeNode) exitInit(k string, e Exit) {
 func (n *fakeNode) MonitorStatus(m *MemberRecord, _ string) (st MonitorStatus, err error) {
 	err = n.call(context.Background(), "MonitorStatus", func() error {
 		if mon := n.monitors[key(m)]; mon != nil {
-			st = MonitorStatus{Phase: mon.phase, Init: mon.init, StartErr: mon.startErr, Exit: mon.exit}
+			st = MonitorStatus{Phase: mon.phase, Init: mon.init, StartErr: mon.startErr, Exit: mon.exit, Custody: mon.exit == nil || holds(mon.policy, *mon.exit)}
 		}
 		return nil
 	})

@@ -230,6 +230,7 @@ type MonitorStatus struct {
 	StartErr  string
 	Exit      *Exit // nil if there is no exit record
 	LogBytes  int64
+	Custody   bool // the monitor holds root and namespaces, if it lives
 }
 
 // MonitorPhase is how far a monitor has come. The numbers are on disk.

@@ -87,7 +87,7 @@ func (v view) member(r *Record, mr *MemberRecord, dir string) MemberInfo {
 		}
 		if !v.managed && mr.State.alive() {
 			i.State, i.Exit = v.now(mr, st, initAlive || monAlive)
-			if i.Exit != nil && mr.holds(*i.Exit) {
+			if i.Exit != nil && st.Custody {
 				held, since = true, i.Exit.FinishedAt
 			}
 		}

@@ -103,7 +103,7 @@ func (m *Manager) settle(ctx context.Context, b *box, mb *memb) error {
 	}
 	if st.Exit != nil {
 		m.findMonitor(ctx, mb, dir)
-		m.finish(ctx, mb, *st.Exit, st.StartErr)
+		m.finish(ctx, mb, st)
 		return nil
 	}
 	mon, err := m.node.AdoptMonitor(ctx, r, dir)
@@ -181,13 +181,13 @@ func (m *Manager) finishLost(ctx context.Context, mb *memb, dir string) error {
 		st, err := m.node.MonitorStatus(mb.rec.Load(), dir)
 		switch {
 		case err == nil && st.Exit != nil:
-			m.finish(ctx, mb, *st.Exit, st.StartErr)
+			m.finish(ctx, mb, st)
 			return nil
 		case time.Now().Before(deadline):
 		case err != nil:
 			return err // the exit record may be there and unreadable just now
 		default:
-			m.finish(ctx, mb, Exit{Code: -1, Reason: "Unknown: monitor and init were killed while nobody else could learn the exit status"}, "")
+			m.finish(ctx, mb, MonitorStatus{Exit: &Exit{Code: -1, Reason: "Unknown: monitor and init were killed while nobody else could learn the exit status"}})
 			return nil
 		}
 		if !sleep(ctx, m.o.retryMin) {
@@ -196,8 +196,9 @@ func (m *Manager) finishLost(ctx context.Context, mb *memb, dir string) error {
 	}
 }
 
-// finish records the exit of init. Preconditions: mb.op is held.
-func (m *Manager) finish(ctx context.Context, mb *memb, e Exit, startErr string) {
+// finish records the exit of init, which st has. Preconditions: mb.op is held.
+func (m *Manager) finish(ctx context.Context, mb *memb, st MonitorStatus) {
+	e := *st.Exit
 	r := mb.rec.Load()
 	crash.Point("exit kill before")
 	// In a pid namespace that is shared, init's children outlive it.
@@ -205,9 +206,9 @@ func (m *Manager) finish(ctx context.Context, mb *memb, e Exit, startErr string)
 		m.o.Log.Warn("Processes of an exited member not killed", "sandbox", r.Sandbox, "member", r.ID, "err", err)
 	}
 	crash.Point("exit record before")
-	held := r.holds(e) && m.o.alive(r.Monitor)
+	held := st.Custody && m.o.alive(r.Monitor)
 	m.noteMember(mb, func(r *MemberRecord) {
-		r.State, r.Exit, r.StartError = MemberExited, &e, startErr
+		r.State, r.Exit, r.StartError = MemberExited, &e, st.StartErr
 		if held {
 			r.HeldSince = m.now()
 		}
