@@ -325,7 +325,7 @@ func (c *compiler) enter(k namespace.Kind) {
 // member's it is neither masked nor anybody's to replace.
 func (c *compiler) setUpNamespaces() error {
 	if c.ns(namespace.Net).Private {
-		c.bringUpLo()
+		addLo(c.p)
 	}
 	if h := c.Spec.Hostname; h != "" {
 		c.p.Call("set hostname to "+h, unix.SYS_SETHOSTNAME, c.p.String(h), launch.Int(len(h)))
@@ -353,15 +353,15 @@ func (c *compiler) setUpNamespaces() error {
 	return nil
 }
 
-// bringUpLo makes localhost work in a new network namespace (netdevice(7)).
-func (c *compiler) bringUpLo() {
+// addLo makes localhost work in a new network namespace (netdevice(7)).
+func addLo(p *launch.Program) {
 	const step = "bring lo up"
 	ifreq := make([]byte, 40)
 	copy(ifreq, "lo")
 	binary.NativeEndian.PutUint16(ifreq[unix.IFNAMSIZ:], unix.IFF_UP|unix.IFF_RUNNING)
-	fd := c.p.Call(step, unix.SYS_SOCKET, launch.Int(unix.AF_INET), launch.Int(unix.SOCK_DGRAM|unix.SOCK_CLOEXEC), launch.Int(0)).Result()
-	c.p.Call(step, unix.SYS_IOCTL, fd, launch.Int(unix.SIOCSIFFLAGS), c.p.Bytes(ifreq))
-	c.close(fd)
+	fd := p.Call(step, unix.SYS_SOCKET, launch.Int(unix.AF_INET), launch.Int(unix.SOCK_DGRAM|unix.SOCK_CLOEXEC), launch.Int(0)).Result()
+	p.Call(step, unix.SYS_IOCTL, fd, launch.Int(unix.SIOCSIFFLAGS), p.Bytes(ifreq))
+	p.Call("close", unix.SYS_CLOSE, fd)
 }
 
 // sysctlKind says which kind of namespace a sysctl belongs to (ipc_namespaces(7),

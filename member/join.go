@@ -198,6 +198,9 @@ func CompileJoin(s *JoinSpec) (*launch.Program, error) {
 	}
 	if late != 0 {
 		p.Call("make the private namespaces", unix.SYS_UNSHARE, launch.Int(late))
+		if late&unix.CLONE_NEWNET != 0 {
+			addLo(p)
+		}
 	}
 	looked := *s.Process
 	if s.Exe != "" {

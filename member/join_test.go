@@ -266,6 +266,21 @@ func TestExecIntoTheLiving(t *testing.T) {
 	}
 }
 
+func TestJoinWithPrivateNetworkHasLo(t *testing.T) {
+	testenv.Root(t)
+	for name, users := range map[string]int{"user namespace of the host": 0, "user namespace of the target": 700000} {
+		t.Run(name, func(t *testing.T) {
+			tg := startTargetWith(t, users)
+			delete(tg.ns, namespace.Net)
+			proc := process("sh", "-c", "ip -o link show lo; ls /proc/self/fd | wc -l")
+			out, code, err := runJoin(t, &JoinSpec{Namespaces: tg.ns, Root: tg.root, Private: []namespace.Kind{namespace.Net}, Process: proc}, nil)
+			if !strings.Contains(out, "<LOOPBACK,UP,") || !strings.HasSuffix(out, "\n4\n") || code != 0 || err != nil {
+				t.Errorf("lo is %q, %d, %v", out, code, err)
+			}
+		})
+	}
+}
+
 func TestExecInUserNamespace(t *testing.T) {
 	testenv.Root(t)
 	const first = 700000
