@@ -332,6 +332,8 @@ func TestStoryLogs(t *testing.T) {
 		t.Error("logs -f goes on after the member's end")
 	}
 	s.expect("the last line", s.ok("logs", "--tail", "1", "web/m"), "last\n")
+	// As other container tools have them.
+	s.expect("short flags", s.ok("logs", "-t", "-n", "1", "web/m"), s.ok("logs", "--timestamps", "--tail", "1", "web/m"))
 	if err := os.Remove(path + ".1"); err != nil {
 		t.Fatal(err)
 	}

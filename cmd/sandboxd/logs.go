@@ -24,9 +24,9 @@ the log by its name anew, after somebody has renamed the file to rotate it.`,
 		ValidArgsFunction: a.completeRefs(1, false, true),
 	}
 	follow := cmd.Flags().BoolP("follow", "f", false, "go on until the member has exited, across rotations of the file")
-	tail := cmd.Flags().Int("tail", -1, "begin with the last `N` lines")
+	tail := cmd.Flags().IntP("tail", "n", -1, "begin with the last `N` lines")
 	cmd.Flags().Lookup("tail").DefValue = "all"
-	stamps := cmd.Flags().Bool("timestamps", false, "show when each line was written")
+	stamps := cmd.Flags().BoolP("timestamps", "t", false, "show when each line was written")
 	reopen := cmd.Flags().Bool("reopen", false, "open the file anew, after it was renamed")
 	cmd.MarkFlagsMutuallyExclusive("reopen", "follow")
 	cmd.MarkFlagsMutuallyExclusive("reopen", "tail")
