@@ -238,7 +238,7 @@ func TestBadInput(t *testing.T) {
 		{"join an unknown sandbox", []string{"join", "nosuch", "--", "/bin/true"}, 0, []string{`no sandbox "nosuch"`}},
 		{"stop an unknown sandbox", []string{"stop", "nosuch"}, 0, []string{`no sandbox "nosuch"`}},
 		{"rm an unknown sandbox", []string{"rm", "nosuch"}, 0, []string{`no sandbox "nosuch"`}},
-		{"ps of an unknown sandbox", []string{"ps", "nosuch"}, 0, []string{`no sandbox "nosuch"`}},
+		{"ps of an unknown sandbox", []string{"ps", "nosuch"}, 0, []string{`sandboxd: no sandbox "nosuch"`}},
 		{"inspect an unknown member", []string{"inspect", "web/nosuch"}, 0, []string{`no member "nosuch"`}},
 		{"exec in an unknown member", []string{"exec", "web/nosuch", "--", "true"}, 0, []string{`no member "nosuch"`}},
 		{"join an unknown member", []string{"join", "web/nosuch", "--", "true"}, 0, []string{`no member "nosuch"`}},

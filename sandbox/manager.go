@@ -494,7 +494,7 @@ func (m *Manager) List() []Info {
 func (m *Manager) Inspect(ref string) (Info, error) {
 	b, err := m.box(ref)
 	if err != nil {
-		return Info{}, &OpError{Op: "inspect", Err: err}
+		return Info{}, err
 	}
 	i := m.info(b)
 	describe(m.path, i.Members)
@@ -505,7 +505,7 @@ func (m *Manager) Inspect(ref string) (Info, error) {
 func (m *Manager) InspectMember(ref string) (MemberInfo, error) {
 	b, mb, err := m.member(ref)
 	if err != nil {
-		return MemberInfo{}, &OpError{Op: "inspect", Err: err}
+		return MemberInfo{}, err
 	}
 	i := []MemberInfo{m.memberInfo(b, mb)}
 	describe(m.path, i)
