@@ -23,10 +23,7 @@ const TempSuffix = ".tmp"
 // the old contents are there, or, if only the last fsync failed, the new ones.
 // Two writers of one name must not overlap.
 func Write(dir *os.Root, name string, v any) error {
-	if err := write(dir, name, v, true); err != nil {
-		return err
-	}
-	return SyncDir(dir, path.Dir(name))
+	return write(dir, name, v, true)
 }
 
 // WriteFast is [Write] for what may be lost, or found damaged, after a power cut.
@@ -38,6 +35,20 @@ func write(dir *os.Root, name string, v any, sync bool) error {
 	if err != nil {
 		return fmt.Errorf("encode %s: %w", name, err)
 	}
+	// Opened once: each name below a root is looked up one element at a time.
+	parent, name := path.Split(name)
+	in, err := dir.OpenRoot(path.Clean(parent))
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	if err := writeIn(in, name, append(data, '\n'), sync); err != nil {
+		return fmt.Errorf("in %s: %w", path.Clean(parent), err)
+	}
+	return nil
+}
+
+func writeIn(dir *os.Root, name string, data []byte, sync bool) error {
 	tmp := name + TempSuffix
 	// Without O_EXCL: as writers do not overlap, a file that is there already
 	// was left by a crash.
@@ -45,7 +56,7 @@ func write(dir *os.Root, name string, v any, sync bool) error {
 	if err != nil {
 		return err
 	}
-	if err := fill(f, append(data, '\n'), sync); err != nil {
+	if err := fill(f, data, sync); err != nil {
 		dir.Remove(tmp)
 		return err
 	}
@@ -53,7 +64,10 @@ func write(dir *os.Root, name string, v any, sync bool) error {
 		dir.Remove(tmp)
 		return err
 	}
-	return nil
+	if !sync {
+		return nil
+	}
+	return SyncDir(dir, ".")
 }
 
 // fill writes data, with sync forces it to disk, and closes f. The data must be
