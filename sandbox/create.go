@@ -210,7 +210,7 @@ func (m *Manager) createSteps(ctx context.Context, b *box) error {
 // Add makes a member and returns when it is [MemberCreated]: its init has done
 // everything but its execve. Failures are undone as those of Create.
 func (m *Manager) Add(ctx context.Context, sandboxRef string, c MemberConfig) (MemberInfo, error) {
-	b, mb, err := m.addMember(ctx, sandboxRef, c)
+	b, mb, err := m.addMember(ctx, sandboxRef, c, MemberCreated)
 	if err != nil {
 		return MemberInfo{}, err
 	}
@@ -221,7 +221,7 @@ func (m *Manager) Add(ctx context.Context, sandboxRef string, c MemberConfig) (M
 // Run is Add and Start in one. If the start fails, the member is removed again:
 // its command has not run, and whoever asked for it wants its name back.
 func (m *Manager) Run(ctx context.Context, sandboxRef string, c MemberConfig) (MemberInfo, error) {
-	b, mb, err := m.addMember(ctx, sandboxRef, c)
+	b, mb, err := m.addMember(ctx, sandboxRef, c, MemberStarting) // one record for the two
 	if err != nil {
 		return MemberInfo{}, err
 	}
@@ -240,8 +240,9 @@ func (m *Manager) Run(ctx context.Context, sandboxRef string, c MemberConfig) (M
 	return m.memberInfo(b, mb), nil
 }
 
-// addMember is Add. The member that it returns has its op lock held.
-func (m *Manager) addMember(ctx context.Context, sandboxRef string, c MemberConfig) (_ *box, _ *memb, err error) {
+// addMember is Add. The member that it returns has its op lock held, and is in
+// the state that is asked for, [MemberCreated] or [MemberStarting].
+func (m *Manager) addMember(ctx context.Context, sandboxRef string, c MemberConfig, state MemberState) (_ *box, _ *memb, err error) {
 	defer m.operation("add", &err)()
 	id := m.o.NewID()
 	c, err = completeMember(c, id)
@@ -263,7 +264,7 @@ func (m *Manager) addMember(ctx context.Context, sandboxRef string, c MemberConf
 		}
 	}()
 	siblings := b.records(id)
-	// Ahead of time, since the two take as long. It is the sandbox's, and stays.
+	// Ahead of time, for the member's own to be made in. It is the sandbox's, and stays.
 	above := begin(func() error {
 		return m.run("add", "sandbox cgroup", func() error { return m.node.MakeMembersCgroup(ctx, b.rec.Load()) })
 	})
@@ -275,14 +276,12 @@ func (m *Manager) addMember(ctx context.Context, sandboxRef string, c MemberConf
 	if err == nil {
 		err = ctx.Err()
 	}
-	if aerr := above(); err == nil {
-		err = aerr
-	}
 	if err != nil {
-		m.forgetMember(b, mb) // nothing has been done yet
+		above()
+		m.forgetMember(b, mb) // nothing of it has been made yet
 		return nil, nil, &OpError{Op: "add", Ref: ref, Err: err}
 	}
-	if err := m.add(ctx, b, mb, siblings, spec, sel, hooks); err != nil {
+	if err := m.add(ctx, b, mb, siblings, spec, sel, hooks, above, state); err != nil {
 		undo := m.takeDownMember(ctx, b, mb, "add-undo")
 		return nil, nil, opError("add", ref, err, undo)
 	}
@@ -330,8 +329,10 @@ func (b *box) open() error {
 	return nil
 }
 
-// add makes what mb's record says. Preconditions: mb.op is held.
-func (m *Manager) add(ctx context.Context, b *box, mb *memb, siblings []*MemberRecord, spec *specs.Spec, sel namespace.Selection, hooks []request.Hook) error {
+// add makes what mb's record says. It waits for above, which makes what the
+// member's cgroups are in. Preconditions: mb.op is held.
+func (m *Manager) add(ctx context.Context, b *box, mb *memb, siblings []*MemberRecord, spec *specs.Spec, sel namespace.Selection, hooks []request.Hook, above func() error, state MemberState) error {
+	defer above()
 	err := m.run("add", "record", func() error {
 		if err := m.root.Mkdir(mb.dir(), 0o700); err != nil {
 			return err
@@ -358,6 +359,9 @@ func (m *Manager) add(ctx context.Context, b *box, mb *memb, siblings []*MemberR
 	}
 	// These take as long as the preparation of the monitor, which needs neither.
 	limited := begin(func() error {
+		if err := above(); err != nil {
+			return err
+		}
 		return m.run("add", "limits", func() error { return m.node.LimitMember(ctx, mb.rec.Load(), spec) })
 	})
 	defer limited() // what is taken down must not be in the making
@@ -390,7 +394,7 @@ func (m *Manager) add(ctx context.Context, b *box, mb *memb, siblings []*MemberR
 	}
 	return m.run("add", "created", func() error {
 		err := m.writeMember(mb, func(r *MemberRecord) {
-			r.State, r.Monitor, r.Init, r.Inodes, r.Complete = MemberCreated, f.Monitor, f.Init, f.Inodes, true
+			r.State, r.Monitor, r.Init, r.Inodes, r.Complete = state, f.Monitor, f.Init, f.Inodes, true
 		})
 		if err != nil {
 			return err

@@ -58,11 +58,13 @@ func (m *Manager) startMember(ctx context.Context, b *box, mb *memb, ref string)
 
 // start tells init to go on. Preconditions: mb.op is held.
 func (m *Manager) start(ctx context.Context, b *box, mb *memb) error {
-	err := m.run("start", "record", func() error {
-		return m.writeMember(mb, func(r *MemberRecord) { r.State = MemberStarting })
-	})
-	if err != nil {
-		return err
+	if mb.rec.Load().State != MemberStarting {
+		err := m.run("start", "record", func() error {
+			return m.writeMember(mb, func(r *MemberRecord) { r.State = MemberStarting })
+		})
+		if err != nil {
+			return err
+		}
 	}
 	for _, stage := range []request.Stage{request.Prestart, request.StartContainer} {
 		err := m.runHooks(ctx, subject{b, mb}, stage, procid.ID{})
@@ -86,7 +88,7 @@ func (m *Manager) start(ctx context.Context, b *box, mb *memb) error {
 	ctx = context.WithoutCancel(ctx)
 	startCtx, cancel := context.WithTimeout(ctx, undo.StepTimeout)
 	defer cancel()
-	err = m.run("start", "execve", func() error {
+	err := m.run("start", "execve", func() error {
 		mon := mb.monitor()
 		if mon == nil {
 			return errors.New("the monitor cannot be reached")
