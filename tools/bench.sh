@@ -10,18 +10,21 @@ dir=/sys/fs/cgroup/hugetlb
 v2=/sys/fs/cgroup/unified/cgroup.controllers
 if [ -f $v2 ] && [ "$(cat $v2)" = hugetlb ] && [ ! -e $dir ]; then
 	mkdir $dir
-	# The hierarchy stays, unmounted, if cgroups in it are still being freed; a
-	# later umount then takes it along.
+	# As long as there are cgroups in a hierarchy it stays when it is unmounted, and
+	# keeps its controller. Hundreds that were removed take the kernel seconds to free.
 	restore() {
-		for _ in 1 2 3 4 5 6 7 8 9 10; do
-			umount $dir 2>/dev/null || true
-			grep -q :hugetlb: /proc/self/cgroup || break
-			sleep 0.5
-			mount -t cgroup -o hugetlb cgroup $dir 2>/dev/null || true
+		for _ in $(seq 60); do
+			if mountpoint -q $dir; then
+				[ "$(awk '$1 == "hugetlb" { print $3 }' /proc/cgroups)" = 1 ] && umount $dir
+			fi
+			! mountpoint -q $dir && rmdir $dir && return
+			sleep 1
 		done
-		rmdir $dir
+		echo "bench: $dir stays: there are cgroups in it" >&2
 	}
 	trap restore EXIT
+	trap 'exit 130' INT
+	trap 'exit 143' TERM
 	mount -t cgroup -o hugetlb cgroup $dir 2>/dev/null || echo "bench: hugetlb stays in cgroup v2: crun may refuse to run"
 fi
 build/bench "$@"
