@@ -54,8 +54,8 @@ var namespaceCalls = map[string]bool{
 	"runtime.LockOSThread": true, "unix.Setns": true, "unix.Unshare": true, "syscall.Unshare": true,
 }
 
-// allowedNamespaceCalls may use them. The main package pins its first thread.
-var allowedNamespaceCalls = []string{"internal/nsthread", "cmd/sandboxd"}
+// allowedNamespaceCalls may use them.
+var allowedNamespaceCalls = []string{"internal/nsthread"}
 
 func TestImports(t *testing.T) {
 	for _, p := range packages(t) {

@@ -3,7 +3,6 @@ package nsthread
 import (
 	"fmt"
 	"os"
-	"runtime"
 
 	"golang.org/x/sys/unix"
 )
@@ -16,18 +15,13 @@ import (
 // Goroutines that fn starts make files as the process does. fn must not call
 // runtime.UnlockOSThread.
 func FilesAs(uid, gid int, fn func() error) error {
-	done := make(chan error, 1)
-	go func() {
-		err := errExited
-		defer func() { done <- err }() // also after Goexit
+	return apart(func() error {
 		// Never unlocked: the thread ends with the goroutine.
-		runtime.LockOSThread()
-		if err = becomeFilesOwner(uid, gid); err == nil {
-			err = errExited
-			err = fn()
+		if err := becomeFilesOwner(uid, gid); err != nil {
+			return err
 		}
-	}()
-	return <-done
+		return fn()
+	})
 }
 
 func becomeFilesOwner(uid, gid int) error {

@@ -16,15 +16,28 @@ import (
 	"github.com/sandboxd/sandboxd/internal/namespace"
 )
 
-func init() {
-	// /proc/self shows the state of the process's first thread. Pin main to it,
-	// so that no goroutine started by Do can ever move it to another namespace.
-	// The runtime would park that thread rather than end it.
-	runtime.LockOSThread()
-}
-
-// errExited is what Do returns if fn left by runtime.Goexit (t.FailNow does).
+// errExited is what is returned if fn left by runtime.Goexit (t.FailNow does).
 var errExited = errors.New("function exited its goroutine")
+
+// apart runs fn on a thread of its own and waits for it. The thread is locked, and
+// fn unlocks it when others may use it again. It is never the first of the
+// process: /proc/self shows the state of that one, and the runtime would park it
+// rather than end it.
+func apart(fn func() error) error {
+	done := make(chan error, 1)
+	go func() {
+		err := errExited
+		defer func() { done <- err }() // runs last, Goexit or not
+		runtime.LockOSThread()
+		if unix.Gettid() == unix.Getpid() {
+			defer runtime.UnlockOSThread()
+			err = apart(fn) // on another, since this one is taken
+			return
+		}
+		err = fn()
+	}()
+	return <-done
+}
 
 // joinable are the kinds that a thread of a multi-threaded process can join and
 // leave again. The file system root that setns(2) changes with mnt is shared by
@@ -51,12 +64,7 @@ func Do(files map[namespace.Kind]*os.File, fn func() error) error {
 	if len(kinds) != len(files) {
 		return fmt.Errorf("join %d namespaces: a thread can join only %v", len(files), joinable)
 	}
-	done := make(chan error, 1)
-	go func() {
-		err := errExited
-		defer func() { done <- err }() // runs last, Goexit or not
-
-		runtime.LockOSThread()
+	return apart(func() (err error) {
 		homes := make([]*os.File, 0, len(kinds))
 		defer func() {
 			for _, f := range homes {
@@ -68,8 +76,7 @@ func Do(files map[namespace.Kind]*os.File, fn func() error) error {
 			f, oerr := os.Open("/proc/thread-self/ns/" + string(k))
 			if oerr != nil {
 				runtime.UnlockOSThread() // nothing changed yet
-				err = fmt.Errorf("save %s namespace: %w", k, oerr)
-				return
+				return fmt.Errorf("save %s namespace: %w", k, oerr)
 			}
 			homes = append(homes, f)
 		}
@@ -88,14 +95,12 @@ func Do(files map[namespace.Kind]*os.File, fn func() error) error {
 		}()
 		for _, k := range kinds {
 			if serr := setns(files[k], k); serr != nil {
-				err = fmt.Errorf("enter %s namespace %s: %w", k, files[k].Name(), serr)
-				return
+				return fmt.Errorf("enter %s namespace %s: %w", k, files[k].Name(), serr)
 			}
 			joined++
 		}
-		err = fn()
-	}()
-	return <-done
+		return fn()
+	})
 }
 
 func setns(ns *os.File, k namespace.Kind) error {

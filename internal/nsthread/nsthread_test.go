@@ -19,6 +19,23 @@ import (
 
 var kinds = []namespace.Kind{namespace.Net, namespace.IPC, namespace.UTS}
 
+// tookFirst says that a call made on the process's first thread has run on it.
+var tookFirst bool
+
+func init() { runtime.LockOSThread() } // TestMain begins there
+
+func TestMain(m *testing.M) {
+	runtime.UnlockOSThread()
+	nsthread.Do(nil, func() error { tookFirst = unix.Gettid() == unix.Getpid(); return nil })
+	os.Exit(m.Run())
+}
+
+func TestDoLeavesFirstThreadAlone(t *testing.T) {
+	if tookFirst {
+		t.Error("Do has run on the first thread, whose state /proc/self shows")
+	}
+}
+
 func TestDo(t *testing.T) {
 	testenv.Root(t)
 	testenv.NoFDLeak(t)
