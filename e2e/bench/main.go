@@ -2,10 +2,12 @@
 // prints medians and ratios. `make bench` builds what it needs and starts it as
 // root:
 //
-//	bench [--rounds 40] [--standing 1,10,100,500] [--networks] [--net-standing 1,100,500] [--sandboxd PATH] [--runc PATH] [--crun PATH]
+//	bench [--rounds 40] [--seed 1] [--standing 1,10,100,500] [--networks] [--net-standing 1,100,500] [--sandboxd PATH] [--runc PATH] [--crun PATH]
 //
-// Every case is run once per round, in turn, so that whatever else the machine
-// does meets all of them alike. It asserts nothing: figures are for people.
+// Every case is run once per round, so that whatever else the machine does meets
+// all of them alike, and in another order each time, so that none always pays for
+// what the one before it leaves to the kernel: namespaces are taken apart behind
+// the answer. It asserts nothing: figures are for people.
 package main
 
 import (
@@ -14,6 +16,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -54,11 +58,19 @@ type bench struct {
 	sandboxd string
 	client   *api.Client
 	daemon   *exec.Cmd
+	order    *rand.Rand // of the cases in a round
 	times    map[string][]time.Duration
+}
+
+// A testCase is measured once a round.
+type testCase struct {
+	name string
+	run  func(round int) error
 }
 
 func run(ctx context.Context) (err error) {
 	rounds := pflag.Int("rounds", 40, "how often each case is measured")
+	seed := pflag.Uint64("seed", 1, "of the order of cases")
 	standing := pflag.IntSlice("standing", []int{1, 10, 100, 500}, "numbers of standing sandboxes to measure create at")
 	netStanding := pflag.IntSlice("net-standing", []int{1, 100, 500}, "numbers of standing sandboxes with the builtin network")
 	onlyNetworks := pflag.Bool("networks", false, "measure networks and nothing else")
@@ -79,7 +91,7 @@ func run(ctx context.Context) (err error) {
 		return err
 	}
 	defer os.RemoveAll(dir)
-	b := &bench{ctx: ctx, dir: dir, times: make(map[string][]time.Duration)}
+	b := &bench{ctx: ctx, dir: dir, order: rand.New(rand.NewPCG(*seed, 0)), times: make(map[string][]time.Duration)}
 	if b.sandboxd, err = filepath.Abs(*bin); err != nil {
 		return err
 	}
@@ -107,13 +119,8 @@ func run(ctx context.Context) (err error) {
 		peers[name] = path
 	}
 	fmt.Printf("%s, %d CPUs, %d rounds, medians in milliseconds\n\n", kernel(), cpus(), *rounds)
-	for i := range *rounds + 3 {
-		if i == 3 { // the first three warm caches up
-			clear(b.times)
-		}
-		if err := b.round(i, peers); err != nil {
-			return err
-		}
+	if err := b.rounds(*rounds, b.cases(peers)); err != nil {
+		return err
 	}
 	b.report(peers)
 	// Before those that stand weigh on the host.
@@ -123,20 +130,35 @@ func run(ctx context.Context) (err error) {
 	return b.standing(*standing, *rounds)
 }
 
-// round runs every case once.
-func (b *bench) round(i int, peers map[string]string) error {
-	if err := b.cloneOnce(); err != nil {
-		return fmt.Errorf("clone: %w", err)
-	}
-	if err := b.ours(i); err != nil {
-		return fmt.Errorf("sandboxd: %w", err)
-	}
-	for name, path := range peers {
-		if err := b.peer(name, path, fmt.Sprintf("sandboxd-bench-%d-%s-%d", os.Getpid(), name, i)); err != nil {
-			return fmt.Errorf("%s: %w", name, err)
+// rounds runs every case n times, and a few times more to warm caches up.
+func (b *bench) rounds(n int, cases []testCase) error {
+	const warmUp = 3
+	for i := range n + warmUp {
+		if i == warmUp {
+			clear(b.times)
+		}
+		b.order.Shuffle(len(cases), func(i, j int) { cases[i], cases[j] = cases[j], cases[i] })
+		for _, c := range cases {
+			if err := c.run(i); err != nil {
+				return fmt.Errorf("%s: %w", c.name, err)
+			}
+		}
+		if err := b.ctx.Err(); err != nil {
+			return err
 		}
 	}
-	return b.ctx.Err()
+	return nil
+}
+
+func (b *bench) cases(peers map[string]string) []testCase {
+	cases := []testCase{{"clone", func(int) error { return b.cloneOnce() }}, {"sandboxd", b.ours}}
+	for _, name := range slices.Sorted(maps.Keys(peers)) {
+		path := peers[name]
+		cases = append(cases, testCase{name, func(i int) error {
+			return b.peer(name, path, fmt.Sprintf("sandboxd-bench-%d-%s-%d", os.Getpid(), name, i))
+		}})
+	}
+	return cases
 }
 
 // measure runs fn and adds its duration to what is known of name.

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -83,67 +84,60 @@ func (b *bench) networks(rounds int, levels []int) error {
 	defer netlink.LinkDel(bridge)
 
 	clear(b.times)
-	for i := range rounds + 3 {
-		if i == 3 {
-			clear(b.times)
-		}
-		for _, c := range []struct {
-			name  string
-			mode  sandbox.NetworkMode
-			ports int
-		}{{"none", network.ModeNone, 0}, {"builtin", network.ModeBuiltin, 0}, {"1 port", network.ModeBuiltin, 1}, {"20 ports", network.ModeBuiltin, 20}, {"cni", network.ModeCNI, 0}} {
-			if c.mode == network.ModeCNI && !cni {
-				continue
-			}
-			if err := b.createWith(c.name, i, c.mode, c.ports); err != nil {
-				return err
-			}
-		}
-		for _, c := range []struct {
-			name string
-			fn   func(ns *os.File, bridge netlink.Link, n int) error
-		}{{"moved", bareMoved}, {"inside", bareInside}} {
+	create := func(name string, mode sandbox.NetworkMode, ports int) testCase {
+		return testCase{name, func(i int) error { return b.createWith(name, i, mode, ports) }}
+	}
+	bare := func(name string, fn func(ns *os.File, bridge netlink.Link, n int) error) testCase {
+		return testCase{"bare netlink, " + name, func(i int) error {
 			ns, err := newNetNS()
 			if err != nil {
 				return err
 			}
-			err = b.measure(c.name, func() error { return c.fn(ns, bridge, i) })
-			ns.Close()
-			if err != nil {
-				return fmt.Errorf("bare netlink: %w", err)
-			}
-		}
-		if cni {
-			if err := b.chainAlone(lib, list, i); err != nil {
-				return err
-			}
-		}
-		if err := b.ctx.Err(); err != nil {
-			return err
-		}
+			defer ns.Close()
+			return b.measure(name, func() error { return fn(ns, bridge, i) })
+		}}
 	}
-	none, builtin := b.median("none"), b.median("builtin")
-	row := func(what string, ms float64, text string) { fmt.Printf("%-52s %9.2f   %s\n", what, ms, text) }
-	fmt.Println()
-	row("create, no network", none, "")
-	row("create, builtin", builtin, fmt.Sprintf("none + %.2f × bare netlink (to reach: 1.5 × made and moved)", (builtin-none)/b.median("moved")))
-	row("  bare netlink: made, moved, address, route", b.median("moved"), "")
-	row("  bare netlink: made inside, address, route", b.median("inside"), fmt.Sprintf("builtin is none + %.2f × this", (builtin-none)/b.median("inside")))
-	row("create, builtin, 1 port", b.median("1 port"), "")
-	row("create, builtin, 20 ports", b.median("20 ports"), fmt.Sprintf("%.2f × 1 port", b.median("20 ports")/b.median("1 port")))
-	row("delete, builtin, to the answer", b.median("builtin delete"), "(to reach: 8 ms)")
-	row("delete, no network", b.median("none delete"), "")
+	cases := []testCase{
+		create("none", network.ModeNone, 0), create("builtin", network.ModeBuiltin, 0),
+		create("1 port", network.ModeBuiltin, 1), create("20 ports", network.ModeBuiltin, 20),
+		bare("moved", bareMoved), bare("inside", bareInside),
+	}
 	if cni {
-		alone := b.median("chain")
-		row("create, cni bridge+host-local+portmap", b.median("cni"), fmt.Sprintf("%.2f × (chain alone + no network) (to reach: 1.10)", b.median("cni")/(alone+none)))
-		row("  the chain alone, by libcni", alone, fmt.Sprintf("builtin is %.2f × create with cni (to reach: 0.12 of the chain: it is %.2f)", builtin/b.median("cni"), builtin/alone))
-		row("delete, cni", b.median("cni delete"), "")
+		cases = append(cases, create("cni", network.ModeCNI, 0),
+			testCase{"CNI chain", func(i int) error { return b.chainAlone(lib, list, i) }})
 	}
-	fmt.Println()
+	if err := b.rounds(rounds, cases); err != nil {
+		return err
+	}
+	b.reportNetworks(cni)
 	if err := b.many(); err != nil {
 		return err
 	}
 	return b.networksStanding(rounds, levels)
+}
+
+func (b *bench) reportNetworks(cni bool) {
+	row := func(what, name, format string, args ...any) {
+		fmt.Printf("%-46s %9.2f %9.2f   %s\n", what, b.median(name), milliseconds(slices.Min(b.times[name])), fmt.Sprintf(format, args...))
+	}
+	none, builtin := b.median("none"), b.median("builtin")
+	fmt.Printf("\n%-46s %9s %9s\n", "", "median", "least")
+	row("create, no network", "none", "")
+	row("create, builtin", "builtin", "no network + %.2f × bare netlink (to reach: 1.5 × made and moved)", (builtin-none)/b.median("moved"))
+	row("  bare netlink: made, moved, address, route", "moved", "")
+	row("  bare netlink: made inside, address, route", "inside", "builtin is no network + %.2f × this", (builtin-none)/b.median("inside"))
+	row("create, builtin, 1 port", "1 port", "")
+	row("create, builtin, 20 ports", "20 ports", "%.2f × 1 port (to reach: the same transaction)", b.median("20 ports")/b.median("1 port"))
+	row("delete, no network", "none delete", "")
+	row("delete, builtin, to the answer", "builtin delete", "(to reach: 8 ms)")
+	if cni {
+		chain := b.median("chain")
+		row("create, cni bridge+host-local+portmap", "cni", "%.2f × (chain alone + no network) (to reach: 1.10)", b.median("cni")/(chain+none))
+		row("  ADD of the chain alone, by libcni", "chain", "builtin is %.2f × this (to reach: 0.12)", builtin/chain)
+		row("delete, cni, to the answer", "cni delete", "%.2f × (chain alone + no network)", b.median("cni delete")/(b.median("chain delete")+b.median("none delete")))
+		row("  DEL of the chain alone, by libcni", "chain delete", "")
+	}
+	fmt.Println()
 }
 
 // createWith measures the creation and removal of one sandbox.
@@ -168,7 +162,7 @@ func (b *bench) chainAlone(lib *libcni.CNIConfig, list *libcni.NetworkConfigList
 	defer ns.Close()
 	rt := &libcni.RuntimeConf{ContainerID: fmt.Sprintf("bench%d", i), IfName: "eth0", NetNS: fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), ns.Fd())}
 	err = b.measure("chain", func() error { _, err := lib.AddNetworkList(b.ctx, list, rt); return err })
-	return errors.Join(err, lib.DelNetworkList(context.WithoutCancel(b.ctx), list, rt))
+	return errors.Join(err, b.measure("chain delete", func() error { return lib.DelNetworkList(context.WithoutCancel(b.ctx), list, rt) }))
 }
 
 // many makes a hundred sandboxes from sixteen clients.
