@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 
+	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
@@ -15,34 +16,31 @@ import (
 )
 
 const (
-	vethInfoPeer  = 1 // VETH_INFO_PEER, linux/veth.h
-	brportMode    = 4 // IFLA_BRPORT_MODE, linux/if_link.h: hairpin
-	infoSlaveKind = 4 // IFLA_INFO_SLAVE_KIND
-	infoSlaveData = 5 // IFLA_INFO_SLAVE_DATA
-	upFlag        = unix.IFF_UP
+	vethInfoPeer   = 1 // VETH_INFO_PEER, linux/veth.h
+	brportMode     = 4 // IFLA_BRPORT_MODE, linux/if_link.h: hairpin
+	brportLearning = 8 // IFLA_BRPORT_LEARNING
+	infoSlaveKind  = 4 // IFLA_INFO_SLAVE_KIND
+	infoSlaveData  = 5 // IFLA_INFO_SLAVE_DATA
+	upFlag         = unix.IFF_UP
 )
 
 // connect makes a veth pair with one end in ns as eth0 and the other one in the
 // bridge, and gives eth0 its addresses and routes. It returns eth0's hardware address.
 func (d *Driver) connect(id string, p *plan, l lease, ns *os.File) (net.HardwareAddr, error) {
-	mac := macOf(l.v4)
-	if p.MAC != "" {
-		var err error
-		if mac, err = net.ParseMAC(p.MAC); err != nil {
-			return nil, err
-		}
+	mac, err := p.mac(l)
+	if err != nil {
+		return nil, err
 	}
 	inside, err := openInside(ns, l.v6.IsValid())
 	if err != nil {
 		return nil, err
 	}
 	defer inside.close()
-	reqs := []request{d.newVeth(id, mac, ns), d.newPort(id)}
-	if len(p.Ports) > 0 {
-		reqs = append(reqs, hairpin(id))
-	}
-	if err := d.socks.do(reqs...); err != nil {
+	if err := d.socks.do(append([]request{d.newVeth(id, mac, ns)}, d.newPort(id, p)...)...); err != nil {
 		return nil, fmt.Errorf("make link %s: %w", hostName(id), err)
+	}
+	if err := d.pin(id, p, l); err != nil {
+		return nil, err
 	}
 	if err := d.configureAt(l, inside); err != nil {
 		return nil, err
@@ -133,8 +131,21 @@ func (d *Driver) newVeth(id string, mac net.HardwareAddr, ns *os.File) request {
 	return r
 }
 
+// mac is the hardware address of eth0.
+func (p *plan) mac(l lease) (net.HardwareAddr, error) {
+	if p.MAC != "" {
+		return net.ParseMAC(p.MAC)
+	}
+	return macOf(l.v4), nil
+}
+
 // newPort asks for the host's end to be marked, put into the bridge and set up.
-func (d *Driver) newPort(id string) request {
+//
+// A sandbox that connects to its own published port needs hairpin where
+// br_netfilter is used: the frame's address is changed before it is routed, so that
+// it never is. From an isolated one the bridge learns no hardware addresses: it
+// would do so before any rule sees the frame.
+func (d *Driver) newPort(id string, p *plan) []request {
 	r := newRequest("add link to "+d.opts.Bridge, unix.RTM_NEWLINK, 0)
 	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
 	msg.Flags, msg.Change = unix.IFF_UP, unix.IFF_UP
@@ -142,21 +153,52 @@ func (d *Driver) newPort(id string) request {
 	r.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(hostName(id))))
 	r.AddData(nl.NewRtAttr(unix.IFLA_IFALIAS, []byte(alias(d.opts.Mark, id))))
 	r.AddData(nl.NewRtAttr(unix.IFLA_MASTER, nl.Uint32Attr(uint32(d.bridge))))
-	return r
+	reqs := []request{r}
+	if len(p.Ports) > 0 {
+		reqs = append(reqs, setPort("set hairpin mode", id, brportMode, 1))
+	}
+	if p.Isolated {
+		reqs = append(reqs, setPort("switch learning off", id, brportLearning, 0))
+	}
+	return reqs
 }
 
-// hairpin asks for the port to send frames back to where they came from.
-// A sandbox that connects to its own published port needs that where br_netfilter
-// is used: the frame's address is changed before it is routed, so that it never is.
-func hairpin(id string) request {
-	r := newRequest("set hairpin mode", unix.RTM_NEWLINK, 0)
+// setPort asks for an attribute of a port to be set. The kernel takes those only
+// once the link is one.
+func setPort(what, id string, attribute int, value uint8) request {
+	r := newRequest(what, unix.RTM_NEWLINK, 0)
 	r.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
 	r.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(hostName(id))))
 	info := nl.NewRtAttr(unix.IFLA_LINKINFO, nil)
 	info.AddRtAttr(infoSlaveKind, nl.NonZeroTerminated("bridge"))
-	info.AddRtAttr(infoSlaveData, nil).AddRtAttr(brportMode, nl.Uint8Attr(1))
+	info.AddRtAttr(infoSlaveData, nil).AddRtAttr(attribute, nl.Uint8Attr(value))
 	r.AddData(info)
 	return r
+}
+
+// pin tells the bridge where an isolated sandbox's hardware address is, for good:
+// an entry that is sticky (bridge(8), Linux 4.20) moves to no port from which
+// somebody else sends with that address. The kernel removes it with the port.
+func (d *Driver) pin(id string, p *plan, l lease) error {
+	if !p.Isolated {
+		return nil
+	}
+	mac, err := p.mac(l)
+	if err != nil {
+		return err
+	}
+	link, err := findLink(hostName(id))
+	if err != nil || link == nil {
+		return err // the sandbox removed it
+	}
+	err = netlink.NeighSet(&netlink.Neigh{
+		Family: unix.AF_BRIDGE, LinkIndex: link.Attrs().Index, HardwareAddr: mac,
+		State: netlink.NUD_NOARP, Flags: netlink.NTF_MASTER | netlink.NTF_STICKY,
+	})
+	if err != nil {
+		return fmt.Errorf("pin %s to link %s: %w", mac, hostName(id), err)
+	}
+	return nil
 }
 
 func setLinkUp(index int) request {

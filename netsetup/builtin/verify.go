@@ -173,11 +173,10 @@ func (d *Driver) Restore(_ context.Context, id string, raw json.RawMessage, ns *
 		}
 		return d.shape(id, p.Bandwidth)
 	}
-	reqs := []request{d.newPort(id)}
-	if len(p.Ports) > 0 {
-		reqs = append(reqs, hairpin(id))
+	err = d.socks.do(d.newPort(id, p)...)
+	if err == nil {
+		err = d.pin(id, p, l)
 	}
-	err = d.socks.do(reqs...)
 	if err == nil && ns != nil {
 		err = d.configure(l, ns)
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"maps"
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/net/bpf"
@@ -203,14 +204,12 @@ func (d *Driver) anyIsolated() bool {
 // enslaveAll puts the links of all attachments into the bridge.
 func (d *Driver) enslaveAll() error {
 	d.mu.Lock()
-	var reqs []request
-	for id, a := range d.attached {
-		reqs = append(reqs, d.newPort(id))
-		if len(a.plan.Ports) > 0 {
-			reqs = append(reqs, hairpin(id))
-		}
-	}
+	attached := maps.Clone(d.attached)
 	d.mu.Unlock()
+	var reqs []request
+	for id, a := range attached {
+		reqs = append(reqs, d.newPort(id, &a.plan)...)
+	}
 	for i := range reqs {
 		reqs[i].ignore = append(reqs[i].ignore, unix.ENODEV) // the sandbox removed it
 	}
@@ -219,6 +218,9 @@ func (d *Driver) enslaveAll() error {
 		n := min(len(reqs), 50)
 		errs = append(errs, d.socks.do(reqs[:n]...))
 		reqs = reqs[n:]
+	}
+	for id, a := range attached {
+		errs = append(errs, d.pin(id, &a.plan, a.lease))
 	}
 	return errors.Join(errs...)
 }
