@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/internal/network"
@@ -109,9 +110,13 @@ func TestMACTakeover(t *testing.T) {
 	}
 	try(t)
 	t.Run("bridge made again", func(t *testing.T) {
-		d.host.Lock()
-		err := d.enslaveAll() // as the repair of a bridge does
-		d.host.Unlock()
+		link, err := netlink.LinkByName(d.opts.Bridge)
+		if err == nil {
+			err = netlink.LinkDel(link)
+		}
+		if err == nil {
+			err = d.repair()
+		}
 		if err != nil {
 			t.Fatal(err)
 		}
