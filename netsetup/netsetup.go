@@ -19,6 +19,14 @@ import (
 // ErrInvalid means that a request can never succeed as it is.
 var ErrInvalid = errors.New("invalid network request")
 
+// Invalid makes err match [ErrInvalid] without changing its text.
+func Invalid(err error) error { return invalid{err} }
+
+type invalid struct{ error }
+
+func (e invalid) Unwrap() error        { return e.error }
+func (e invalid) Is(target error) bool { return target == ErrInvalid }
+
 // ErrNoTombstone means that there is no network that waits to be taken down.
 var ErrNoTombstone = errors.New("no network of that sandbox waits to be taken down")
 

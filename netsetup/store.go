@@ -258,7 +258,7 @@ func (s *Store) driver(mode network.Mode) (Driver, error) {
 	if d := s.drivers[mode]; d != nil {
 		return d, nil
 	}
-	return nil, fmt.Errorf("%w: there is no network of kind %q", ErrInvalid, mode)
+	return nil, Invalid(fmt.Errorf("there is no network of kind %q", mode))
 }
 
 func (s *Store) entry(id string) *entry {

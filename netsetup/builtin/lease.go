@@ -310,7 +310,7 @@ func usable(subnet netip.Prefix, a netip.Addr) error {
 func (p *pool) pick(want netip.Addr) (netip.Addr, error) {
 	if want.IsValid() {
 		if err := usable(p.subnet, want); err != nil {
-			return netip.Addr{}, fmt.Errorf("%w: %w", netsetup.ErrInvalid, err)
+			return netip.Addr{}, netsetup.Invalid(err)
 		}
 		if id, ok := p.taken[want]; ok {
 			return netip.Addr{}, fmt.Errorf("address %s belongs to sandbox %s", want, id)

@@ -21,7 +21,7 @@ const (
 
 func checkID(id string) error {
 	if len(id) < idDigits || strings.Trim(id, "0123456789abcdef") != "" {
-		return fmt.Errorf("%w: id %q is not %d hex digits or more", netsetup.ErrInvalid, id, idDigits)
+		return netsetup.Invalid(fmt.Errorf("id %q is not %d hex digits or more", id, idDigits))
 	}
 	return nil
 }

@@ -41,7 +41,7 @@ func (d *Driver) Plan(_ context.Context, id string, req *network.Request) (json.
 	}
 	p := plan{Ports: req.Ports, Addresses: req.Addresses, MAC: req.MAC, Bandwidth: req.Bandwidth, Isolated: req.Isolated}
 	if err := d.check(req); err != nil {
-		return nil, fmt.Errorf("%w: %w", netsetup.ErrInvalid, err)
+		return nil, netsetup.Invalid(err)
 	}
 	p.Ports = slices.Clone(p.Ports)
 	if err := d.ports.Choose(id, p.Ports); err != nil {

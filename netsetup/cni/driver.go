@@ -97,7 +97,7 @@ func Open(o Options) (*Driver, error) {
 func (d *Driver) Close() error { return d.conf.close() }
 
 // Plan chooses the networks and puts all that ADD and DEL need into the plan.
-func (d *Driver) Plan(_ context.Context, id string, req *network.Request) (json.RawMessage, error) {
+func (d *Driver) Plan(ctx context.Context, id string, req *network.Request) (json.RawMessage, error) {
 	if err := hostport.Check(req.Ports); err != nil {
 		return nil, invalid("%w", err)
 	}
@@ -116,8 +116,8 @@ func (d *Driver) Plan(_ context.Context, id string, req *network.Request) (json.
 			return nil, fmt.Errorf("network %s: %w", a.Network, err)
 		}
 		for _, pl := range list.Plugins {
-			if _, err := d.exec.FindInPath(pl.Network.Type, d.o.BinDirs); err != nil {
-				return nil, fmt.Errorf("%w: network %s: %w", netsetup.ErrInvalid, a.Network, err)
+			if err := d.known.suits(ctx, d, pl.Network.Type, list.CNIVersion); err != nil {
+				return nil, invalid("network %s: %w", a.Network, err)
 			}
 		}
 	}

@@ -22,9 +22,9 @@ import (
 const id = "0123456789abcdef"
 
 // holder is the script of a plugin that holds something from ADD to DEL, and
-// writes down how it was called. before runs before anything else.
+// writes down how it was called, VERSION apart. before runs before anything else.
 func holder(name, before string) string {
-	return `echo "$CNI_COMMAND ` + name + ` ${CNI_NETNS:+ns}" >>$D/calls
+	return `[ $CNI_COMMAND = VERSION ] || echo "$CNI_COMMAND ` + name + ` ${CNI_NETNS:+ns}" >>$D/calls
 echo "$CONF" >>$D/` + name + `.$CNI_COMMAND
 HELD=$D/held/` + name + `-$CNI_CONTAINERID-$CNI_IFNAME
 ` + before + `

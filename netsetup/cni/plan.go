@@ -90,7 +90,7 @@ type dns struct {
 }
 
 func invalid(format string, args ...any) error {
-	return fmt.Errorf("%w: "+format, append([]any{netsetup.ErrInvalid}, args...)...)
+	return netsetup.Invalid(fmt.Errorf(format, args...))
 }
 
 // newPlan turns a request into a plan: a pure function of it and the

@@ -77,7 +77,7 @@ func TestPlan(t *testing.T) {
 		{"addresses without plugin", network.Request{Attach: attach("plain"), Addresses: addrs("10.0.0.2")}, "", "static address: no plugin"},
 		{"too many addresses", network.Request{Addresses: addrs("10.0.0.2 10.0.0.3")}, "", "address 10.0.0.3 is one more"},
 		{"mac and bandwidth without plugin", network.Request{Attach: attach("plain"), MAC: "02:00:00:00:00:01", Bandwidth: network.Bandwidth{Egress: 1}}, "",
-			"static MAC address: no plugin of CNI network plain declares the capability mac\ninvalid network request: bandwidth: no plugin"},
+			"static MAC address: no plugin of CNI network plain declares the capability mac\nbandwidth: no plugin"},
 		{"bad mac", network.Request{MAC: "02:00:00:00:00:01:02:03"}, "", "is not a MAC address"},
 		{"argument with a semicolon", network.Request{CNIArgs: [][2]string{{"a", "b;c"}}}, "", `CNI argument "a=b;c"`},
 		{"argument without a key", network.Request{CNIArgs: [][2]string{{"", "b"}}}, "", `CNI argument "=b"`},
@@ -123,6 +123,24 @@ func TestPlan(t *testing.T) {
 	if _, err := r.Plan(t.Context(), id, &network.Request{}); !errors.Is(err, netsetup.ErrInvalid) || !strings.Contains(err.Error(), "plugin "+absent+" is not executable") {
 		t.Errorf("a plugin that cannot be executed: %v", err)
 	}
+}
+
+// A plugin that does not know the version of the configuration would refuse DEL as
+// it refuses ADD, and the network would wait to be taken down for ever. That one
+// does not tell which versions it knows is for its ADD to explain.
+func TestPlanVersion(t *testing.T) {
+	r := newRig(t)
+	r.config("a.conflist", `{"cniVersion":"1.1.0","name":"a","plugins":[{"type":"one"}]}`)
+	r.plugin("one", `echo '{"cniVersion":"1.0.0","supportedVersions":["0.4.0","1.0.0"]}'`)
+	_, err := r.Plan(t.Context(), id, &network.Request{})
+	if !errors.Is(err, netsetup.ErrInvalid) || !strings.Contains(err.Error(), "/bin/one knows versions 0.4.0, 1.0.0, and not the configuration's 1.1.0") {
+		t.Errorf("Plan: %v", err)
+	}
+	if err != nil && strings.Contains(err.Error(), netsetup.ErrInvalid.Error()) {
+		t.Errorf("Plan: %v says twice that it failed", err)
+	}
+	r.plugin("one", "exit 1")
+	r.plan(id, network.Request{})
 }
 
 // portmap itself would let two sandboxes have one port.

@@ -64,33 +64,59 @@ type knownVersions struct {
 	list    []string
 }
 
+// check reports why a plugin cannot be run with a configuration of the version want.
 func (v *versions) check(ctx context.Context, d *Driver, plugin, want string) error {
 	file, err := d.exec.FindInPath(plugin, d.o.BinDirs)
 	if err != nil {
 		return err
 	}
+	list, err := v.of(ctx, d, file)
+	if err != nil {
+		return fmt.Errorf("plugin %s: %w", plugin, err)
+	}
+	if !slices.Contains(list, want) {
+		return fmt.Errorf("plugin %s knows versions %s, and not the configuration's %s", file, strings.Join(list, ", "), want)
+	}
+	return nil
+}
+
+// suits is check for what is about to be attached: a plugin that does not know the
+// version would refuse the DEL as well, for ever. What else is wrong with it, ADD tells.
+func (v *versions) suits(ctx context.Context, d *Driver, plugin, want string) error {
+	err := v.check(ctx, d, plugin, want)
+	if _, failed := errors.AsType[*versionError](err); failed {
+		return nil
+	}
+	return err
+}
+
+// of asks a plugin which versions it knows, unless it has told already.
+func (v *versions) of(ctx context.Context, d *Driver, file string) ([]string, error) {
 	fi, err := os.Stat(file)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	v.mu.Lock()
 	k, ok := v.all[file]
 	v.mu.Unlock()
-	if !ok || k.size != fi.Size() || !k.changed.Equal(fi.ModTime()) {
-		info, err := invoke.GetVersionInfo(ctx, file, d.exec)
-		if err != nil {
-			return fmt.Errorf("plugin %s: %w", plugin, err)
-		}
-		k = knownVersions{fi.Size(), fi.ModTime(), info.SupportedVersions()}
-		v.mu.Lock()
-		if v.all == nil {
-			v.all = map[string]knownVersions{}
-		}
-		v.all[file] = k
-		v.mu.Unlock()
+	if ok && k.size == fi.Size() && k.changed.Equal(fi.ModTime()) {
+		return k.list, nil
 	}
-	if !slices.Contains(k.list, want) {
-		return fmt.Errorf("plugin %s knows versions %s, and not the configuration's %s", file, strings.Join(k.list, ", "), want)
+	info, err := invoke.GetVersionInfo(ctx, file, d.exec)
+	if err != nil {
+		return nil, &versionError{err}
 	}
-	return nil
+	k = knownVersions{fi.Size(), fi.ModTime(), info.SupportedVersions()}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.all == nil {
+		v.all = map[string]knownVersions{}
+	}
+	v.all[file] = k
+	return k.list, nil
 }
+
+// versionError means that a plugin did not tell which versions it knows.
+type versionError struct{ error }
+
+func (e *versionError) Unwrap() error { return e.error }
