@@ -351,7 +351,11 @@ func (d *Driver) verify(ctx context.Context, id string, a attachment, ns *os.Fil
 		// CHECK cannot do without it.
 		return errors.Join(fmt.Errorf("the result of ADD is not in %s", d.cacheFile(list.Name, id, a.Interface)), err)
 	}
-	return d.cni.CheckNetworkList(ctx, list, rt)
+	err = d.cni.CheckNetworkList(ctx, list, rt)
+	if pe, ok := errors.AsType[*PluginError](err); ok {
+		return fmt.Errorf("plugin %s failed (check): %w", pe.Plugin, err)
+	}
+	return err
 }
 
 // Restore notes which ports are published. Networks it leaves alone: CNI has no

@@ -347,7 +347,7 @@ func TestVerify(t *testing.T) {
 		t.Error("CHECK has not got the result of ADD")
 	}
 	r.plugin("one", holder("one", `if [ $CNI_COMMAND = CHECK ]; then echo '{"code":100,"msg":"route is gone"}'; exit 1; fi`))
-	verify("network a: CNI error 100: route is gone")
+	verify("network a: plugin one failed (check): CNI error 100: route is gone")
 	for _, text := range []string{
 		`{"cniVersion":"0.3.1","name":"a","plugins":[{"type":"one"}]}`,
 		`{"cniVersion":"1.1.0","name":"a","disableCheck":true,"plugins":[{"type":"one"}]}`,
