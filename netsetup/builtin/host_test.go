@@ -158,6 +158,28 @@ func TestRepair(t *testing.T) {
 	check()
 	flush(t)
 	check()
+	bridge := func() netlink.Link {
+		t.Helper()
+		link, err := netlink.LinkByName(d.opts.Bridge)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return link
+	}
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		addrs, err := netlink.AddrList(bridge(), family)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := netlink.AddrDel(bridge(), &addrs[0]); err != nil {
+			t.Fatal(err)
+		}
+		check()
+	}
+	if err := netlink.LinkSetDown(bridge()); err != nil { // takes the IPv6 address
+		t.Fatal(err)
+	}
+	check()
 	c, err := nftables.New()
 	if err != nil {
 		t.Fatal(err)
@@ -338,6 +360,31 @@ func TestVerify(t *testing.T) {
 			}
 			return nil
 		})
+	}
+}
+
+// TestVerifyGateway: a bridge that is no gateway any more is not in order.
+func TestVerifyGateway(t *testing.T) {
+	testenv.Root(t)
+	d := newDriver(t)
+	ns, _, raw := attach(t, d, idA, &network.Request{})
+	d.cancel() // nobody repairs
+	d.done.Wait()
+	bridge, err := netlink.LinkByName(d.opts.Bridge)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := netlink.LinkSetDown(bridge); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Verify(t.Context(), idA, raw, ns); err == nil || !strings.Contains(err.Error(), "bridge sbtest0 is down") {
+		t.Errorf("Verify = %v", err)
+	}
+	if err := netlink.LinkSetUp(bridge); err != nil { // without the IPv6 address
+		t.Fatal(err)
+	}
+	if err := d.Verify(t.Context(), idA, raw, ns); err == nil || !strings.Contains(err.Error(), "bridge sbtest0 has lost address fd99::1") {
+		t.Errorf("Verify = %v", err)
 	}
 }
 

@@ -29,7 +29,7 @@ func (d *Driver) Verify(_ context.Context, id string, raw json.RawMessage, ns *o
 	if !ok {
 		return errors.New("it has no address on record")
 	}
-	errs := []error{d.verifyHost(id), d.verifyElements(id, p, l)}
+	errs := []error{d.verifyHost(id), d.verifyGateway(), d.verifyElements(id, p, l)}
 	if ns != nil {
 		errs = append(errs, d.verifyInside(l, ns))
 	}
@@ -58,6 +58,27 @@ func (d *Driver) verifyHost(id string) error {
 		return fmt.Errorf("link %s is not in bridge %s", hostName(id), d.opts.Bridge)
 	case port.Attrs().RawFlags&upFlag == 0:
 		return fmt.Errorf("link %s is down", hostName(id))
+	}
+	return nil
+}
+
+// verifyGateway looks for what makes the bridge the gateway, if there is a bridge.
+func (d *Driver) verifyGateway() error {
+	bridge, err := findLink(d.opts.Bridge)
+	if err != nil || bridge == nil {
+		return err
+	}
+	if bridge.Attrs().RawFlags&upFlag == 0 {
+		return fmt.Errorf("bridge %s is down", d.opts.Bridge)
+	}
+	addrs, err := netlink.AddrList(bridge, netlink.FAMILY_ALL)
+	if err != nil {
+		return err
+	}
+	for _, subnet := range []netip.Prefix{d.opts.Subnet, d.opts.Subnet6} {
+		if subnet.IsValid() && !slices.ContainsFunc(addrs, func(a netlink.Addr) bool { return prefixOf(a.IPNet).Addr() == gateway(subnet) }) {
+			return fmt.Errorf("bridge %s has lost address %s", d.opts.Bridge, gateway(subnet))
+		}
 	}
 	return nil
 }

@@ -16,7 +16,7 @@ type event int
 
 const (
 	linkGone     event = iota // some link
-	bridgeGone                // or perhaps: events were lost
+	bridgeGone                // or one of its addresses; or perhaps: events were lost
 	routeChanged              // a way out came, or an address
 	rulesGone                 // of some table
 )
@@ -32,16 +32,18 @@ func (d *Driver) watch(ctx context.Context) <-chan event {
 		case <-ctx.Done():
 		}
 	}
-	d.listen(ctx, unix.NETLINK_ROUTE, []uint32{unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE}, routeFilter(), func(m *netlink.Message) {
+	d.listen(ctx, unix.NETLINK_ROUTE, []uint32{unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE}, routeFilter(), func(m *netlink.Message) {
 		switch {
 		case m == nil:
 			send(bridgeGone)
 			send(routeChanged)
-		case m.Header.Type == unix.RTM_DELLINK && len(m.Data) >= unix.SizeofIfInfomsg &&
-			int(binary.NativeEndian.Uint32(m.Data[4:])) == d.bridgeIndex():
-			send(bridgeGone)
-		case m.Header.Type == unix.RTM_DELLINK:
-			send(linkGone)
+		case m.Header.Type == unix.RTM_DELLINK || m.Header.Type == unix.RTM_DELADDR:
+			// Both begin with 4 bytes and the link's number.
+			if len(m.Data) >= 8 && int(binary.NativeEndian.Uint32(m.Data[4:])) == d.bridgeIndex() {
+				send(bridgeGone)
+			} else if m.Header.Type == unix.RTM_DELLINK {
+				send(linkGone)
+			}
 		default:
 			send(routeChanged)
 		}
@@ -100,16 +102,21 @@ const (
 	offType     = 4
 	offFamily   = unix.SizeofNlMsghdr     // of a struct rtmsg
 	offDstLen   = unix.SizeofNlMsghdr + 1 //
-	offTable    = unix.SizeofNlMsghdr + 4 //
+	offScope    = unix.SizeofNlMsghdr + 3 // of a struct ifaddrmsg
+	offTable    = unix.SizeofNlMsghdr + 4 // of a struct rtmsg
 	passMessage = 0x7fffffff
 )
 
-// routeFilter passes links that go, and new routes of the main table that are
-// IPv4 or a default route.
+// routeFilter passes links that go, addresses that go and are valid beyond their
+// link, as sandboxes' links on the host have none, and new routes of the main table
+// that are IPv4 or a default route.
 func routeFilter() []bpf.Instruction {
 	return []bpf.Instruction{
 		bpf.LoadAbsolute{Off: offType, Size: 2},
-		bpf.JumpIf{Cond: bpf.JumpEqual, Val: messageType(unix.RTM_DELLINK), SkipTrue: 7},
+		bpf.JumpIf{Cond: bpf.JumpEqual, Val: messageType(unix.RTM_DELLINK), SkipTrue: 10},
+		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: messageType(unix.RTM_DELADDR), SkipTrue: 2},
+		bpf.LoadAbsolute{Off: offScope, Size: 1},
+		bpf.JumpIf{Cond: bpf.JumpEqual, Val: unix.RT_SCOPE_UNIVERSE, SkipTrue: 7, SkipFalse: 8},
 		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: messageType(unix.RTM_NEWROUTE), SkipTrue: 7},
 		bpf.LoadAbsolute{Off: offTable, Size: 1},
 		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: unix.RT_TABLE_MAIN, SkipTrue: 5},
@@ -179,7 +186,7 @@ func (d *Driver) repair() error {
 	if err != nil {
 		return err
 	}
-	if d.up && whole && link != nil && link.Attrs().Index == d.bridge {
+	if d.up && whole && link != nil && link.Attrs().Index == d.bridge && d.verifyGateway() == nil {
 		return nil
 	}
 	d.up = false
