@@ -190,7 +190,8 @@ func Check(ports []network.Port) error {
 			return fmt.Errorf("protocol %q of port %d is none of tcp, udp, sctp", p.Protocol, p.Port)
 		case p.Port == 0:
 			return errors.New("port 0 of the sandbox cannot be published")
-		case p.HostIP.IsValid() && (p.HostIP.Zone() != "" || p.HostIP.Is4In6() || p.HostIP.IsMulticast() || p.HostIP == broadcast):
+		case p.HostIP.IsValid() && (p.HostIP.Zone() != "" || p.HostIP.Is4In6() || p.HostIP.IsMulticast() || p.HostIP == broadcast),
+			p.HostIP.Is6() && p.HostIP.IsLinkLocalUnicast(): // every link has its own, and rules know addresses only
 			return fmt.Errorf("port %s: not an address that a port can be published on", Name(p))
 		}
 		for _, q := range ports[:i] {

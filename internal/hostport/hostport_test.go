@@ -180,6 +180,8 @@ func TestCheck(t *testing.T) {
 		{"224.0.0.1:80/tcp", "port 224.0.0.1:80/tcp: not an address"},
 		{"255.255.255.255:80/tcp", "port 255.255.255.255:80/tcp: not an address"},
 		{"[::ffff:1.2.3.4]:80/tcp", "not an address"},
+		{"[fe80::1]:80/tcp", "port [fe80::1]:80/tcp: not an address"},
+		{"169.254.1.1:80/tcp", ""},
 	}
 	for _, tt := range tests {
 		if err := Check(ports(tt.ports)); (err == nil) != (tt.err == "") || err != nil && !strings.Contains(err.Error(), tt.err) {
