@@ -43,6 +43,10 @@ func (d *Driver) Plan(_ context.Context, id string, req *network.Request) (json.
 	if err := d.check(req); err != nil {
 		return nil, netsetup.Invalid(err)
 	}
+	only6 := func(p network.Port) bool { return p.HostIP == netip.IPv6Loopback() }
+	if i := slices.IndexFunc(p.Ports, only6); i >= 0 && !loopback6Works() {
+		return nil, fmt.Errorf("port %s: nothing can be published on ::1 while net.bridge.bridge-nf-call-ip6tables is set", hostport.Name(p.Ports[i]))
+	}
 	p.Ports = slices.Clone(p.Ports)
 	if err := d.ports.Choose(id, p.Ports); err != nil {
 		return nil, err

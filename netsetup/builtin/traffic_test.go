@@ -249,10 +249,17 @@ func TestLoopbackIsTheHosts(t *testing.T) {
 	outside := newOutside(t, 2)
 	withBridgeNetfilter(t, func(t *testing.T, on bool) {
 		d := newDriver(t)
-		a, _, _ := attach(t, d, idA, &network.Request{Ports: []network.Port{
+		ports := []network.Port{
 			{HostIP: netip.MustParseAddr("127.0.0.1"), HostPort: 8080, Port: 80, Protocol: network.TCP},
 			{HostIP: netip.MustParseAddr("::1"), HostPort: 8080, Port: 80, Protocol: network.TCP},
-		}})
+		}
+		if on { // the second one would answer nobody
+			if _, err := d.Plan(t.Context(), idA, &network.Request{Ports: ports}); err == nil || !strings.Contains(err.Error(), "port [::1]:8080/tcp: nothing can be published on ::1") {
+				t.Errorf("Plan = %v", err)
+			}
+			ports = ports[:1]
+		}
+		a, _, _ := attach(t, d, idA, &network.Request{Ports: ports})
 		b, _, _ := attach(t, d, idB, &network.Request{})
 		serve(t, a, "tcp", ":80", "A")
 		sendLoopbackTo(t, outside, netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8:2::1"))
