@@ -37,7 +37,7 @@ func (t *table) makeBridgeTable() error {
 		for _, ch := range bridgeChains {
 			chain := c.AddChain(&nftables.Chain{
 				Name: ch.name, Table: t.br, Type: nftables.ChainTypeFilter,
-				Hooknum: ch.hook, Priority: nftables.ChainPriorityFilter, Policy: &accept,
+				Hooknum: ch.hook, Priority: bridgePriority, Policy: &accept,
 			})
 			for _, exprs := range rules[ch.name] {
 				c.AddRule(&nftables.Rule{Table: t.br, Chain: chain, Exprs: exprs})
@@ -50,6 +50,10 @@ func (t *table) makeBridgeTable() error {
 	}
 	return nil
 }
+
+// bridgePriority is before br_netfilter (0), which on Linux 6.1 passes over what has its own
+// priority when it gives a packet back.
+var bridgePriority = nftables.ChainPriorityRef(-200) // NF_BR_PRI_FILTER_BRIDGED
 
 // bridgeChains of the bridge table: what is passed on to another port, and what
 // is for the bridge itself.

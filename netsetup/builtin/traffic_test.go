@@ -2,6 +2,7 @@ package builtin
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"hash/crc32"
 	"net"
@@ -429,6 +430,29 @@ func TestIsolatedAsAnother(t *testing.T) {
 		for _, addr := range []string{"10.99.0.1:8081", "[fd99::1]:8081", "10.99.0.3:80", "[fd99::3]:80"} {
 			expect(t, "A as another", a, "tcp", addr, "")
 		}
+		// It may know where the others are without asking, and need no answer.
+		inside(t, a, func() error {
+			eth, err := netlink.LinkByName("eth0")
+			if err != nil {
+				return err
+			}
+			macB := macOf(netip.MustParseAddr("10.99.0.3"))
+			for addr, mac := range map[string]net.HardwareAddr{"10.99.0.1": d.bridgeMAC(), "fd99::1": d.bridgeMAC(), "10.99.0.3": macB, "fd99::3": macB} {
+				err = errors.Join(err, netlink.NeighSet(&netlink.Neigh{LinkIndex: eth.Attrs().Index, State: unix.NUD_PERMANENT, IP: net.ParseIP(addr), HardwareAddr: mac}))
+			}
+			return err
+		})
+		for _, addr := range []string{"10.99.0.3:81", "[fd99::3]:81"} {
+			heard := listenUDP(t, b, addr)
+			fetch(a, "udp", addr, never)
+			heard.SetReadDeadline(time.Now().Add(never))
+			if _, from, err := heard.ReadFrom(make([]byte, 10)); err == nil {
+				t.Errorf("B hears A as another, %v", from)
+			}
+		}
+		for _, addr := range []string{"10.99.0.1:8081", "[fd99::1]:8081", "10.99.0.3:80", "[fd99::3]:80"} {
+			expect(t, "A as another that knows where it is", a, "tcp", addr, "")
+		}
 		expect(t, "B", b, "tcp", "10.99.0.1:99", "host 10.99.0.3")
 	})
 }
@@ -574,4 +598,14 @@ add rule inet corp forward oifname "sbtest0" ct status dnat accept`, "-f", "-")
 	if after := run("", "list", "table", "inet", "corp"); after != before {
 		t.Errorf("somebody's table was %s and is %s", before, after)
 	}
+}
+
+func listenUDP(t *testing.T, ns *os.File, addr string) (c net.PacketConn) {
+	t.Helper()
+	inside(t, ns, func() (err error) {
+		c, err = net.ListenPacket("udp", addr)
+		return err
+	})
+	t.Cleanup(func() { c.Close() })
+	return c
 }
