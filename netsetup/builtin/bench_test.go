@@ -131,13 +131,14 @@ func BenchmarkAttach(b *testing.B) {
 	for _, v := range []struct {
 		name            string
 		ports, standing int
-		six             bool
+		six, isolated   bool
 	}{
-		{"v4", 0, 0, false},
-		{"v4v6", 0, 0, true},
-		{"v4 port", 1, 0, false},
-		{"v4 20 ports", 20, 0, false},
-		{"v4 at 500", 0, 500, false},
+		{name: "v4"},
+		{name: "v4v6", six: true},
+		{name: "v4v6 isolated", six: true, isolated: true},
+		{name: "v4 port", ports: 1},
+		{name: "v4 20 ports", ports: 20},
+		{name: "v4 at 500", standing: 500},
 	} {
 		b.Run(v.name, func(b *testing.B) {
 			d := newDriver(b, func(o *Options) {
@@ -151,7 +152,7 @@ func BenchmarkAttach(b *testing.B) {
 				n++
 				attach(b, d, testID(n), &network.Request{})
 			}
-			var req network.Request
+			req := network.Request{Isolated: v.isolated}
 			for i := range v.ports {
 				req.Ports = append(req.Ports, network.Port{HostPort: uint16(8000 + i), Port: 80, Protocol: network.TCP})
 			}

@@ -186,6 +186,9 @@ func (d *Driver) attach(id string, p *plan, ns *os.File) (*network.Result, error
 		return nil, err
 	}
 	crash.Point("builtin attach nft after")
+	if err := d.secure(id, p, l); err != nil {
+		return nil, err
+	}
 	return d.result(p, l, mac), nil
 }
 

@@ -2,8 +2,6 @@ package builtin
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -83,17 +81,10 @@ func (d *Driver) cutOff(id string) error {
 		msg.Change = unix.IFF_UP
 		r.AddData(msg)
 		r.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(name)))
-		r.AddData(nl.NewRtAttr(unix.IFLA_GROUP, nl.Uint32Attr(d.goingGroup())))
+		r.AddData(nl.NewRtAttr(unix.IFLA_GROUP, nl.Uint32Attr(goingGroup(d.opts.Mark))))
 		return r
 	}
 	return d.socks.do(down(hostName(id)), down(ifbName(id)))
-}
-
-// goingGroup is the number of the group of links that are to go. It is derived from
-// the mark, and nobody else's; but see [Driver.removeLinks].
-func (d *Driver) goingGroup() uint32 {
-	sum := sha256.Sum256([]byte(d.opts.Mark))
-	return 0x5b000000 | binary.BigEndian.Uint32(sum[:])>>8
 }
 
 // background does what nobody waits for.
@@ -217,13 +208,13 @@ func (d *Driver) removeLinks(ids []string) error {
 	}
 	for _, l := range links {
 		// A group is a number that anybody may use.
-		if a := l.Attrs(); a.Group == d.goingGroup() && !d.isOurs(a) {
+		if a := l.Attrs(); a.Group == goingGroup(d.opts.Mark) && !d.isOurs(a) {
 			return errors.Join(append(errs, d.removeEach(ids))...)
 		}
 	}
 	r := newRequest("delete links", unix.RTM_DELLINK, 0, unix.ENODEV)
 	r.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
-	r.AddData(nl.NewRtAttr(unix.IFLA_GROUP, nl.Uint32Attr(d.goingGroup())))
+	r.AddData(nl.NewRtAttr(unix.IFLA_GROUP, nl.Uint32Attr(goingGroup(d.opts.Mark))))
 	return errors.Join(append(errs, d.socks.do(r))...)
 }
 

@@ -18,6 +18,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/internal/garbage"
 	"github.com/sandboxd/sandboxd/internal/network"
@@ -211,7 +212,7 @@ func TestAttachMeanwhile(t *testing.T) {
 			if err := d.Verify(t.Context(), idA, raw, a); err != nil {
 				t.Error(err)
 			}
-			if err := d.verifyHost(idB); err != nil {
+			if err := d.verifyHost(idB, &d.attached[idB].plan, d.attached[idB].lease); err != nil {
 				t.Errorf("the other sandbox: %v", err)
 			}
 		})
@@ -327,6 +328,27 @@ func TestVerify(t *testing.T) {
 			}
 			return netlink.LinkSetNoMaster(link)
 		}, "not in bridge"},
+		{"not in its group", func(*os.File) error {
+			link, err := netlink.LinkByName(hostName(idA))
+			if err != nil {
+				return err
+			}
+			return netlink.LinkSetGroup(link, 0)
+		}, "not in group"},
+		{"learning", func(*os.File) error {
+			link, err := netlink.LinkByName(hostName(idA))
+			if err != nil {
+				return err
+			}
+			return netlink.LinkSetLearning(link, true)
+		}, "learns"},
+		{"entry of the bridge", func(*os.File) error {
+			link, err := netlink.LinkByName(hostName(idA))
+			if err != nil {
+				return err
+			}
+			return netlink.NeighDel(&netlink.Neigh{LinkIndex: link.Attrs().Index, Family: unix.AF_BRIDGE, Flags: netlink.NTF_MASTER, HardwareAddr: d.attached[idA].plan.mac(d.attached[idA].lease)})
+		}, "lost the entry"},
 		{"elements", func(*os.File) error {
 			c, err := nftables.New()
 			if err != nil {
@@ -336,7 +358,7 @@ func TestVerify(t *testing.T) {
 			return c.Flush()
 		}, "any4"},
 	} {
-		ns, _, raw := attach(t, d, idA, &network.Request{Ports: webPort})
+		ns, _, raw := attach(t, d, idA, &network.Request{Ports: webPort, Isolated: true})
 		if err := tt.damage(ns); err != nil {
 			t.Fatal(err)
 		}

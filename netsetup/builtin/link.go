@@ -7,7 +7,6 @@ import (
 	"net/netip"
 	"os"
 
-	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
@@ -27,10 +26,7 @@ const (
 // connect makes a veth pair with one end in ns as eth0 and the other one in the
 // bridge, and gives eth0 its addresses and routes. It returns eth0's hardware address.
 func (d *Driver) connect(id string, p *plan, l lease, ns *os.File) (net.HardwareAddr, error) {
-	mac, err := p.mac(l)
-	if err != nil {
-		return nil, err
-	}
+	mac := p.mac(l)
 	inside, err := openInside(ns, l.v6.IsValid())
 	if err != nil {
 		return nil, err
@@ -38,9 +34,6 @@ func (d *Driver) connect(id string, p *plan, l lease, ns *os.File) (net.Hardware
 	defer inside.close()
 	if err := d.socks.do(append([]request{d.newVeth(id, mac, ns)}, d.newPort(id, p)...)...); err != nil {
 		return nil, fmt.Errorf("make link %s: %w", hostName(id), err)
-	}
-	if err := d.pin(id, p, l); err != nil {
-		return nil, err
 	}
 	if err := d.configureAt(l, inside); err != nil {
 		return nil, err
@@ -131,14 +124,6 @@ func (d *Driver) newVeth(id string, mac net.HardwareAddr, ns *os.File) request {
 	return r
 }
 
-// mac is the hardware address of eth0.
-func (p *plan) mac(l lease) (net.HardwareAddr, error) {
-	if p.MAC != "" {
-		return net.ParseMAC(p.MAC)
-	}
-	return macOf(l.v4), nil
-}
-
 // newPort asks for the host's end to be marked, put into the bridge and set up.
 //
 // A sandbox that connects to its own published port needs hairpin where
@@ -153,6 +138,7 @@ func (d *Driver) newPort(id string, p *plan) []request {
 	r.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(hostName(id))))
 	r.AddData(nl.NewRtAttr(unix.IFLA_IFALIAS, []byte(alias(d.opts.Mark, id))))
 	r.AddData(nl.NewRtAttr(unix.IFLA_MASTER, nl.Uint32Attr(uint32(d.bridge))))
+	r.AddData(nl.NewRtAttr(unix.IFLA_GROUP, nl.Uint32Attr(portGroup(d.opts.Mark))))
 	reqs := []request{r}
 	if len(p.Ports) > 0 {
 		reqs = append(reqs, setPort("set hairpin mode", id, brportMode, 1))
@@ -174,31 +160,6 @@ func setPort(what, id string, attribute int, value uint8) request {
 	info.AddRtAttr(infoSlaveData, nil).AddRtAttr(attribute, nl.Uint8Attr(value))
 	r.AddData(info)
 	return r
-}
-
-// pin tells the bridge where an isolated sandbox's hardware address is, for good:
-// an entry that is sticky (bridge(8), Linux 4.20) moves to no port from which
-// somebody else sends with that address. The kernel removes it with the port.
-func (d *Driver) pin(id string, p *plan, l lease) error {
-	if !p.Isolated {
-		return nil
-	}
-	mac, err := p.mac(l)
-	if err != nil {
-		return err
-	}
-	link, err := findLink(hostName(id))
-	if err != nil || link == nil {
-		return err // the sandbox removed it
-	}
-	err = netlink.NeighSet(&netlink.Neigh{
-		Family: unix.AF_BRIDGE, LinkIndex: link.Attrs().Index, HardwareAddr: mac,
-		State: netlink.NUD_NOARP, Flags: netlink.NTF_MASTER | netlink.NTF_STICKY,
-	})
-	if err != nil {
-		return fmt.Errorf("pin %s to link %s: %w", mac, hostName(id), err)
-	}
-	return nil
 }
 
 func setLinkUp(index int) request {
@@ -263,19 +224,26 @@ func (s *socket) index(name string) (int, error) {
 	return int(req.Uint32()), nil
 }
 
-// linkThere reports whether the host has a link of that name. It costs no lock.
-func linkThere(name string) (bool, error) {
+// linkIndex returns the number of a link of the host, 0 if there is none of that
+// name. It costs no lock.
+func linkIndex(name string) (int, error) {
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return false, os.NewSyscallError("socket", err)
+		return 0, os.NewSyscallError("socket", err)
 	}
 	s := socket{fd: fd}
 	defer s.close()
-	_, err = s.index(name)
+	index, err := s.index(name)
 	if errors.Is(err, unix.ENODEV) {
-		return false, nil
+		return 0, nil
 	}
-	return err == nil, err
+	return index, err
+}
+
+// linkThere reports whether the host has a link of that name.
+func linkThere(name string) (bool, error) {
+	index, err := linkIndex(name)
+	return index != 0, err
 }
 
 // writeSysctl sets one of the calling thread's network namespace.

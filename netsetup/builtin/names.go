@@ -1,6 +1,8 @@
 package builtin
 
 import (
+	"crypto/sha256"
+	"encoding/binary"
 	"fmt"
 	"net"
 	"net/netip"
@@ -40,6 +42,21 @@ func alias(mark, id string) string {
 
 // gateway is the bridge's address in a subnet: the first one.
 func gateway(subnet netip.Prefix) netip.Addr { return subnet.Addr().Next() }
+
+// Links of sandboxes are in one of two groups (IFLA_GROUP), whose numbers are derived
+// from the mark. They are nobody else's; but see [Driver.removeLinks].
+func portGroup(mark string) uint32  { return 0x5c000000 | groupDigits(mark) }
+func goingGroup(mark string) uint32 { return 0x5b000000 | groupDigits(mark) } // are to go
+
+func groupDigits(mark string) uint32 {
+	sum := sha256.Sum256([]byte(mark))
+	return binary.BigEndian.Uint32(sum[:]) >> 8
+}
+
+// linkLocal is the address that the kernel derives from a hardware address (RFC 4291, A).
+func linkLocal(mac net.HardwareAddr) netip.Addr {
+	return netip.AddrFrom16([16]byte{0xfe, 0x80, 8: mac[0] ^ 2, mac[1], mac[2], 0xff, 0xfe, mac[3], mac[4], mac[5]})
+}
 
 // macOf derives a hardware address from an IPv4 one. An address that comes back
 // to another sandbox has the same hardware address then, so that nobody's

@@ -41,7 +41,10 @@ type table struct {
 	bridgeMu      sync.Mutex // held while the bridge table is made
 	br            *nftables.Table
 	isolated, own *nftables.Set // ports of isolated sandboxes, and pairs of a port with itself
-	from4, from6  *nftables.Set // pairs of such a port with the sandbox's address
+	from4, from6  *nftables.Set // pairs of such a port with an address of the sandbox
+	theirs4       *nftables.Set // addresses of isolated sandboxes
+	theirs6       *nftables.Set
+	group         uint32 // of all our ports
 }
 
 func tableName(mark string) string { return "sandboxd_" + mark }
@@ -49,7 +52,7 @@ func tableName(mark string) string { return "sandboxd_" + mark }
 func newTable(o Options) *table {
 	inet := &nftables.Table{Name: tableName(o.Mark), Family: nftables.TableFamilyINet}
 	br := &nftables.Table{Name: tableName(o.Mark), Family: nftables.TableFamilyBridge}
-	t := &table{conns: newNftPool(), bridge: o.Bridge, subnet: o.Subnet, subnet6: o.Subnet6, inet: inet, br: br}
+	t := &table{conns: newNftPool(), bridge: o.Bridge, subnet: o.Subnet, subnet6: o.Subnet6, inet: inet, br: br, group: portGroup(o.Mark)}
 	ip4, ip6, name := nftables.TypeIPAddr, nftables.TypeIP6Addr, nftables.TypeIFName
 	proto, port := nftables.TypeInetProto, nftables.TypeInetService
 	concat := nftables.MustConcatSetType
@@ -72,6 +75,8 @@ func newTable(o Options) *table {
 	t.own = &nftables.Set{Table: br, ID: 2, Name: "self", KeyType: concat(name, name)}
 	t.from4 = &nftables.Set{Table: br, ID: 3, Name: "from4", KeyType: concat(name, ip4)}
 	t.from6 = &nftables.Set{Table: br, ID: 4, Name: "from6", KeyType: concat(name, ip6)}
+	t.theirs4 = &nftables.Set{Table: br, ID: 5, Name: "isolated4", KeyType: ip4}
+	t.theirs6 = &nftables.Set{Table: br, ID: 6, Name: "isolated6", KeyType: ip6}
 	return t
 }
 
@@ -80,7 +85,7 @@ func (t *table) inetSets() []*nftables.Set {
 }
 
 func (t *table) bridgeSets() []*nftables.Set {
-	return []*nftables.Set{t.isolated, t.own, t.from4, t.from6}
+	return []*nftables.Set{t.isolated, t.own, t.from4, t.from6, t.theirs4, t.theirs6}
 }
 
 type element = nftables.SetElement
@@ -115,18 +120,20 @@ func (t *table) elementsOf(e elements, id string, p *plan, l lease) {
 	if !p.Isolated {
 		return
 	}
-	e.add(t.isolated4, id, l.v4.AsSlice(), nil)
-	e.add(t.self4, id, field(l.v4.AsSlice(), l.v4.AsSlice()), nil)
-	if l.v6.IsValid() {
-		e.add(t.isolated6, id, l.v6.AsSlice(), nil)
-		e.add(t.self6, id, field(l.v6.AsSlice(), l.v6.AsSlice()), nil)
-	}
 	name := ifname(hostName(id))
 	e.add(t.isolated, id, name, nil)
 	e.add(t.own, id, field(name, name), nil)
-	e.add(t.from4, id, field(name, l.v4.AsSlice()), nil)
+	own := func(a netip.Addr, inet, from, theirs *nftables.Set) {
+		e.add(inet, id, a.AsSlice(), nil)
+		e.add(from, id, field(name, a.AsSlice()), nil)
+		e.add(theirs, id, a.AsSlice(), nil)
+	}
+	own(l.v4, t.isolated4, t.from4, t.theirs4)
+	e.add(t.self4, id, field(l.v4.AsSlice(), l.v4.AsSlice()), nil)
 	if l.v6.IsValid() {
-		e.add(t.from6, id, field(name, l.v6.AsSlice()), nil)
+		own(l.v6, t.isolated6, t.from6, t.theirs6)
+		own(linkLocal(p.mac(l)), t.isolated6, t.from6, t.theirs6)
+		e.add(t.self6, id, field(l.v6.AsSlice(), l.v6.AsSlice()), nil)
 	}
 }
 

@@ -33,6 +33,14 @@ func decodePlan(raw json.RawMessage) (*plan, error) {
 	return &p, nil
 }
 
+// mac is the hardware address of eth0.
+func (p *plan) mac(l lease) net.HardwareAddr {
+	if mac, err := net.ParseMAC(p.MAC); err == nil {
+		return mac
+	}
+	return macOf(l.v4)
+}
+
 // Plan checks a request, and chooses host ports for those that are 0. What
 // depends on other sandboxes, as a free address, is decided by Attach.
 func (d *Driver) Plan(_ context.Context, id string, req *network.Request) (json.RawMessage, error) {

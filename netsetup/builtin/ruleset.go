@@ -66,6 +66,10 @@ func (t *table) rules() map[string][][]expr.Any {
 	rules := make(map[string][][]expr.Any)
 	add := func(chain string, parts ...[]expr.Any) { rules[chain] = append(rules[chain], slices.Concat(parts...)) }
 
+	// What a sandbox sends comes from the bridge, and rules know it by that. But a frame to one of
+	// the addresses that are for the next bridge only (01-80-C2-00-00-0X, IEEE 802.1D) is the port's.
+	add("raw", iifGroup(expr.CmpOpEq, t.group), drop())
+
 	// Loopback addresses may be routed from and to the bridge (route_localnet),
 	// for ports published on 127.0.0.1. Nobody in a sandbox may make use of that:
 	// an answer has the bridge's address here, since it is not translated back yet.
@@ -168,6 +172,10 @@ func notOif(name string) []expr.Any {
 		&expr.Cmp{Op: expr.CmpOpNeq, Register: reg, Data: ifname(name)}}
 }
 
+func iifGroup(op expr.CmpOp, group uint32) []expr.Any {
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyIIFGROUP, Register: reg}, &expr.Cmp{Op: op, Register: reg, Data: binaryutil.NativeEndian.PutUint32(group)}}
+}
+
 func loadIif() []expr.Any { return []expr.Any{&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg}} }
 
 func load4(offset uint32) []expr.Any {
@@ -198,8 +206,6 @@ func daddr6(p netip.Prefix) []expr.Any { return address(nat6, 24, p) }
 var (
 	loopback4 = netip.MustParsePrefix("127.0.0.0/8")
 	loopback6 = netip.MustParsePrefix("::1/128")
-
-	linkLocal6 = netip.MustParsePrefix("fe80::/10")
 )
 
 func address(fam byte, offset uint32, p netip.Prefix) []expr.Any {

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"slices"
@@ -29,7 +30,7 @@ func (d *Driver) Verify(_ context.Context, id string, raw json.RawMessage, ns *o
 	if !ok {
 		return errors.New("it has no address on record")
 	}
-	errs := []error{d.verifyHost(id), d.verifyGateway(), d.verifyElements(id, p, l)}
+	errs := []error{d.verifyHost(id, p, l), d.verifyGateway(), d.verifyElements(id, p, l)}
 	if ns != nil {
 		errs = append(errs, d.verifyInside(l, ns))
 	}
@@ -37,7 +38,7 @@ func (d *Driver) Verify(_ context.Context, id string, raw json.RawMessage, ns *o
 }
 
 // verifyHost looks at the bridge and at the host's end of the pair.
-func (d *Driver) verifyHost(id string) error {
+func (d *Driver) verifyHost(id string, p *plan, l lease) error {
 	bridge, err := findLink(d.opts.Bridge)
 	switch {
 	case err != nil:
@@ -58,6 +59,32 @@ func (d *Driver) verifyHost(id string) error {
 		return fmt.Errorf("link %s is not in bridge %s", hostName(id), d.opts.Bridge)
 	case port.Attrs().RawFlags&upFlag == 0:
 		return fmt.Errorf("link %s is down", hostName(id))
+	case port.Attrs().Group != portGroup(d.opts.Mark):
+		return fmt.Errorf("link %s is not in group %d", hostName(id), portGroup(d.opts.Mark))
+	case p.Isolated:
+		return verifySecure(port, p.mac(l))
+	}
+	return nil
+}
+
+// verifySecure looks for what an isolated sandbox's port has of its own.
+func verifySecure(port netlink.Link, mac net.HardwareAddr) error {
+	name := port.Attrs().Name
+	mode, err := netlink.LinkGetProtinfo(port)
+	if err != nil {
+		return err
+	}
+	if mode.Learning {
+		return fmt.Errorf("the bridge learns hardware addresses from link %s", name)
+	}
+	entries, err := netlink.NeighList(port.Attrs().Index, unix.AF_BRIDGE)
+	if err != nil {
+		return err
+	}
+	if !slices.ContainsFunc(entries, func(n netlink.Neigh) bool {
+		return bytes.Equal(n.HardwareAddr, mac) && n.State == unix.NUD_NOARP && n.Flags&netlink.NTF_STICKY != 0
+	}) {
+		return fmt.Errorf("the bridge has lost the entry of hardware address %s at link %s", mac, name)
 	}
 	return nil
 }
@@ -178,7 +205,7 @@ func (d *Driver) Restore(_ context.Context, id string, raw json.RawMessage, ns *
 	if err := d.nft.add(id, p, l); err != nil {
 		return err
 	}
-	if d.verifyHost(id) == nil && (ns == nil || d.verifyInside(l, ns) == nil) {
+	if d.verifyHost(id, p, l) == nil && (ns == nil || d.verifyInside(l, ns) == nil) {
 		return nil
 	}
 	there, err := linkThere(hostName(id))
@@ -192,11 +219,14 @@ func (d *Driver) Restore(_ context.Context, id string, raw json.RawMessage, ns *
 		if _, err := d.connect(id, p, l, ns); err != nil {
 			return err
 		}
-		return d.shape(id, p.Bandwidth)
+		if err := d.shape(id, p.Bandwidth); err != nil {
+			return err
+		}
+		return d.secure(id, p, l)
 	}
 	err = d.socks.do(d.newPort(id, p)...)
 	if err == nil {
-		err = d.pin(id, p, l)
+		err = d.secure(id, p, l)
 	}
 	if err == nil && ns != nil {
 		err = d.configure(l, ns)

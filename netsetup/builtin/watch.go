@@ -227,7 +227,7 @@ func (d *Driver) enslaveAll() error {
 		reqs = reqs[n:]
 	}
 	for id, a := range attached {
-		errs = append(errs, d.pin(id, &a.plan, a.lease))
+		errs = append(errs, d.secure(id, &a.plan, a.lease))
 	}
 	return errors.Join(errs...)
 }
