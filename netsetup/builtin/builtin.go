@@ -16,6 +16,7 @@
 package builtin
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
@@ -223,13 +224,20 @@ func (d *Driver) result(p *plan, l lease, mac net.HardwareAddr) *network.Result 
 	return &network.Result{Networks: []network.Attachment{a}}
 }
 
-// register notes an attachment, unless one of its ports is another's already.
+// register notes an attachment, unless one of its ports, or its hardware address, is
+// another's already.
 func (d *Driver) register(id string, p *plan, l lease) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for other, a := range d.attached {
+		// Those that are derived from leases are all different.
+		if other != id && (p.MAC != "" || a.plan.MAC != "") && bytes.Equal(p.mac(l), a.plan.mac(a.lease)) {
+			return fmt.Errorf("MAC address %s belongs to sandbox %s", p.mac(l), other)
+		}
+	}
 	if err := d.ports.Claim(id, p.Ports); err != nil {
 		return err
 	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
 	d.attached[id] = &attachment{*p, l}
 	return nil
 }

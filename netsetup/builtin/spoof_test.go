@@ -371,3 +371,28 @@ func TestAroundTheBridge(t *testing.T) {
 		}
 	})
 }
+
+// TestSameMAC: two sandboxes do not have one hardware address.
+func TestSameMAC(t *testing.T) {
+	testenv.Root(t)
+	d := newDriver(t)
+	v4 := netip.MustParseAddr("10.99.0.4")
+	attach(t, d, idA, &network.Request{MAC: "02:00:00:00:00:07"})
+	attach(t, d, testID(3), &network.Request{Addresses: []netip.Addr{v4}})
+	for mac, id := range map[string]string{"02:00:00:00:00:07": idA, macOf(v4).String(): testID(3)} {
+		raw := plan1(t, d, idB, &network.Request{MAC: mac})
+		_, err := d.Attach(t.Context(), idB, raw, newNS(t))
+		if want := "MAC address " + mac + " belongs to sandbox " + id; err == nil || err.Error() != want {
+			t.Errorf("Attach = %v, want %s", err, want)
+		}
+		if err := d.Detach(t.Context(), idB, raw, nil); err != nil {
+			t.Error(err)
+		}
+		eventually(t, func() error {
+			if n := len(d.leases.released()); n > 0 {
+				return fmt.Errorf("%d leases are not free", n)
+			}
+			return nil
+		})
+	}
+}
