@@ -370,6 +370,29 @@ func TestTwoInstallations(t *testing.T) {
 
 	other.start(t)
 	o := &netRig{rig: &rig{T: t, d: other, rootfs: r.rootfs}}
+	for _, port := range []string{"8080:80", "127.0.0.1:8080:80"} {
+		o.fails(125, "of the host is taken by sandbox "+r.sandbox("a").ID+" of another installation", "create", "--publish", port, "x")
+	}
+	// Asked for at the same moment, one port is never published twice.
+	for i := range 10 {
+		var results [2]result
+		var wg sync.WaitGroup
+		for j, both := range []*netRig{r, o} {
+			wg.Go(func() { results[j] = both.cli("create", "--publish", "8082:80", "x") })
+		}
+		wg.Wait()
+		if results[0].code == 0 && results[1].code == 0 {
+			t.Errorf("round %d: both publish the port", i)
+		}
+		for j, both := range []*netRig{r, o} {
+			switch res := results[j]; {
+			case res.code == 0:
+				both.ok("rm", "x")
+			case res.code != 125 || !strings.Contains(res.err, "of another installation"):
+				t.Errorf("round %d: %v", i, res)
+			}
+		}
+	}
 	o.ok("create", "--publish", "8081:80", "a")
 	o.web("a", "second")
 	for at, want := range map[string]string{"127.0.0.1:8080": "first\n", "127.0.0.1:8081": "second\n"} {

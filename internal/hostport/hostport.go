@@ -24,6 +24,10 @@ import (
 // Registry notes which sandbox publishes which ports of the host, whatever makes
 // its network. The zero value is empty and ready to use; it may be used from several goroutines.
 type Registry struct {
+	// Others returns what others on the host publish with rules of the kernel, so that no
+	// socket shows it. Set before the Registry is used; nil: nobody is looked for.
+	Others func() ([]Published, error)
+
 	mu    sync.Mutex
 	ports map[key][]publisher       // guarded by mu
 	ids   map[string][]network.Port // guarded by mu
@@ -31,6 +35,12 @@ type Registry struct {
 	// chosen are ports that Choose has found, so that it finds others for those who
 	// ask before they are claimed. Guarded by mu.
 	chosen map[key]choice
+}
+
+// Published is a port that somebody else publishes.
+type Published struct {
+	Port network.Port // what is known of it: not the port that it leads to
+	By   string       // who, for messages
 }
 
 // choice is for whom a port was chosen, and when.
@@ -120,13 +130,20 @@ func (r *Registry) unclaimed(id string, ports []network.Port) error {
 }
 
 // Choose gives a free host port to every port that has none, and reports which
-// of the others somebody has: another sandbox, or a process of the host. Nothing is
-// claimed; but a port is not chosen a second time as long as it may still be.
+// of the others somebody has: another sandbox, another installation, or a process of the
+// host. Nothing is claimed; but a port is not chosen a second time as long as it may still be.
 func (r *Registry) Choose(id string, ports []network.Port) error {
+	if len(ports) == 0 {
+		return nil
+	}
+	others, err := r.others()
+	if err != nil {
+		return err
+	}
 	for i := range ports {
 		p := &ports[i]
 		if p.HostPort != 0 {
-			if err := r.available(id, *p); err != nil {
+			if err := r.available(id, *p, others); err != nil {
 				return err
 			}
 			continue
@@ -143,7 +160,7 @@ func (r *Registry) Choose(id string, ports []network.Port) error {
 				err = fmt.Errorf("choose a port of the host: port %s was just chosen already", Name(*p))
 				continue
 			}
-			if err = r.available(id, *p); err == nil {
+			if err = r.available(id, *p, others); err == nil {
 				break
 			}
 		}
@@ -169,14 +186,56 @@ func (r *Registry) choose(id string, p network.Port) bool {
 	return true
 }
 
-func (r *Registry) available(id string, p network.Port) error {
+func (r *Registry) available(id string, p network.Port, others []Published) error {
 	r.mu.Lock()
 	err := r.unclaimed(id, []network.Port{p})
 	r.mu.Unlock()
 	if err != nil {
 		return err
 	}
+	if err := taken(p, others); err != nil {
+		return err
+	}
 	return checkFree(p)
+}
+
+func (r *Registry) others() ([]Published, error) {
+	if r.Others == nil {
+		return nil, nil
+	}
+	others, err := r.Others()
+	if err != nil {
+		return nil, fmt.Errorf("look for ports that others publish: %w", err)
+	}
+	return others, nil
+}
+
+// Elsewhere reports which of the ports others publish too. Whoever publishes
+// ports asks once more when they are published: of two that do so at the same moment the
+// one that asks last sees the other.
+func (r *Registry) Elsewhere(ports []network.Port) error {
+	if len(ports) == 0 {
+		return nil
+	}
+	others, err := r.others()
+	if err != nil {
+		return err
+	}
+	for _, p := range ports {
+		if err := taken(p, others); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func taken(p network.Port, others []Published) error {
+	for _, o := range others {
+		if Overlap(p, o.Port) {
+			return fmt.Errorf("port %s of the host is taken by %s", Name(p), o.By)
+		}
+	}
+	return nil
 }
 
 // broadcast is the address of everybody on a link (RFC 919), and of no host.

@@ -118,6 +118,7 @@ func New(o Options) (*Driver, error) {
 	}
 	d := &Driver{opts: o, log: o.Log, root: root, socks: newSocketPool(), attached: make(map[string]*attachment), ports: cmp.Or(o.Ports, new(hostport.Registry)), wake: make(chan struct{}, 1)}
 	d.nft = newTable(o)
+	d.ports.Others = d.nft.elsewhere
 	if d.leases, err = openLeases(root, o.Subnet, o.Subnet6, o.Log); err != nil {
 		root.Close()
 		return nil, err
@@ -187,6 +188,9 @@ func (d *Driver) attach(id string, p *plan, ns *os.File) (*network.Result, error
 		return nil, err
 	}
 	crash.Point("builtin attach nft after")
+	if err := d.ports.Elsewhere(p.Ports); err != nil {
+		return nil, err
+	}
 	if err := d.secure(id, p, l); err != nil {
 		return nil, err
 	}

@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/internal/garbage"
+	"github.com/sandboxd/sandboxd/internal/hostport"
 	"github.com/sandboxd/sandboxd/internal/network"
 	"github.com/sandboxd/sandboxd/internal/testenv"
 )
@@ -565,10 +566,7 @@ func TestSideBySide(t *testing.T) {
 	testenv.Root(t)
 	outside := newOutside(t, 2)
 	d1 := newDriver(t)
-	d2 := newDriver(t, func(o *Options) {
-		o.Bridge, o.Mark = "sbtest1", "fedcba9876543210"
-		o.Subnet, o.Subnet6 = netip.MustParsePrefix("10.98.0.0/24"), netip.MustParsePrefix("fd98::/64")
-	})
+	d2 := beside(t)
 	a, _, rawA := attach(t, d1, idA, &network.Request{Ports: webPort})
 	b, _, _ := attach(t, d2, idB, &network.Request{Ports: []network.Port{{HostPort: 8081, Port: 80, Protocol: network.TCP}}})
 	serve(t, a, "tcp", ":80", "A")
@@ -589,6 +587,119 @@ func TestSideBySide(t *testing.T) {
 	}
 	expect(t, "outside", outside, "tcp", "192.0.2.1:8081", "B 192.0.2.2")
 	expect(t, "B", b, "tcp", "[2001:db8:2::2]:90", "outside 2001:db8:2::1")
+}
+
+// beside returns a second installation's driver.
+func beside(t *testing.T) *Driver {
+	return newDriver(t, func(o *Options) {
+		o.Bridge, o.Mark = "sbtest1", "fedcba9876543210"
+		o.Subnet, o.Subnet6 = netip.MustParsePrefix("10.98.0.0/24"), netip.MustParsePrefix("fd98::/64")
+	})
+}
+
+// TestPortElsewhere: a port that another installation publishes is refused, with
+// who has it, when a sandbox is planned and when it is attached.
+func TestPortElsewhere(t *testing.T) {
+	testenv.Root(t)
+	withBridgeNetfilterOff(t) // for ::1
+	d1, d2 := newDriver(t), beside(t)
+	port := func(addr string, n uint16, proto network.Protocol) network.Port {
+		p := network.Port{HostPort: n, Port: 80, Protocol: proto}
+		if addr != "" {
+			p.HostIP = netip.MustParseAddr(addr)
+		}
+		return p
+	}
+	a, _, rawA := attach(t, d1, idA, &network.Request{Ports: []network.Port{
+		port("", 8080, network.TCP), port("127.0.0.1", 8081, network.TCP), port("::1", 8082, network.UDP), port("0.0.0.0", 8083, network.SCTP),
+	}})
+	serve(t, a, "tcp", ":80", "A")
+	for _, tt := range []struct {
+		port  network.Port
+		taken bool
+	}{
+		{port("", 8080, network.TCP), true},
+		{port("127.0.0.1", 8080, network.TCP), true},
+		{port("::1", 8080, network.TCP), true},
+		{port("", 8080, network.UDP), false},
+		{port("", 8081, network.TCP), true},
+		{port("127.0.0.1", 8081, network.TCP), true},
+		{port("127.0.0.2", 8081, network.TCP), false},
+		{port("::1", 8081, network.TCP), false},
+		{port("::1", 8082, network.UDP), true},
+		{port("::", 8082, network.UDP), true},
+		{port("0.0.0.0", 8082, network.UDP), false},
+		{port("127.0.0.1", 8083, network.SCTP), true},
+	} {
+		_, err := d2.Plan(t.Context(), idB, &network.Request{Ports: []network.Port{tt.port}})
+		if got := err != nil; got != tt.taken {
+			t.Errorf("Plan(%s) = %v, taken %t", hostport.Name(tt.port), err, tt.taken)
+		} else if got {
+			for _, want := range []string{hostport.Name(tt.port), "sandbox " + idA, tableName(d1.opts.Mark)} {
+				if !strings.Contains(err.Error(), want) {
+					t.Errorf("Plan(%s) = %v, want %q in it", hostport.Name(tt.port), err, want)
+				}
+			}
+		}
+	}
+
+	// Planned before the other one had it.
+	late := []byte(`{"ports":[{"hostPort":8080,"port":80,"protocol":"tcp"}]}`)
+	if _, err := d2.Attach(t.Context(), idB, late, newNS(t)); err == nil || !strings.Contains(err.Error(), idA) {
+		t.Errorf("Attach with another installation's port = %v", err)
+	}
+	if err := d2.Verify(t.Context(), idB, late, nil); err == nil || !strings.Contains(err.Error(), idA) {
+		t.Errorf("Verify with another installation's port = %v", err)
+	}
+	if err := d2.Detach(t.Context(), idB, late, nil); err != nil {
+		t.Fatal(err)
+	}
+	if e, err := d2.nft.owned(); err != nil || len(e) > 0 {
+		t.Errorf("elements of the one that was refused: %v, %v", e, err)
+	}
+	expect(t, "the host", nil, "tcp", "127.0.0.1:8080", "A 10.99.0.1")
+
+	if err := d1.Detach(t.Context(), idA, rawA, a); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() error { return settled(d1) })
+	b := newNS(t)
+	if _, err := d2.Attach(t.Context(), testID(3), late, b); err != nil {
+		t.Fatalf("Attach once the port is free: %v", err)
+	}
+	serve(t, b, "tcp", ":80", "B")
+	expect(t, "the host", nil, "tcp", "127.0.0.1:8080", "B 10.98.0.1")
+}
+
+// TestPortElsewhereAtOnce: of two installations that publish a port at the same
+// moment at least one is refused.
+func TestPortElsewhereAtOnce(t *testing.T) {
+	testenv.Root(t)
+	ds := []*Driver{newDriver(t), beside(t)}
+	plan := []byte(`{"ports":[{"hostPort":8080,"port":80,"protocol":"tcp"}]}`)
+	for round := range 20 {
+		ids := [2]string{testID(2 * round), testID(2*round + 1)}
+		spaces := [2]*os.File{newNS(t), newNS(t)}
+		var errs [2]error
+		var wg sync.WaitGroup
+		for i, d := range ds {
+			wg.Go(func() { _, errs[i] = d.Attach(t.Context(), ids[i], plan, spaces[i]) })
+		}
+		wg.Wait()
+		if errs[0] == nil && errs[1] == nil {
+			t.Errorf("round %d: both publish the port", round)
+		}
+		for i, d := range ds {
+			if errs[i] != nil && !strings.Contains(errs[i].Error(), tableName(ds[1-i].opts.Mark)) {
+				t.Errorf("round %d: %v", round, errs[i])
+			}
+			if err := d.Detach(t.Context(), ids[i], plan, spaces[i]); err != nil {
+				t.Fatal(err)
+			}
+			spaces[i].Close()
+		}
+	}
+	eventually(t, func() error { return settled(ds[0]) })
 }
 
 // settled takes d's host part down if it is not needed.

@@ -282,7 +282,7 @@ func (t *table) owned() (elements, error) {
 			return err
 		})
 		if err != nil {
-			if strings.Contains(err.Error(), unix.ENOENT.Error()) { // the library does not wrap it
+			if gone(err) {
 				continue
 			}
 			return nil, fmt.Errorf("list nftables set %s: %w", s.Name, err)
@@ -295,6 +295,10 @@ func (t *table) owned() (elements, error) {
 	}
 	return e, nil
 }
+
+// gone reports whether err is that of a set or table that is not there, which the
+// library does not wrap.
+func gone(err error) bool { return strings.Contains(err.Error(), unix.ENOENT.Error()) }
 
 // whole reports whether the tables are as they were made, elements apart. That
 // of the bridge family is looked at if somebody is isolated.

@@ -30,7 +30,7 @@ func (d *Driver) Verify(_ context.Context, id string, raw json.RawMessage, ns *o
 	if !ok {
 		return errors.New("it has no address on record")
 	}
-	errs := []error{d.verifyHost(id, p, l), d.verifyGateway(), d.verifyElements(id, p, l)}
+	errs := []error{d.verifyHost(id, p, l), d.verifyGateway(), d.verifyElements(id, p, l), d.ports.Elsewhere(p.Ports)}
 	if ns != nil {
 		errs = append(errs, d.verifyInside(l, ns))
 	}
@@ -184,12 +184,17 @@ func (d *Driver) verifyInside(l lease, ns *os.File) error {
 }
 
 // Restore repairs an attachment: the bridge and the table, the sandbox's
-// elements and link. A pair that was deleted is made again.
+// elements and link. A pair that was deleted is made again. That another
+// installation has taken a port, while ours was not there, is reported.
 func (d *Driver) Restore(_ context.Context, id string, raw json.RawMessage, ns *os.File) error {
 	p, err := decodePlan(raw)
 	if err != nil {
 		return err
 	}
+	return errors.Join(d.restore(id, p, ns), d.ports.Elsewhere(p.Ports))
+}
+
+func (d *Driver) restore(id string, p *plan, ns *os.File) error {
 	unlock, err := d.prepared()
 	if err != nil {
 		return err
