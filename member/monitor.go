@@ -296,8 +296,12 @@ func explainFailure(st Status, prog *launch.Program, spec *MonitorSpec) error {
 		if st.OOMKills > 0 {
 			return fmt.Errorf("%w: init was killed for memory before it could start: the memory limit is below what init needs to start", launch.ErrLaunch)
 		}
-		if st.WaitStatus.Signaled() {
-			return fmt.Errorf("%w: init was killed by signal %d before it could start", launch.ErrLaunch, st.WaitStatus.Signal())
+		if sig := st.WaitStatus.Signal(); st.WaitStatus.Signaled() {
+			why := ""
+			if sig == unix.SIGSYS || sig == unix.SIGILL || sig == unix.SIGTRAP { // the latter two: sys_exit in sys.h
+				why = ": does its seccomp filter allow what it takes to be executed, and to exit?"
+			}
+			return fmt.Errorf("%w: init was killed by signal %d before it could start%s", launch.ErrLaunch, sig, why)
 		}
 		return fmt.Errorf("%w: init exited with %d before it could start", launch.ErrLaunch, st.WaitStatus.ExitStatus())
 	case failLog:

@@ -276,6 +276,12 @@ func TestMonitorCreationFails(t *testing.T) {
 				p.Call("kill", unix.SYS_KILL, pid.Result(), launch.Int(9))
 			})
 		}, "launcher failed: init was killed by signal 9 before it could start"},
+		{"it can neither go on nor exit", func(s *MonitorSpec) {
+			s.Program = shellProgram("", func(p *launch.Program) {
+				fork(p)
+				addFilter(p, []unix.SockFilter{{Code: unix.BPF_RET | unix.BPF_K, K: 0x50000 /* SECCOMP_RET_ERRNO */ | uint32(unix.ENOSYS)}}, 0)
+			})
+		}, "launcher failed: init was killed by signal 4 before it could start: does its seccomp filter allow what it takes to be executed, and to exit?"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {

@@ -84,8 +84,8 @@ static inline long syscall3(long nr, long a, long b, long c) {
 	syscall6(__NR_##n, (long)(a), (long)(b), (long)(c), (long)(d), (long)(e), (long)(f))
 
 static inline _Noreturn void sys_exit(int code) {
-	for (;;)
-		SYS1(exit_group, code);
+	SYS1(exit_group, code);
+	__builtin_trap(); /* a seccomp filter that allows nothing, not even this */
 }
 
 #endif
