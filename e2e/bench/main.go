@@ -199,11 +199,9 @@ func (b *bench) ours(i int) error {
 		return err
 	}
 	ref := name + "/m"
-	err = b.measure("sandboxd start", func() error {
-		if _, err := c.Run(ctx, name, sandbox.MemberConfig{Name: "m", Bundle: b.bundle}); err != nil {
-			return err
-		}
-		return b.awaitFirstInstruction()
+	err = b.measureStart("sandboxd", func() error {
+		_, err := c.Run(ctx, name, sandbox.MemberConfig{Name: "m", Bundle: b.bundle})
+		return err
 	})
 	if err != nil {
 		return err
@@ -234,14 +232,11 @@ func (b *bench) ours(i int) error {
 
 // peer measures the same steps of an OCI runtime, on the same bundle.
 func (b *bench) peer(name, path, id string) error {
-	err := b.measure(name+" start", func() error {
+	err := b.measureStart(name, func() error {
 		if err := b.command(path, "create", "--bundle", b.bundle, id); err != nil {
 			return err
 		}
-		if err := b.command(path, "start", id); err != nil {
-			return err
-		}
-		return b.awaitFirstInstruction()
+		return b.command(path, "start", id)
 	})
 	if err == nil {
 		err = b.measure(name+" exec", func() error { return b.command(path, "exec", id, "/bin/true") })
@@ -284,18 +279,36 @@ func (b *bench) command(name string, args ...string) error {
 	return nil
 }
 
-// awaitFirstInstruction returns when the process in the bundle has written to
-// the fifo, which is the first thing that it does.
-func (b *bench) awaitFirstInstruction() error {
-	f, err := os.OpenFile(b.fifo, os.O_RDONLY, 0)
+// measureStart measures how long it is from the call of fn, which starts the process
+// in the bundle, until that has written to the fifo, the first thing that it does, and
+// until fn has returned. Which of the two is first depends on who else is to run.
+func (b *bench) measureStart(name string, fn func() error) error {
+	// For reading and writing, so that whoever opens it for either does not wait.
+	f, err := os.OpenFile(b.fifo, os.O_RDWR|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	f.SetReadDeadline(time.Now().Add(30 * time.Second))
-	if _, err := f.Read(make([]byte, 1)); err != nil {
+	begin := time.Now()
+	f.SetReadDeadline(begin.Add(30 * time.Second))
+	var first time.Duration
+	written := make(chan error, 1)
+	go func() {
+		_, err := f.Read(make([]byte, 1))
+		first = time.Since(begin)
+		written <- err
+	}()
+	if err := fn(); err != nil {
+		f.SetReadDeadline(time.Now())
+		<-written
+		return err
+	}
+	answer := time.Since(begin)
+	if err := <-written; err != nil {
 		return fmt.Errorf("wait for the first instruction: %w", err)
 	}
+	b.times[name+" start"] = append(b.times[name+" start"], first)
+	b.times[name+" start answer"] = append(b.times[name+" start answer"], answer)
 	return nil
 }
 
@@ -431,6 +444,7 @@ func (b *bench) report(peers map[string]string) {
 	row("sandbox delete", b.median("sandboxd delete"))
 	for _, op := range []struct{ name, peers, what, runc, crun string }{
 		{"start", "start", "member create+start to its first instruction", "0.10", "0.25"},
+		{"start answer", "start answer", "member create+start to the answer", "", ""},
 		{"exec", "exec", "exec of true, by a client of the API", "0.10", ""},
 		{"exec command", "exec", "exec of true, by the command `sandboxd exec`", "", ""},
 		{"rm member", "rm member", "member delete", "", ""},
@@ -466,10 +480,11 @@ func (b *bench) standing(levels []int, rounds int) error {
 			if _, err := b.client.Create(b.ctx, sandbox.Config{Name: name}); err != nil {
 				return err
 			}
-			if _, err := b.client.Run(b.ctx, name, sandbox.MemberConfig{Name: "m", Bundle: b.bundle}); err != nil {
+			err := b.measureStart("standing", func() error {
+				_, err := b.client.Run(b.ctx, name, sandbox.MemberConfig{Name: "m", Bundle: b.bundle})
 				return err
-			}
-			if err := b.awaitFirstInstruction(); err != nil {
+			})
+			if err != nil {
 				return err
 			}
 		}
