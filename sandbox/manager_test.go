@@ -111,8 +111,6 @@ func TestOneDaemon(t *testing.T) {
 	}
 }
 
-// A daemon was killed, and for a moment its lock is held by a child that it was
-// about to make.
 func TestFreeWithAFIFO(t *testing.T) {
 	state := t.TempDir()
 	if err := unix.Mkfifo(filepath.Join(state, lockFile), 0o600); err != nil {
@@ -130,6 +128,8 @@ func TestFreeWithAFIFO(t *testing.T) {
 	}
 }
 
+// A daemon was killed, and for a moment its lock is held by a child that it was
+// about to make.
 func TestLockOfADeadDaemon(t *testing.T) {
 	state := t.TempDir()
 	dead := exec.Command("true")

@@ -7,9 +7,16 @@ import (
 	"net"
 	"os"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/internal/procid"
 )
+
+// takenWait bounds the wait for a socket that outlives the daemon that listened
+// on it.
+const takenWait = 5 * time.Second
 
 // Listen listens on a unix socket at path, mode 0600. A socket that is there
 // already is replaced if nobody answers on it; anything else at path is left
@@ -60,14 +67,40 @@ func look(path string) (stale bool, err error) {
 		return false, fmt.Errorf("socket %s: there is something else of that name, which is not a socket", path)
 	}
 	c, err := net.Dial("unix", path)
-	switch {
-	case err == nil:
+	for deadline := time.Now().Add(takenWait); err == nil; c, err = net.Dial("unix", path) {
+		// A daemon that was killed while it started a process leaves the socket to
+		// that child, until its execve closes the descriptor.
+		alive := listenerAlive(c.(*net.UnixConn))
 		c.Close()
-		return false, fmt.Errorf("socket %s is taken: another process answers on it", path)
+		if alive || time.Now().After(deadline) {
+			return false, fmt.Errorf("socket %s is taken: another process answers on it", path)
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	switch {
 	case errors.Is(err, unix.ECONNREFUSED):
 		return true, nil
 	case errors.Is(err, os.ErrNotExist):
 		return false, nil
 	}
 	return false, fmt.Errorf("socket %s: %w", path, err)
+}
+
+// listenerAlive reports whether the process that began to listen is alive, or is
+// not known.
+func listenerAlive(c *net.UnixConn) bool {
+	rc, err := c.SyscallConn()
+	if err != nil {
+		return true
+	}
+	var cred *unix.Ucred
+	cerr := rc.Control(func(fd uintptr) { cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) })
+	if cerr != nil || err != nil || cred.Pid == 0 {
+		return true
+	}
+	id, err := procid.Of(int(cred.Pid))
+	if errors.Is(err, procid.ErrGone) {
+		return false
+	}
+	return err != nil || id.Alive()
 }

@@ -9,7 +9,9 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -297,6 +299,49 @@ func TestDialRefusesAddresses(t *testing.T) {
 			t.Errorf("Dial(%q): no error", addr)
 		}
 	}
+}
+
+// A daemon was killed, and for a moment its socket is held by a child that it was
+// about to make.
+func TestListenAfterADeadDaemon(t *testing.T) {
+	const socket = "SANDBOXD_TEST_LISTEN"
+	if path := os.Getenv(socket); path != "" { // this is the daemon
+		l, err := net.Listen("unix", path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f, err := l.(*net.UnixListener).File()
+		if err != nil {
+			t.Fatal(err)
+		}
+		child := exec.Command("sleep", "60")
+		child.ExtraFiles = []*os.File{f}
+		if err := child.Start(); err != nil {
+			t.Fatal(err)
+		}
+		fmt.Println(child.Process.Pid)
+		os.Exit(0) // without removing the socket
+	}
+	path := filepath.Join(t.TempDir(), "s.sock")
+	daemon := exec.Command("/proc/self/exe", "-test.run=^TestListenAfterADeadDaemon$")
+	daemon.Env = append(os.Environ(), socket+"="+path)
+	out, err := daemon.Output()
+	if err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	child, err := strconv.Atoi(strings.TrimSpace(string(out)))
+	if err != nil {
+		t.Fatalf("%q: %v", out, err)
+	}
+	time.AfterFunc(50*time.Millisecond, func() { unix.Kill(child, unix.SIGKILL) })
+	if err := server.Free(path); err != nil {
+		t.Fatal(err)
+	}
+	l, err := server.Listen(t.Context(), path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Close()
 }
 
 func TestListen(t *testing.T) {

@@ -15,6 +15,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/sandboxd/sandboxd/api/server"
 	"github.com/sandboxd/sandboxd/internal/journal"
 	"github.com/sandboxd/sandboxd/internal/namespace"
@@ -110,8 +112,18 @@ func listenWeb(ctx context.Context, address string) (net.Listener, error) {
 		return nil, fmt.Errorf("%q: want HOST:PORT or unix://PATH", address)
 	}
 	var lc net.ListenConfig
-	return lc.Listen(ctx, "tcp", address)
+	for deadline := time.Now().Add(portWait); ; time.Sleep(5 * time.Millisecond) {
+		l, err := lc.Listen(ctx, "tcp", address)
+		if err == nil || !errors.Is(err, unix.EADDRINUSE) || time.Now().After(deadline) {
+			return l, err
+		}
+	}
 }
+
+// portWait bounds the wait for a port that is taken: a daemon that was killed while
+// it started a process leaves it to that child, until its execve closes the
+// descriptor.
+const portWait = 500 * time.Millisecond
 
 // metricsReaders is where metrics are read from when somebody scrapes.
 func metricsReaders(n *node, j *journal.Journal, perSandbox int) metrics.Readers {

@@ -98,3 +98,18 @@ func TestExitsSince(t *testing.T) {
 		t.Errorf("exitsSince = %+v, %v, want box/m with code 3", got, err)
 	}
 }
+
+// A daemon was killed, and for a moment its port is held by a child that it was
+// about to make.
+func TestListenWebAfterADeadDaemon(t *testing.T) {
+	held, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	time.AfterFunc(50*time.Millisecond, func() { held.Close() })
+	l, err := listenWeb(t.Context(), held.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Close()
+}
