@@ -190,6 +190,47 @@ var scenes = []scene{
 		points: []string{"tombstone before", "tombstone after", "network down after"},
 	},
 	{
+		name:     "network that is given up",
+		networks: true,
+		before: func(r *rig) {
+			r.mustServe()
+			r.ok("create", "box", "--net", "cni")
+			r.failPlugins("DEL", true)
+			r.ok("rm", "box")
+		},
+		act: func(r *rig) {
+			// Not while an attempt of its start is made, or before it: what is passed then is chance.
+			r.untilDeadOr(func() bool {
+				log := r.d.log.String()
+				return strings.Contains(log[strings.LastIndex(log, "--- serve"):], "Network not taken down")
+			})
+			if id := strings.TrimSpace(r.cli("ls", "-a", "-q").out); id != "" { // else it died in that attempt
+				r.cli("gc", "--forget", id)
+			}
+		},
+		after: func(r *rig) {
+			if id := r.ok("ls", "-a", "-q"); id != "" {
+				r.ok("gc", "--forget", id)
+			}
+			if id := r.ok("ls", "-a", "-q"); id != "" {
+				r.Errorf("%s is still to be taken down", id)
+			}
+			if left, _ := filepath.Glob(r.d.root + "/network/cni/results/*"); len(left) > 0 {
+				r.Errorf("results of ADD are left: %v", left)
+			}
+			for _, name := range []string{"one", "two"} { // what is left stays, for whoever gave it up
+				left, _ := filepath.Glob(r.d.root + "/" + name + "/*")
+				if len(left) != 1 {
+					r.Errorf("plugin %s has left %v", name, left)
+				}
+				for _, f := range left {
+					os.Remove(f)
+				}
+			}
+		},
+		points: []string{"tombstone after", "tombstone forget before", "cni DEL after", "tombstone forget after", "tombstone forget removed", "event after"},
+	},
+	{
 		name:     "recovery of a network",
 		networks: true,
 		before: func(r *rig) {

@@ -49,8 +49,9 @@ type Driver interface {
 	// ns may be nil. One part that fails does not keep others from being taken back.
 	Detach(ctx context.Context, id string, plan json.RawMessage, ns *os.File) error
 	// Forget lets go of what the driver itself keeps of an attachment that
-	// Detach will not be called for again. On the host it takes nothing back.
-	Forget(id string, plan json.RawMessage) error
+	// Detach will not be called for again, and takes back what it can of what Detach has
+	// left because something else failed. It may be called again. Its error says what is left.
+	Forget(ctx context.Context, id string, plan json.RawMessage) error
 	// Verify reports what is no longer as Attach made it.
 	Verify(ctx context.Context, id string, plan json.RawMessage, ns *os.File) error
 	// Restore repairs what can have been lost on the host while no daemon ran,

@@ -114,22 +114,13 @@ type Store struct {
 
 // entry is one attachment. Records are replaced, never changed.
 type entry struct {
-	rec  *attachment        // guarded by Store.mu
-	stop context.CancelFunc // ends the attempt that is being made, nil if none is; guarded by Store.mu
-	now  chan struct{}      // has a buffer of one: try now
-	gone chan struct{}      // closed when the tombstone is forgotten
+	rec    *attachment        // guarded by Store.mu
+	stop   context.CancelFunc // ends the attempt that is being made, nil if none is; guarded by Store.mu
+	ending bool               // somebody forgets it: no attempt is to begin; guarded by Store.mu
+	now    chan struct{}      // has a buffer of one: try now
+	gone   chan struct{}      // closed when the tombstone is forgotten
 
-	file sync.Mutex // held while a tombstone's record is written or removed for good; before Store.mu
-}
-
-// forgotten reports whether the tombstone is one no more.
-func (e *entry) forgotten() bool {
-	select {
-	case <-e.gone:
-		return true
-	default:
-		return false
-	}
+	busy sync.Mutex // held during an attempt, and while it is forgotten; before Store.mu
 }
 
 // Open returns a Store that keeps its records below dir, which is made if need
@@ -358,14 +349,7 @@ func (s *Store) bury(e *entry, old *attachment, why error) Tombstone {
 		rec.LastError = why.Error()
 		rec.NextTry = s.now().Add(s.delay(rec.Attempts))
 	}
-	e.file.Lock()
-	defer e.file.Unlock()
 	crash.Point("tombstone before")
-	if e.forgotten() {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		return e.tombstone()
-	}
 	if err := s.write(&rec); err != nil {
 		s.o.Log.Warn("Record not written", "sandbox", rec.ID, "err", err)
 	}
@@ -427,19 +411,28 @@ func (s *Store) work(e *entry) {
 func (s *Store) retry(e *entry) bool {
 	ctx, cancel := context.WithTimeout(s.ctx, retryTimeout)
 	defer cancel()
+	e.busy.Lock()
+	defer e.busy.Unlock()
 	s.mu.Lock()
 	rec := *e.rec
+	if e.ending {
+		s.mu.Unlock()
+		return false
+	}
 	e.stop = cancel
 	s.mu.Unlock()
-	if e.forgotten() {
-		return true
-	}
 	err := s.detach(ctx, e, &rec, nil)
-	if e.forgotten() {
-		return true
-	}
 	if s.ctx.Err() != nil && err != nil {
 		return true // the daemon ends; that says nothing about the network
+	}
+	s.mu.Lock()
+	cut := e.ending
+	if cut {
+		e.stop = nil
+	}
+	s.mu.Unlock()
+	if cut && err != nil {
+		return false // by who forgets it
 	}
 	if err != nil {
 		s.o.Log.Warn("Network not taken down", "sandbox", rec.ID, "attempts", rec.Attempts+1, "err", err)
@@ -456,7 +449,8 @@ func (s *Store) retry(e *entry) bool {
 }
 
 // Forget gives a tombstone up, for good, and ends the attempt that is being made: what it
-// stands for is not tried to be taken down again, and its record is removed. It
+// stands for is not tried to be taken down again, and its record is removed. What the
+// driver held back because something else failed it takes down now ([Driver.Forget]). It
 // fails with [ErrNoTombstone] if there is none of that id.
 func (s *Store) Forget(id string) (Tombstone, error) {
 	s.mu.Lock()
@@ -465,35 +459,38 @@ func (s *Store) Forget(id string) (Tombstone, error) {
 		s.mu.Unlock()
 		return Tombstone{}, ErrNoTombstone
 	}
+	e.ending = true
+	if e.stop != nil {
+		e.stop()
+	}
 	s.mu.Unlock()
-	e.file.Lock()
-	defer e.file.Unlock()
+	e.busy.Lock()
+	defer e.busy.Unlock()
 	s.mu.Lock()
 	rec, t := e.rec, e.tombstone()
 	still := s.entries[id] == e
+	e.ending = true // who was here before may have failed
 	s.mu.Unlock()
 	if !still {
 		return Tombstone{}, ErrNoTombstone // taken down, or forgotten, meanwhile
 	}
 	crash.Point("tombstone forget before")
-	if err := s.drivers[rec.Mode].Forget(id, rec.Plan); err != nil {
-		// Of a plan that cannot be read nothing can be found. GC does with the rest what it can.
-		s.o.Log.Warn("Network not wholly forgotten", "sandbox", id, "err", err)
-	}
+	ctx, cancel := context.WithTimeout(s.ctx, s.o.DetachTimeout)
+	defer cancel()
+	left := s.drivers[rec.Mode].Forget(ctx, id, rec.Plan)
+	crash.Point("tombstone forget after")
 	if err := s.remove(rec); err != nil {
+		s.mu.Lock()
+		e.ending = false
+		s.mu.Unlock()
 		return Tombstone{}, err
 	}
-	crash.Point("tombstone forget after")
+	crash.Point("tombstone forget removed")
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.entries[id] == e {
-		delete(s.entries, id)
-	}
+	delete(s.entries, id)
 	close(e.gone)
-	if e.stop != nil {
-		e.stop()
-	}
-	s.o.Log.Warn("Network given up: what is left of it stays", "sandbox", id, "name", t.Name, "mode", t.Mode, "attempts", t.Attempts, "err", t.LastError)
+	s.o.Log.Warn("Network given up: what is left of it stays", "sandbox", id, "name", t.Name, "mode", t.Mode, "attempts", t.Attempts, "err", left)
 	return t, nil
 }
 

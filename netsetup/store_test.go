@@ -76,7 +76,7 @@ func (d *fakeDriver) Detach(ctx context.Context, id string, plan json.RawMessage
 	return nil
 }
 
-func (d *fakeDriver) Forget(id string, _ json.RawMessage) error {
+func (d *fakeDriver) Forget(_ context.Context, id string, _ json.RawMessage) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	delete(d.attached, id)

@@ -24,7 +24,9 @@ Nothing is touched that this installation has not made, nothing that is in use o
 in the making. What is kept is for somebody to look at.
 
 A network that can never be taken down, since a plugin is gone for good, is tried
-again for ever. With --forget it is given up: what is left of it on the host stays.`,
+again for ever, and its address waits. With --forget it is given up: the plugins
+are called a last time, those too that have waited for others to succeed, and what
+is left of it on the host then stays.`,
 		Example: "  sandboxd gc --dry-run\n  sandboxd gc -o json | jq -r '.[].name'",
 		Args:    argsBetween(0, 0),
 	}

@@ -68,7 +68,7 @@ func (d *Driver) Detach(_ context.Context, id string, raw json.RawMessage, _ *os
 }
 
 // Forget lets the ports go. The lease is found by [Driver.GC], as one of nobody.
-func (d *Driver) Forget(id string, _ json.RawMessage) error {
+func (d *Driver) Forget(_ context.Context, id string, _ json.RawMessage) error {
 	d.unregister(id)
 	return nil
 }

@@ -23,9 +23,8 @@
 // allocating after its DEL has run would leak.
 //
 // ADD stops at the first plugin that fails, as libcni does. DEL does not: each plugin
-// of the chain is called, in reverse order, and the errors are joined.
-// libcni's stops, so that a chained plugin which is not installed any more
-// keeps the address from being freed.
+// of the chain is called, in reverse order, and the errors are joined. One that gives
+// an address back waits until those before it have succeeded, though: see [Driver.Detach].
 //
 // # GC
 //

@@ -166,7 +166,10 @@ func (d *Driver) Attach(ctx context.Context, id string, plan json.RawMessage, ns
 	return res, nil
 }
 
-// Detach runs DEL of each plugin of each network, in reverse order.
+// Detach runs DEL of each plugin of each network, in reverse order, also after one that
+// fails; but plugins that give addresses back are not called before the others of their
+// chain that come before them have succeeded: an address that others still have rules for is
+// not to be somebody else's.
 func (d *Driver) Detach(ctx context.Context, id string, plan json.RawMessage, ns *os.File) error {
 	p, err := readPlan(plan)
 	if err != nil {
@@ -180,7 +183,7 @@ func (d *Driver) Detach(ctx context.Context, id string, plan json.RawMessage, ns
 	var errs []error
 	for i, a := range slices.Backward(p.Networks) {
 		ctx, cancel := share(ctx, i+1)
-		err := d.del(ctx, id, a, ns)
+		err := d.del(ctx, id, a, ns, true)
 		cancel()
 		if err != nil {
 			errs = append(errs, fmt.Errorf("network %s: %w", a.Network, err))
@@ -193,29 +196,43 @@ func (d *Driver) Detach(ctx context.Context, id string, plan json.RawMessage, ns
 	return nil
 }
 
-// Forget removes the cached results, for which GC would run DEL again, and lets the ports go.
-func (d *Driver) Forget(id string, plan json.RawMessage) error {
+// Forget runs DEL a last time, also of plugins that wait for others, removes the cached
+// results, for which GC would run it again, and lets the ports go.
+func (d *Driver) Forget(ctx context.Context, id string, plan json.RawMessage) error {
 	p, err := readPlan(plan)
 	if err != nil {
 		return err
 	}
-	for _, a := range p.Networks {
+	done, err := d.working(ctx, id)
+	if err != nil {
+		return err
+	}
+	defer done()
+	var errs []error
+	for i, a := range slices.Backward(p.Networks) {
+		ctx, cancel := share(ctx, i+1)
+		if err := d.del(ctx, id, a, nil, false); err != nil {
+			errs = append(errs, fmt.Errorf("network %s: %w", a.Network, err))
+		}
+		cancel()
 		if err := os.Remove(d.cacheFile(a.Network, id, a.Interface)); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return err
+			errs = append(errs, err)
 		}
 	}
 	d.o.Ports.Release(id)
-	return nil
+	return errors.Join(errs...)
 }
 
 // del runs DEL of each plugin of a network, the last one first, also after one
 // that fails, and forgets the cached result when all have succeeded.
-func (d *Driver) del(ctx context.Context, id string, a attachment, ns *os.File) error {
+// With wait set, plugins that give addresses back wait for the others.
+func (d *Driver) del(ctx context.Context, id string, a attachment, ns *os.File, wait bool) error {
 	list, err := a.list()
 	if err != nil {
 		return err
 	}
 	prev := d.previous(list, id, a)
+	cached := prev != nil
 	var errs []error
 	if prev == nil && ns != nil {
 		if prev, err = observed(list, a.Interface, ns); err != nil {
@@ -233,7 +250,12 @@ func (d *Driver) del(ctx context.Context, id string, a attachment, ns *os.File) 
 	if ok, err := version.GreaterThanOrEqualTo(list.CNIVersion, "0.4.0"); err == nil && ok && prev != nil {
 		inject["prevResult"] = prev
 	}
+	failed := false
 	for i, pl := range slices.Backward(list.Plugins) {
+		if wait && failed && holdsAddress(pl) {
+			errs = append(errs, fmt.Errorf("plugin %s waits until the others have succeeded: the address is not given away before", pl.Network.Type))
+			continue
+		}
 		ctx, cancel := share(ctx, i+1)
 		err := d.delPlugin(ctx, pl, inject, rt)
 		if made && said(err) {
@@ -243,10 +265,14 @@ func (d *Driver) del(ctx context.Context, id string, a attachment, ns *os.File) 
 		}
 		cancel()
 		if err != nil {
+			failed = true
 			errs = append(errs, fmt.Errorf("plugin %s failed (delete): %w", pl.Network.Type, err))
 		}
 	}
 	if len(errs) > 0 {
+		if prev != nil && !cached {
+			errs = append(errs, d.keep(list, rt, prev)) // the namespace will be gone
+		}
 		return errors.Join(errs...)
 	}
 	err = os.Remove(d.cacheFile(list.Name, id, a.Interface))
@@ -254,6 +280,17 @@ func (d *Driver) del(ctx context.Context, id string, a attachment, ns *os.File) 
 		return nil
 	}
 	return err
+}
+
+// holdsAddress reports whether DEL of a plugin gives addresses back, by an IPAM
+// plugin or (flannel) by a plugin that it calls. host-device does so too, but only as long as
+// the namespace is there, so that it cannot wait.
+func holdsAddress(p *libcni.PluginConfig) bool {
+	var conf struct {
+		Delegate json.RawMessage `json:"delegate"`
+	}
+	json.Unmarshal(p.Bytes, &conf)
+	return (p.Network.IPAM.Type != "" || conf.Delegate != nil) && p.Network.Type != "host-device"
 }
 
 // said reports whether err is what a plugin itself complains of.
@@ -274,11 +311,8 @@ func (d *Driver) previous(list *libcni.NetworkConfigList, id string, a attachmen
 }
 
 func (d *Driver) delPlugin(ctx context.Context, pl *libcni.PluginConfig, inject map[string]any, rt *libcni.RuntimeConf) error {
-	file, err := d.exec.FindInPath(pl.Network.Type, d.o.BinDirs)
+	pl, err := libcni.InjectConf(pl, inject)
 	if err != nil {
-		return err
-	}
-	if pl, err = libcni.InjectConf(pl, inject); err != nil {
 		return err
 	}
 	args := make(map[string]any)
@@ -292,7 +326,21 @@ func (d *Driver) delPlugin(ctx context.Context, pl *libcni.PluginConfig, inject 
 			return err
 		}
 	}
-	err = invoke.ExecPluginWithoutResult(ctx, file, pl.Bytes, &invoke.Args{
+	err = d.runDEL(ctx, pl.Network.Type, pl.Bytes, rt)
+	if err == nil && pl.Network.Type == "host-device" && rt.NetNS == "" && pl.Network.IPAM.Type != "" {
+		// It has done nothing, and the device is back on the host; the address is still given out.
+		err = d.runDEL(ctx, pl.Network.IPAM.Type, pl.Bytes, rt)
+	}
+	return err
+}
+
+// runDEL runs DEL of the plugin of that name.
+func (d *Driver) runDEL(ctx context.Context, name string, config []byte, rt *libcni.RuntimeConf) error {
+	file, err := d.exec.FindInPath(name, d.o.BinDirs)
+	if err != nil {
+		return err
+	}
+	err = invoke.ExecPluginWithoutResult(ctx, file, config, &invoke.Args{
 		Command: "DEL", ContainerID: rt.ContainerID, NetNS: rt.NetNS, PluginArgs: rt.Args, IfName: rt.IfName,
 		Path: strings.Join(d.o.BinDirs, string(os.PathListSeparator)),
 	}, d.exec)

@@ -242,6 +242,82 @@ func TestDELGoesOn(t *testing.T) {
 	}
 }
 
+// An address is not given back before the rest of the chain is taken down: rules that
+// others still have for it would be for whoever gets it next. It is when they have
+// succeeded, also when the namespace has gone meanwhile, and when nobody waits for them any more.
+func TestAddressWaits(t *testing.T) {
+	eachSet(t, func(t *testing.T, dir, version string) {
+		rules := func() string { return in(t, nil, "iptables-save") + ruleset(t) }
+		for _, tt := range []struct {
+			name string
+			lost string // what has gone before DEL; the cache, the interface
+			miss bool   // the other plugin is not installed; else it fails
+			end  string // how it ends: the other plugin succeeds, or is given up
+		}{
+			{"fails", "", false, "mended"},
+			{"missing", "", true, "mended"},
+			{"fails, without a result of ADD", "cache", false, "mended"},
+			{"fails, without an interface", "interface", false, "mended"},
+			{"missing and given up", "", true, "forgotten"},
+			{"fails and is given up", "", false, "forgotten"},
+		} {
+			t.Run(tt.name, func(t *testing.T) {
+				r := newRig(t, dir)
+				// It passes on what it gets, as a chained plugin does.
+				other := "echo \"$CONF\" | " + dir + "/tuning"
+				r.plugin("other", other)
+				r.config("10-a.conflist", `{"cniVersion":"`+version+`","name":"a","plugins":[
+					{"type":"bridge","bridge":"cbr0","isGateway":true,"ipMasq":true,"macspoofchk":true,
+					 "ipam":{"type":"host-local","dataDir":"LEASES","ranges":[[{"subnet":"10.99.0.0/24"}]]}},
+					{"type":"other"},{"type":"portmap","capabilities":{"portMappings":true},"snat":true}]}`)
+				ns := newNS(t)
+				plan := r.plan(id, network.Request{Ports: []network.Port{{HostPort: 8080, Port: 80, Protocol: network.TCP}}})
+				r.attach(id, plan, ns)
+				address := r.leases()[0]
+				if rs := rules(); !strings.Contains(rs, address) || !strings.Contains(rs, "cni-br-iface-") {
+					t.Fatalf("no rules: %s", rs)
+				}
+				switch tt.lost {
+				case "cache":
+					os.RemoveAll(r.opts.Root)
+				case "interface":
+					in(t, ns, "ip", "link", "del", "eth0")
+				}
+				if tt.miss {
+					os.Remove(filepath.Join(r.dir, "bin/other"))
+				} else {
+					r.plugin("other", `if [ $CNI_COMMAND = DEL ]; then echo '{"code":100,"msg":"not now"}'; exit 1; fi; `+other)
+				}
+				for _, ns := range []*os.File{ns, nil} { // the removal, and the tombstone's attempts
+					err := r.Detach(t.Context(), id, plan, ns)
+					if err == nil || !strings.Contains(err.Error(), "plugin other failed") || !strings.Contains(err.Error(), "plugin bridge waits") {
+						t.Errorf("Detach: %v", err)
+					}
+					if got := r.leases(); !slices.Equal(got, []string{address}) {
+						t.Errorf("leases are %v, want %s to be held", got, address)
+					}
+					if strings.Contains(rules(), "dport 8080") {
+						t.Errorf("portmap was not called: %s", rules())
+					}
+				}
+				ns.Close()
+				if tt.end == "mended" {
+					r.plugin("other", other)
+					r.detach(id, plan, nil)
+				} else {
+					if err := r.Forget(t.Context(), id, plan); err == nil || !strings.Contains(err.Error(), "plugin other failed") || strings.Contains(err.Error(), "waits") {
+						t.Errorf("Forget: %v", err)
+					}
+				}
+				r.wantNothingLeft()
+				if rs := rules(); strings.Contains(rs, address) || strings.Contains(rs, "cni-br-iface-") {
+					t.Errorf("rules left: %s", rs)
+				}
+			})
+		}
+	})
+}
+
 // Error 3 says that there is nothing to clean up.
 func TestDELUnknownContainer(t *testing.T) {
 	r := newRig(t)
@@ -315,8 +391,8 @@ func TestForget(t *testing.T) {
 		t.Fatal("DEL without its plugin")
 	}
 	for range 2 {
-		if err := r.Forget(id, plan); err != nil {
-			t.Error(err)
+		if err := r.Forget(t.Context(), id, plan); err == nil || !strings.Contains(err.Error(), `there is no plugin "one"`) {
+			t.Errorf("Forget: %v", err)
 		}
 	}
 	if fs := r.gc(nil, false); len(fs)+len(r.cached()) > 0 {

@@ -26,20 +26,41 @@ const (
 	gcPatience = 3 * time.Second
 )
 
-// cached is an entry of libcni's cache, which is written by [libcni] in this form.
+// cached is an entry of libcni's cache, which is written by [libcni] in this form,
+// and by keep.
 type cached struct {
 	file  string
 	since time.Time
 	err   error // it cannot be read
 
-	Kind           string          `json:"kind"`
-	ContainerID    string          `json:"containerId"`
-	Config         []byte          `json:"config"`
-	IfName         string          `json:"ifName"`
-	NetworkName    string          `json:"networkName"`
-	CNIArgs        [][2]string     `json:"cniArgs"`
-	CapabilityArgs map[string]any  `json:"capabilityArgs"`
-	Result         json.RawMessage `json:"result"`
+	Kind           string         `json:"kind"`
+	ContainerID    string         `json:"containerId"`
+	Config         []byte         `json:"config"`
+	IfName         string         `json:"ifName"`
+	NetworkName    string         `json:"networkName"`
+	CNIArgs        [][2]string    `json:"cniArgs,omitempty"`
+	CapabilityArgs map[string]any `json:"capabilityArgs,omitempty"`
+	Result         any            `json:"result,omitempty"`
+}
+
+// keep puts into the cache what was found out in place of a result of ADD, since a later
+// DEL will find nothing in the namespace any more.
+func (d *Driver) keep(list *libcni.NetworkConfigList, rt *libcni.RuntimeConf, prev types.Result) error {
+	data, err := json.Marshal(cached{
+		Kind: libcni.CNICacheV1, ContainerID: rt.ContainerID, Config: list.Bytes, IfName: rt.IfName, NetworkName: list.Name,
+		CNIArgs: rt.Args, CapabilityArgs: rt.CapabilityArgs, Result: prev,
+	})
+	file := d.cacheFile(list.Name, rt.ContainerID, rt.IfName)
+	if err == nil {
+		err = os.MkdirAll(filepath.Dir(file), 0o700)
+	}
+	if err == nil {
+		err = os.WriteFile(file, data, 0o600)
+	}
+	if err != nil {
+		return fmt.Errorf("keep what interface %s had: %w", rt.IfName, err)
+	}
+	return nil
 }
 
 // GC detaches what is in the cache and belongs to nobody, and then has the
@@ -138,7 +159,7 @@ func (d *Driver) dropCached(ctx context.Context, e cached) error {
 	defer done()
 	return d.del(ctx, e.ContainerID, attachment{
 		Network: e.NetworkName, Interface: e.IfName, Config: e.Config, Args: e.CNIArgs, Capabilities: e.CapabilityArgs,
-	}, nil)
+	}, nil, true)
 }
 
 // working takes d.gc for ADD or DEL of a sandbox; done gives it back. Garbage can be

@@ -119,6 +119,33 @@ func TestInterfaceIsGone(t *testing.T) {
 	}
 }
 
+// Plugins that free nothing, or fail, without a namespace: it is gone with the pause.
+func TestNamespaceIsGone(t *testing.T) {
+	ipam := `"ipam":{"type":"host-local","dataDir":"LEASES","ranges":[[{"subnet":"10.99.0.0/24"}]],"routes":[{"dst":"0.0.0.0/0"}]}`
+	for name, plugins := range map[string]string{
+		"host-device": `{"type":"host-device","device":"device",` + ipam + `}`,
+		"sbr":         `{"type":"bridge","bridge":"cbr0","isGateway":true,` + ipam + `},{"type":"sbr"}`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			eachSet(t, func(t *testing.T, dir, version string) {
+				in(t, nil, "ip", "link", "add", "device", "type", "veth", "peer", "name", "other-end")
+				t.Cleanup(func() { exec.Command("ip", "link", "del", "other-end").Run() })
+				r := newRig(t, dir)
+				r.config("10-a.conflist", `{"cniVersion":"`+version+`","name":"a","plugins":[`+plugins+`]}`)
+				ns := newNS(t)
+				plan := r.plan(id, network.Request{})
+				r.attach(id, plan, ns)
+				if len(r.leases()) != 1 {
+					t.Fatalf("leases: %v", r.leases())
+				}
+				ns.Close()
+				r.detach(id, plan, nil)
+				r.wantNothingLeft()
+			})
+		})
+	}
+}
+
 // A daemon that is killed before the result of a chain is on disk: DEL gets what
 // the namespace has.
 func TestNoResult(t *testing.T) {

@@ -15,30 +15,36 @@ import (
 	"github.com/sandboxd/sandboxd/internal/nsthread"
 )
 
-// standIn makes up for a gap in the plugins bridge and ptp. Their DEL takes the
+// standIn makes up for gaps in plugins. DEL of bridge and ptp takes the
 // addresses whose masquerading rules it removes from the interface, and nothing
 // from the previous result: with the interface or the namespace gone, or killed after the interface
 // but before the rules, it succeeds and leaves the rules
 // for ever (containernetworking/plugins issue 810). So they get an interface of
 // that name with those addresses to delete, in ns or, without one, in a namespace
-// made for this.
+// made for this. sbr, which fails without an interface (1.1.1) or a namespace, gets one
+// too, and for bridge, which leaves the rules of macspoofchk without a namespace, it may
+// be empty.
 //
 // It returns the namespace to use, also with an error, whether it has made
-// something, and what takes the rest away when DEL has run.
+// an interface, and what takes the rest away when DEL has run.
 func standIn(l *libcni.NetworkConfigList, ifname string, prev types.Result, ns *os.File) (_ *os.File, made bool, done func(), err error) {
 	done = func() {}
-	if !masquerades(l) || prev == nil {
-		return ns, false, done, nil
+	masquerades, spoofchk, sbr := gaps(l)
+	r := &types100.Result{}
+	if prev != nil {
+		if r, err = types100.NewResultFromResult(prev); err != nil {
+			r = &types100.Result{}
+		}
 	}
-	r, err := types100.NewResultFromResult(prev)
-	if err != nil || len(r.IPs) == 0 {
-		return ns, false, done, nil
-	}
-	if ns == nil {
+	iface := masquerades && len(r.IPs) > 0 || sbr
+	if ns == nil && (iface || spoofchk) {
 		if ns, err = nsthread.NewNet(); err != nil {
 			return nil, false, done, fmt.Errorf("a namespace to delete from: %w", err)
 		}
 		done = func() { ns.Close() }
+	}
+	if !iface {
+		return ns, false, done, nil
 	}
 	err = nsthread.Do(map[namespace.Kind]*os.File{namespace.Net: ns}, func() error { made, err = addStandIn(ifname, r); return err })
 	if err != nil {
@@ -47,18 +53,22 @@ func standIn(l *libcni.NetworkConfigList, ifname string, prev types.Result, ns *
 	return ns, made, done, err
 }
 
-// masquerades reports whether a plugin of the list makes rules that it can only
-// remove with its interface.
-func masquerades(l *libcni.NetworkConfigList) bool {
+// gaps reports for which plugins of the list something has to stand in.
+func gaps(l *libcni.NetworkConfigList) (masquerades, spoofchk, sbr bool) {
 	for _, p := range l.Plugins {
 		var conf struct {
-			IPMasq bool `json:"ipMasq"`
+			IPMasq      bool `json:"ipMasq"`
+			MacSpoofChk bool `json:"macspoofchk"`
 		}
-		if (p.Network.Type == "bridge" || p.Network.Type == "ptp") && json.Unmarshal(p.Bytes, &conf) == nil && conf.IPMasq {
-			return true
+		if json.Unmarshal(p.Bytes, &conf) != nil {
+			continue
 		}
+		kind := p.Network.Type
+		masquerades = masquerades || (kind == "bridge" || kind == "ptp") && conf.IPMasq
+		spoofchk = spoofchk || kind == "bridge" && conf.MacSpoofChk
+		sbr = sbr || kind == "sbr"
 	}
-	return false
+	return masquerades, spoofchk, sbr
 }
 
 // addStandIn makes an interface with the addresses of a result, if there is none
