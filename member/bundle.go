@@ -24,7 +24,7 @@ import (
 const maxConfig = 4 << 20
 
 // ReadBundle reads the configuration of the OCI bundle in directory dir, as
-// [ParseBundle] does, and makes its root path absolute.
+// [ParseBundle] does, and makes the paths in it absolute.
 func ReadBundle(dir string) (*specs.Spec, error) {
 	if err := checkPath("bundle", dir); err != nil {
 		return nil, err
@@ -41,7 +41,16 @@ func ReadBundle(dir string) (*specs.Spec, error) {
 	if !filepath.IsAbs(spec.Root.Path) {
 		spec.Root.Path = filepath.Join(dir, spec.Root.Path)
 	}
+	for i, m := range spec.Mounts {
+		if isBind(m) && m.Source != "" && !filepath.IsAbs(m.Source) {
+			spec.Mounts[i].Source = filepath.Join(dir, m.Source)
+		}
+	}
 	return spec, nil
+}
+
+func isBind(m specs.Mount) bool {
+	return m.Type == "bind" || slices.Contains(m.Options, "bind") || slices.Contains(m.Options, "rbind")
 }
 
 func readConfig(path string) ([]byte, error) {
@@ -291,7 +300,10 @@ func checkBundle(s *specs.Spec) error {
 	}
 	for i, m := range s.Mounts {
 		what := fmt.Sprintf("mounts[%d]", i)
-		if err := checkTarget(what+".destination", m.Destination); err != nil {
+		if m.Destination != "" { // relative to the root, if it is relative (config.md)
+			s.Mounts[i].Destination = filepath.Clean("/" + m.Destination)
+		}
+		if err := checkTarget(what+".destination", s.Mounts[i].Destination); err != nil {
 			return err
 		}
 		if err := checkText(what+".source", m.Source); err != nil {

@@ -68,13 +68,37 @@ func TestBundleErrors(t *testing.T) {
 		{"oom score", proc(`,"oomScoreAdj":1001`), "1001 is not between"},
 		{"seccomp", linux(`"seccomp":{"defaultAction":"SCMP_ACT_NOTIFY"}`), "linux.seccomp: seccomp default action"},
 		{"memory", linux(`"resources":{"memory":{"limit":4096}}`), "linux.resources.memory.limit: 4096"},
-		{"mount target", wrap(`,"mounts":[{"destination":"a"}]`), `mounts[0].destination "a" is not an absolute path`},
+		{"mount target", wrap(`,"mounts":[{"destination":""}]`), `mounts[0].destination "" is not an absolute path`},
+		{"mount target that leads out", wrap(`,"mounts":[{"destination":"a/../.."}]`), `mounts[0].destination "/" is the root itself`},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			_, err := Resolve(&request.Member{Bundle: bundleDir(t, tt.config)}, facts())
 			check(t, err, tt.want)
 		})
+	}
+}
+
+// Paths in a bundle may be relative: to the bundle, and in the member to its root.
+func TestBundlePaths(t *testing.T) {
+	dir := bundleDir(t, `{"ociVersion":"1.0.0","root":{"path":"rootfs"},"process":{"args":["a"],"cwd":"/"},"mounts":[
+		{"destination":"a/b/","source":"../v","options":["rbind"]},
+		{"destination":"/x//./c","type":"bind","source":"/v"},
+		{"destination":"/t","type":"tmpfs","source":"t"}]}`)
+	spec, err := ReadBundle(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got [][2]string
+	for _, m := range spec.Mounts {
+		got = append(got, [2]string{m.Source, m.Destination})
+	}
+	want := [][2]string{{filepath.Join(filepath.Dir(dir), "v"), "/a/b"}, {"/v", "/x/c"}, {"t", "/t"}}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("sources and destinations (-want +got):\n%s", diff)
+	}
+	if want := filepath.Join(dir, "rootfs"); spec.Root.Path != want {
+		t.Errorf("root.path %q, want %q", spec.Root.Path, want)
 	}
 }
 

@@ -115,13 +115,14 @@ type compiler struct {
 	lx   specs.Linux
 	hows map[unix.OpenHow]launch.Arg
 
-	mounts []*mount
-	root   launch.Arg // O_PATH descriptor of the member's root, once it is entered
-	dev    launch.Arg // and of its /dev, where devices are made
-	ownDev bool       // /dev is a fresh tmpfs, and /dev/null in it is what this program makes
-	nulls  []launch.Arg
-	kernel []*mount    // proc and sysfs; what is masked below them is found from their trees
-	master *launch.Arg // of the terminal, if there is one
+	mounts   []*mount
+	rootTree launch.Arg // what becomes the root, or the lower layer of it, detached; zero until it is cloned
+	root     launch.Arg // O_PATH descriptor of the member's root, once it is entered
+	dev      launch.Arg // and of its /dev, where devices are made
+	ownDev   bool       // /dev is a fresh tmpfs, and /dev/null in it is what this program makes
+	nulls    []launch.Arg
+	kernel   []*mount    // proc and sysfs; what is masked below them is found from their trees
+	master   *launch.Arg // of the terminal, if there is one
 }
 
 // check refuses what is not supported and what cannot be meant.

@@ -243,6 +243,11 @@ func TestMemberIsAContainer(t *testing.T) {
 		}, "block special file 640 3 7:12c\n"},
 		{"all cgroup hierarchies, read-only", `grep -cE "^cgroup /sys/fs/cgroup[^ ]* cgroup2? ro," /proc/mounts`, nil,
 			fmt.Sprintf("%d\n", len(hostCgroups(t)))},
+		{"options that say what is so anyway", `touch /tmp/x && grep -c " /tmp " /proc/mounts`, func(in *Input) {
+			opts := []string{"async", "loud", "silent", "noiversion", "nolazytime", "nomand"}
+			in.Spec.Mounts = append(in.Spec.Mounts, specs.Mount{Destination: "/tmp", Type: "tmpfs", Options: opts},
+				specs.Mount{Destination: "/tmp", Source: "/tmp", Options: append(opts, "bind")})
+		}, "2\n"},
 		{"root propagation", `grep " / / " /proc/self/mountinfo | grep -o shared`, func(in *Input) { in.Spec.Linux.RootfsPropagation = "shared" }, "shared\n"},
 	}
 	for _, tt := range tests {
@@ -457,6 +462,84 @@ func TestJoinedRoot(t *testing.T) {
 	w.Close()
 	if _, _, err := proc.Wait(); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// What is mounted on the host below a slave, a root or a bind mount, later, is seen.
+func TestSlavesSeeWhatTheHostMounts(t *testing.T) {
+	testenv.Root(t)
+	in := realInput(t, "sh", "-c", "cat; ls /tmp /live/sub")
+	in.Root.Overlay = false
+	in.Spec.Linux.RootfsPropagation = "slave"
+	live := t.TempDir()
+	if err := os.Mkdir(filepath.Join(live, "sub"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	in.Spec.Mounts = append(in.Spec.Mounts, specs.Mount{Destination: "/live", Source: live, Options: []string{"rbind", "rslave"}})
+	for _, dir := range []string{in.Root.Path, live} {
+		for _, flags := range []uintptr{unix.MS_BIND, unix.MS_SHARED} {
+			if err := unix.Mount(dir, dir, "", flags, ""); err != nil {
+				t.Fatal(err)
+			}
+		}
+		t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	out, wout, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer out.Close()
+	in.Stdin, in.Stdout, in.Stderr = r, wout, wout
+	p, err := Compile(in)
+	if err != nil {
+		t.Fatal(err)
+	}
+	proc, err := launch.Start(p, launch.Options{Created: func(int) error { return nil }})
+	wout.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, dir := range []string{filepath.Join(in.Root.Path, "tmp"), filepath.Join(live, "sub")} {
+		if err := unix.Mount("late", dir, "tmpfs", 0, ""); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
+		if err := os.WriteFile(filepath.Join(dir, "late"), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.Close()
+	got, err := io.ReadAll(out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := proc.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	if want := "/live/sub:\nlate\n\n/tmp:\nlate\n"; string(got) != want {
+		t.Errorf("output %q, want %q", got, want)
+	}
+}
+
+// A file system that is on files of the host is mounted where these are seen.
+func TestMountOfFilesOfTheHost(t *testing.T) {
+	testenv.Root(t)
+	a, b := t.TempDir(), t.TempDir()
+	for _, f := range []string{a + "/1", b + "/2"} {
+		if err := os.WriteFile(f, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got := sh(t, "ls /tmp", func(in *Input) {
+		in.Spec.Mounts = append(in.Spec.Mounts, specs.Mount{Destination: "/tmp", Type: "overlay", Source: "overlay", Options: []string{"lowerdir=" + a + ":" + b}})
+	})
+	if got != "1\n2\n" {
+		t.Errorf("ls: %q, want 1 and 2", got)
 	}
 }
 

@@ -27,6 +27,7 @@ type mount struct {
 	dir       bool // the mount point is a directory
 	file      bool // one of Input.Files
 	shm       bool // the sandbox's /dev/shm takes its place
+	early     bool // of a file system on the host's files: made where these are seen
 	peer      bool // a bind that stays tied to the host's mount: cloned before the mount namespace is left
 	idmap     bool // asked for, not only because there is a user namespace
 	idmapRec  bool
@@ -98,7 +99,8 @@ func (m *mount) parse() error {
 			}
 		}
 		switch o {
-		case "defaults", "":
+		case "defaults", "", "async", "loud", "silent", "noiversion", "nolazytime", "nomand":
+			// What is so anyway, and what only the kernel's log would tell of.
 		case "bind":
 			m.bind = true
 		case "rbind":
@@ -156,6 +158,11 @@ func (c *compiler) parseMounts() ([]*mount, error) {
 		default:
 			m.what = fmt.Sprintf("mount %s on %s", m.Type, m.Destination)
 			m.shm = c.Shm != nil && m.Destination == "/dev/shm" && m.Type == "tmpfs"
+			if m.Type == "cgroup" && len(m.data) > 0 {
+				return fail(fmt.Errorf("option %q means nothing for the hierarchies that there are", m.data[0]))
+			}
+			// The source is a device of the host, or options may be names of directories.
+			m.early = path.IsAbs(m.Source) || m.Type == "overlay"
 			if err := c.mapIDs(m); err != nil {
 				return fail(err)
 			}
@@ -286,10 +293,14 @@ func (c *compiler) cloneShm() {
 	}
 }
 
-// clonePeers clones the sources of bind mounts that are to see what is mounted
-// on the host later: in a new mount namespace, whose mounts have been made
-// private, they would have no peers any more.
+// clonePeers clones the sources of bind mounts, and the root, that are to see what
+// is mounted on the host later: in a new mount namespace, whose mounts have been
+// made private, they would have no peers any more.
 func (c *compiler) clonePeers() {
+	if c.Root != nil && !c.Root.Overlay && strings.HasSuffix(c.lx.RootfsPropagation, "slave") {
+		c.cloneRoot()
+		c.setattr("make the root "+c.lx.RootfsPropagation, c.rootTree, "", unix.AT_RECURSIVE, unix.MountAttr{Propagation: unix.MS_SLAVE})
+	}
 	for _, m := range c.mounts {
 		if m.bind && m.peer {
 			c.cloneSource(m)
@@ -343,13 +354,11 @@ func (c *compiler) propagate(m *mount) {
 // attach puts a mount where it belongs in the member's root.
 func (c *compiler) attach(m *mount) error {
 	switch {
-	case m.bind || m.shm:
+	case m.bind || m.shm || m.early:
 	case m.Type == "cgroup":
 		return c.attachCgroups(m)
 	default:
-		if err := c.newFromSpec(m); err != nil {
-			return err
-		}
+		c.newFromSpec(m)
 	}
 	c.attachTree(m)
 	switch {
@@ -366,14 +375,13 @@ func (c *compiler) attach(m *mount) error {
 // ofKernel says whether the mount shows what is the whole host's.
 func (m *mount) ofKernel() bool { return !m.bind && (m.Type == "proc" || m.Type == "sysfs") }
 
-func (c *compiler) newFromSpec(m *mount) error {
+func (c *compiler) newFromSpec(m *mount) {
 	source := m.Source
 	if source == "" {
 		source = m.Type
 	}
 	m.tree = c.newMount(m.what, m.Type, source, m.data, m.attr.set|m.rec.set)
 	c.propagate(m)
-	return nil
 }
 
 func (c *compiler) attachTree(m *mount) {
@@ -431,18 +439,19 @@ func CgroupHierarchies(host []cgroup.Hierarchy) []CgroupHierarchy {
 // attachCgroups mounts the cgroup hierarchies that the host has: the unified one
 // alone, or a tmpfs with one mount for each.
 func (c *compiler) attachCgroups(m *mount) error {
-	hs := c.Cgroups
+	hs, attr := c.Cgroups, m.attr.set|m.rec.set
 	if len(hs) == 0 {
 		return fmt.Errorf("mount cgroup on %s: the host has no cgroups", m.Destination)
 	}
 	if len(hs) == 1 && hs[0].Dir == "" {
-		m.tree = c.newMount(m.what, "cgroup2", "cgroup", nil, m.attr.set)
+		m.tree = c.newMount(m.what, "cgroup2", "cgroup", nil, attr)
+		c.propagate(m)
 		c.attachTree(m)
 		c.close(m.tree)
 		return nil
 	}
-	rdonly := m.attr.set & unix.MOUNT_ATTR_RDONLY
-	m.tree = c.newMount(m.what, "tmpfs", "tmpfs", []string{"mode=755"}, m.attr.set&^unix.MOUNT_ATTR_RDONLY)
+	rdonly := attr & unix.MOUNT_ATTR_RDONLY
+	m.tree = c.newMount(m.what, "tmpfs", "tmpfs", []string{"mode=755"}, attr&^unix.MOUNT_ATTR_RDONLY)
 	c.attachTree(m)
 	for _, h := range hs {
 		if h.Dir == "" || path.Base(h.Dir) != h.Dir || h.Dir == ".." || h.Dir == "." {
@@ -454,7 +463,7 @@ func (c *compiler) attachCgroups(m *mount) error {
 		if h.Unified {
 			typ, opts = "cgroup2", nil
 		}
-		t := c.newMount(step, typ, "cgroup", opts, m.attr.set)
+		t := c.newMount(step, typ, "cgroup", opts, attr)
 		c.moveMount(step, t, m.tree, h.Dir)
 		c.close(t)
 		for _, o := range h.Options {
@@ -463,6 +472,7 @@ func (c *compiler) attachCgroups(m *mount) error {
 			}
 		}
 	}
+	c.propagate(m)
 	if rdonly != 0 {
 		c.setattr(m.what, m.tree, "", 0, unix.MountAttr{Attr_set: rdonly})
 	}

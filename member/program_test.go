@@ -145,6 +145,9 @@ func TestCompileRefuses(t *testing.T) {
 		{"bind option", `mounts[7] on "/v": option "sze=1" means nothing for a bind mount`, func(in *Input) {
 			in.Spec.Mounts = append(in.Spec.Mounts, specs.Mount{Destination: "/v", Source: "/v", Options: []string{"bind", "sze=1"}})
 		}},
+		{"option of a cgroup mount", `mounts[6] on "/sys/fs/cgroup": option "memory" means nothing for the hierarchies that there are`, func(in *Input) {
+			in.Spec.Mounts[6].Options = append(in.Spec.Mounts[6].Options, "memory")
+		}},
 		{"tmpcopyup", `mounts[7] on "/v": option "tmpcopyup" is not supported`, func(in *Input) {
 			in.Spec.Mounts = append(in.Spec.Mounts, specs.Mount{Destination: "/v", Type: "tmpfs", Options: []string{"tmpcopyup"}})
 		}},

@@ -83,19 +83,17 @@ func (c *compiler) attachRoot() {
 		}
 	}
 	for _, m := range c.mounts {
-		if m.bind && !m.peer {
+		switch {
+		case m.bind && !m.peer:
 			c.cloneSource(m)
+		case m.early:
+			c.newFromSpec(m)
 		}
 	}
-	rec := unix.AT_RECURSIVE
-	if r.Overlay {
-		rec = 0 // what is mounted in the lower directory is not part of it
+	if c.rootTree == (launch.Arg{}) {
+		c.cloneRoot()
 	}
-	step := "clone root file system " + r.Path
-	tree := c.openTree(step, launch.Int(unix.AT_FDCWD), r.Path, rec)
-	if c.UserNS != nil {
-		c.idmap("idmap root file system "+r.Path, tree, rec)
-	}
+	tree := c.rootTree
 	p.Call("change to "+c.DataDir, unix.SYS_CHDIR, p.String(c.DataDir))
 	if !r.Overlay || r.ReadOnly {
 		// An overlay of one layer alone is refused by the kernel; the layer
@@ -114,6 +112,19 @@ func (c *compiler) attachRoot() {
 		ov := c.newMount("mount overlay on /", "overlay", "overlay",
 			[]string{"lowerdir=lower", "upperdir=rw/upper", "workdir=rw/work"}, 0)
 		c.moveMount("attach the overlay", ov, launch.Int(unix.AT_FDCWD), at)
+	}
+}
+
+// cloneRoot makes c.rootTree.
+func (c *compiler) cloneRoot() {
+	rec := unix.AT_RECURSIVE
+	if c.Root.Overlay {
+		rec = 0 // what is mounted in the lower directory is not part of it
+	}
+	step := "clone root file system " + c.Root.Path
+	c.rootTree = c.openTree(step, launch.Int(unix.AT_FDCWD), c.Root.Path, rec)
+	if c.UserNS != nil {
+		c.idmap("idmap root file system "+c.Root.Path, c.rootTree, rec)
 	}
 }
 
