@@ -52,7 +52,7 @@ func Attach(dir string) (*Attachment, error) {
 		return nil, err
 	}
 	defer d.Close()
-	conn, err := connect(d)
+	conn, err := connect(d, true)
 	if err != nil {
 		return nil, err
 	}

@@ -16,6 +16,7 @@ import (
 
 	"github.com/sandboxd/sandboxd/internal/launch"
 	"github.com/sandboxd/sandboxd/internal/memexec"
+	"github.com/sandboxd/sandboxd/internal/poller"
 	"github.com/sandboxd/sandboxd/internal/procid"
 	"github.com/sandboxd/sandboxd/internal/request"
 )
@@ -48,7 +49,8 @@ const (
 
 // Monitors starts monitors. It is safe for concurrent use.
 type Monitors struct {
-	exe *memexec.Program
+	exe    *memexec.Program
+	poller *poller.Poller // of the connections
 }
 
 // OpenMonitors makes the monitor program ready. fallbackDir is for hosts that
@@ -58,11 +60,16 @@ func OpenMonitors(fallbackDir string) (*Monitors, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Monitors{exe}, nil
+	po, err := poller.Open()
+	if err != nil {
+		return nil, errors.Join(err, exe.Close())
+	}
+	return &Monitors{exe, po}, nil
 }
 
-// Close releases the program. Monitors that run are not affected.
-func (m *Monitors) Close() error { return m.exe.Close() }
+// Close releases the program, after every [Monitor] has been closed. Monitors
+// that run are not affected.
+func (m *Monitors) Close() error { return errors.Join(m.poller.Close(), m.exe.Close()) }
 
 // MonitorSpec says what a monitor is to do.
 type MonitorSpec struct {
@@ -235,7 +242,7 @@ func (m *Monitors) start(ctx context.Context, spec *MonitorSpec, fs *files, fres
 	defer null.Close()
 	fs.child[0], fs.child[1], fs.child[2] = null, null, null
 	// The socket takes the connection and what is sent before anybody accepts it.
-	conn, err := connect(dir)
+	conn, err := connect(dir, false)
 	if err != nil {
 		return nil, err
 	}
@@ -269,7 +276,9 @@ func (m *Monitors) start(ctx context.Context, spec *MonitorSpec, fs *files, fres
 	if mon.id, err = procid.Of(pid); err != nil {
 		mon.id = procid.ID{PID: pid} // enough to end it
 	}
-	mon.run(conn)
+	if rerr := mon.run(m.poller, conn); err == nil {
+		err = rerr
+	}
 	for _, path := range spec.CgroupProcs {
 		if err == nil {
 			err = os.WriteFile(path, []byte(strconv.Itoa(pid)), 0)
@@ -500,21 +509,32 @@ func listen(dir *os.File) (*os.File, error) {
 	return l, nil
 }
 
-// connect fails with [procid.ErrGone] if nobody listens.
-func connect(dir *os.File) (*os.File, error) {
-	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+// connect fails with [procid.ErrGone] if nobody listens. Reading and writing wait,
+// by the runtime's poller, if waits is set, and fail with EAGAIN otherwise.
+func connect(dir *os.File, waits bool) (*os.File, error) {
+	how := unix.SOCK_SEQPACKET | unix.SOCK_CLOEXEC
+	if waits {
+		how |= unix.SOCK_NONBLOCK
+	}
+	fd, err := unix.Socket(unix.AF_UNIX, how, 0)
 	if err != nil {
 		return nil, os.NewSyscallError("socket", err)
 	}
-	if err := unix.Connect(fd, socketAddr(dir)); err != nil {
-		unix.Close(fd)
+	conn := os.NewFile(uintptr(fd), socketName) // has the poller if it does not block by now
+	if !waits {
+		err = unix.SetNonblock(fd, true)
+	}
+	if err == nil {
+		err = unix.Connect(fd, socketAddr(dir))
+	}
+	if err != nil {
+		conn.Close()
 		if errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, unix.ENOENT) {
 			err = procid.ErrGone
 		}
 		return nil, fmt.Errorf("connect to monitor in %s: %w", dir.Name(), err)
 	}
-	// Non-blocking, so that it is the poller that waits and not a thread.
-	return os.NewFile(uintptr(fd), socketName), nil
+	return conn, nil
 }
 
 // Monitor is a connection to a running monitor. It is safe for concurrent use.
@@ -525,6 +545,7 @@ type Monitor struct {
 	id       procid.ID
 	init     procid.ID
 	conn     *os.File
+	watch    *poller.Watch // of conn
 
 	done chan struct{} // closed when init has ended or the monitor has
 	gone chan struct{} // closed when the monitor has, or Close was called
@@ -540,13 +561,13 @@ type Monitor struct {
 
 // Connect connects to the monitor of the member in dir. It fails with
 // [procid.ErrGone] if there is none any more.
-func Connect(ctx context.Context, dir string) (*Monitor, error) {
+func (ms *Monitors) Connect(ctx context.Context, dir string) (*Monitor, error) {
 	d, err := openDir(dir)
 	if err != nil {
 		return nil, err
 	}
 	defer d.Close()
-	conn, err := connect(d)
+	conn, err := connect(d, false)
 	if err != nil {
 		return nil, err
 	}
@@ -554,13 +575,16 @@ func Connect(ctx context.Context, dir string) (*Monitor, error) {
 	if err == nil {
 		m := &Monitor{dir: dir, init: st.Init}
 		if m.id, err = procid.Of(st.MonitorPID); err == nil {
-			m.run(conn)
-			if err = m.send('w'); err == nil {
+			if err = m.run(ms.poller, conn); err == nil {
+				err = m.send('w')
+			}
+			if err == nil {
 				err = m.await(ctx, func(p Phase) bool { return p != PhaseNone })
 			}
 			if err == nil {
 				return m, nil
 			}
+			m.Close()
 		}
 	}
 	conn.Close()
@@ -590,8 +614,13 @@ func (m *Monitor) OnDone(f func()) {
 	}
 }
 
-// end closes done. Preconditions: m.mu is held; done is open.
+// end closes done. Preconditions: m.mu is held.
 func (m *Monitor) end() {
+	select {
+	case <-m.done:
+		return
+	default:
+	}
 	close(m.done)
 	if m.onDone != nil {
 		go m.onDone()
@@ -617,7 +646,10 @@ func (m *Monitor) Close() error {
 			return nil // its end ends the connection
 		}
 	}
-	return m.conn.Close()
+	if m.watch.Stop() {
+		m.over()
+	}
+	return nil
 }
 
 // Start lets a created init execute. It returns when that has succeeded, also
@@ -689,58 +721,72 @@ func (m *Monitor) ReopenLog(ctx context.Context) error {
 	return nil
 }
 
-// run starts the goroutine that reads conn.
-func (m *Monitor) run(conn *os.File) {
+// run has what comes on conn read.
+func (m *Monitor) run(p *poller.Poller, conn *os.File) (err error) {
 	m.conn = conn
 	m.done, m.gone, m.eof, m.changed = make(chan struct{}), make(chan struct{}), make(chan struct{}), make(chan struct{})
-	go m.read()
+	if m.watch, err = p.Watch(conn, m.read); err != nil {
+		m.over()
+	}
+	return err
 }
 
-func (m *Monitor) read() {
-	ended, closed := false, false
+// read takes a message from conn and reports whether there will be others.
+func (m *Monitor) read() bool {
 	b := make([]byte, 16)
-	for {
-		n, err := m.conn.Read(b)
-		if err != nil {
-			closed = errors.Is(err, os.ErrClosed)
-			break
-		}
-		m.mu.Lock()
-		switch kind, arg := b[0], b[1:n]; {
-		case kind == 'p' && len(arg) == 4:
-			m.phase = Phase(binary.LittleEndian.Uint32(arg))
-			close(m.changed)
-			m.changed = make(chan struct{})
-			if m.phase >= PhaseExited && !ended {
-				ended = true
-				m.end()
-			}
-		case kind == 'c':
-			select {
-			case <-m.eof: // somebody has asked for it twice
-			default:
-				close(m.eof)
-			}
-		case len(m.asked) == 0:
-		case kind == 'k':
-			m.asked[0] <- nil
-			m.asked = m.asked[1:]
-		case kind == 'e' && len(arg) == 4:
-			m.asked[0] <- unix.Errno(binary.LittleEndian.Uint32(arg))
-			m.asked = m.asked[1:]
-		}
-		m.mu.Unlock()
+	n, err := m.conn.Read(b)
+	if errors.Is(err, unix.EAGAIN) {
+		return true
 	}
+	if err != nil {
+		go func() {
+			if m.child {
+				m.reap() // it ends or has ended: it never drops a watcher that reads
+			}
+			m.over()
+		}()
+		return false
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	switch kind, arg := b[0], b[1:n]; {
+	case kind == 'p' && len(arg) == 4:
+		m.phase = Phase(binary.LittleEndian.Uint32(arg))
+		close(m.changed)
+		m.changed = make(chan struct{})
+		if m.phase >= PhaseExited {
+			m.end()
+		}
+	case kind == 'c':
+		select {
+		case <-m.eof: // somebody has asked for it twice
+		default:
+			close(m.eof)
+		}
+	case len(m.asked) == 0:
+	case kind == 'k':
+		m.answer(nil)
+	case kind == 'e' && len(arg) == 4:
+		m.answer(unix.Errno(binary.LittleEndian.Uint32(arg)))
+	}
+	return true
+}
+
+// answer is given to who has asked first. Preconditions: m.mu is held; somebody has.
+func (m *Monitor) answer(err error) {
+	m.asked[0] <- err
+	if m.asked = m.asked[1:]; len(m.asked) == 0 {
+		m.asked = nil // nearly always
+	}
+}
+
+// over lets go of the connection, on which nothing is read any more.
+func (m *Monitor) over() {
 	m.conn.Close()
-	if m.child && !closed {
-		m.reap() // it ends or has ended: it never drops a watcher that reads
-	}
 	close(m.gone)
-	if !ended {
-		m.mu.Lock()
-		m.end()
-		m.mu.Unlock()
-	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.end()
 }
 
 func (m *Monitor) send(kind byte) error {

@@ -613,7 +613,7 @@ func TestMonitorCustody(t *testing.T) {
 	if _, err := OpenRoot(m.mon.Process()); !errors.Is(err, procid.ErrGone) {
 		t.Errorf("OpenRoot of a dead monitor = %v, want ErrGone", err)
 	}
-	if _, err := Connect(m.ctx, m.spec.Dir); !errors.Is(err, procid.ErrGone) {
+	if _, err := m.ms.Connect(m.ctx, m.spec.Dir); !errors.Is(err, procid.ErrGone) {
 		t.Errorf("Connect to a dead monitor = %v, want ErrGone", err)
 	}
 }
@@ -877,7 +877,7 @@ func TestMonitorTerminal(t *testing.T) {
 
 func TestMonitorConnect(t *testing.T) {
 	m := newMonitored(t, "sleep 100").create()
-	second, err := Connect(m.ctx, m.spec.Dir)
+	second, err := m.ms.Connect(m.ctx, m.spec.Dir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -891,7 +891,7 @@ func TestMonitorConnect(t *testing.T) {
 	if err := m.mon.Start(m.ctx); err != nil {
 		t.Errorf("Start of what runs = %v", err)
 	}
-	third, err := Connect(m.ctx, m.spec.Dir)
+	third, err := m.ms.Connect(m.ctx, m.spec.Dir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -947,4 +947,21 @@ func TestMonitorIgnoresSignals(t *testing.T) {
 	if r := m.exit(); r.Code != 0 || !slices.Contains([]string{"Completed"}, r.Reason) {
 		t.Errorf("exit = %+v", r)
 	}
+}
+
+// There may be thousands.
+func TestMonitorTakesNoGoroutine(t *testing.T) {
+	m := newMonitored(t, "sleep 100").create()
+	if err := m.mon.Start(m.ctx); err != nil {
+		t.Fatal(err)
+	}
+	before := runtime.NumGoroutine()
+	for range 5 {
+		again, err := m.ms.Connect(m.ctx, m.spec.Dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer again.Close()
+	}
+	m.eventually("no goroutine that waits for a monitor", func() bool { return runtime.NumGoroutine() <= before })
 }

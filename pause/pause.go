@@ -16,17 +16,19 @@ import (
 
 	"github.com/sandboxd/sandboxd/internal/namespace"
 	"github.com/sandboxd/sandboxd/internal/nsthread"
+	"github.com/sandboxd/sandboxd/internal/poller"
 	"github.com/sandboxd/sandboxd/internal/procid"
 )
 
 // Pause is a pause process, alive or dead, and the namespaces it has or had.
 type Pause struct {
 	id    procid.ID
-	pidfd *os.File // non-blocking, so that the runtime's poller waits on it
+	pidfd *os.File
 	ns    map[namespace.Kind]*os.File
 	ino   map[namespace.Kind]uint64
 	done  chan struct{}
-	watch sync.WaitGroup
+	watch *poller.Watch
+	end   sync.WaitGroup
 
 	mu   sync.Mutex
 	died func() // called after done is closed; guarded by mu
@@ -81,11 +83,12 @@ func (p *Pause) Kill(ctx context.Context) error {
 // Close lets go of the process, which goes on, and of the namespaces. A second
 // call does nothing.
 func (p *Pause) Close() error {
+	p.watch.Stop()
 	err := p.pidfd.Close()
 	if errors.Is(err, os.ErrClosed) {
 		return nil
 	}
-	p.watch.Wait()
+	p.end.Wait()
 	for _, f := range p.ns {
 		err = errors.Join(err, f.Close())
 	}
@@ -94,21 +97,16 @@ func (p *Pause) Close() error {
 
 // Adopt returns the pause with the given identity, which an earlier process has
 // started with the shared kinds. It fails with [procid.ErrGone] if it is gone.
-func Adopt(_ context.Context, id procid.ID, kinds []namespace.Kind) (*Pause, error) {
-	f, err := id.Open()
+func (pr *Pauser) Adopt(_ context.Context, id procid.ID, kinds []namespace.Kind) (*Pause, error) {
+	pidfd, err := id.Open()
 	if err != nil {
 		return nil, fmt.Errorf("adopt pause %v: %w", id, err)
 	}
-	defer f.Close()
-	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	p, err := pr.newPause(pidfd)
 	if err != nil {
-		return nil, os.NewSyscallError("fcntl F_DUPFD_CLOEXEC", err)
-	}
-	pidfd, err := pollable(fd)
-	if err != nil {
+		pidfd.Close()
 		return nil, err
 	}
-	p := newPause(pidfd)
 	p.id = id
 	err = p.open(id.PID, kinds)
 	// What was opened by pid belongs to this process if it still is there. One that
@@ -123,46 +121,41 @@ func Adopt(_ context.Context, id procid.ID, kinds []namespace.Kind) (*Pause, err
 }
 
 // newPause makes a Pause that owns pidfd and watches the process.
-func newPause(pidfd *os.File) *Pause {
+func (pr *Pauser) newPause(pidfd *os.File) (*Pause, error) {
 	p := &Pause{pidfd: pidfd, ns: make(map[namespace.Kind]*os.File), ino: make(map[namespace.Kind]uint64), done: make(chan struct{})}
-	p.watch.Go(func() {
-		if p.wait() != nil {
-			return
-		}
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		close(p.done)
-		if p.died != nil {
-			go p.died()
-		}
+	var err error
+	p.watch, err = pr.poller.Watch(pidfd, func() bool {
+		p.end.Go(p.ended) // it may have to wait: for a debugger, which reaps before the parent does
+		return false
 	})
-	return p
+	return p, err
 }
 
-// wait returns when the process is dead and, if it was a child of this one,
-// reaped. It fails when the pidfd is closed.
-func (p *Pause) wait() error {
-	rc, err := p.pidfd.SyscallConn()
+// ended reaps the process, which is dead, if it was a child of this one, and tells.
+func (p *Pause) ended() {
+	if waitPidfd(p.pidfd) != nil {
+		return // Close came before
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	close(p.done)
+	if p.died != nil {
+		go p.died()
+	}
+}
+
+// waitPidfd waits for the end of a process, and reaps it if it is a child of this
+// one. It fails if the file is closed.
+func waitPidfd(pidfd *os.File) error {
+	rc, err := pidfd.SyscallConn()
 	if err != nil {
 		return err
 	}
-	return rc.Read(func(fd uintptr) bool {
-		// A signal that is pending, such as the SIGCHLD of another child, makes
-		// poll fail also if it does not wait (EINTR). That says nothing of this
-		// process, and waitid with a non-blocking pidfd would not wait either.
-		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-		n, err := unix.Poll(fds, 0)
-		for err == unix.EINTR {
-			n, err = unix.Poll(fds, 0)
-		}
-		if n == 0 {
-			return false
-		}
+	return rc.Control(func(fd uintptr) {
 		// By pidfd, so that another child of this process is never meant. ECHILD
 		// says that somebody else is the parent, and reaps it.
 		for unix.Waitid(unix.P_PIDFD, int(fd), nil, unix.WEXITED, nil) == unix.EINTR {
 		}
-		return true
 	})
 }
 
@@ -284,16 +277,6 @@ func (p *Pause) setUp(s *Spec) error {
 		}
 		return nil
 	})
-}
-
-// pollable makes a file of a pidfd that the runtime's poller can wait on. It
-// takes fd over.
-func pollable(fd int) (*os.File, error) {
-	if err := unix.SetNonblock(fd, true); err != nil {
-		unix.Close(fd)
-		return nil, os.NewSyscallError("fcntl O_NONBLOCK", err)
-	}
-	return os.NewFile(uintptr(fd), "pidfd"), nil
 }
 
 // loopbackUp brings lo up in the network namespace of the calling thread

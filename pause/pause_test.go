@@ -457,7 +457,7 @@ func TestAdopt(t *testing.T) {
 	testenv.NoFDLeak(t)
 	p := openPauser(t)
 	first := start(t, p, &Spec{Kinds: defaultKinds})
-	second, err := Adopt(t.Context(), first.ID(), defaultKinds)
+	second, err := p.Adopt(t.Context(), first.ID(), defaultKinds)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -471,7 +471,7 @@ func TestAdopt(t *testing.T) {
 		t.Errorf("Close = %v", err)
 	}
 	<-first.Done()
-	if _, err := Adopt(t.Context(), first.ID(), defaultKinds); !errors.Is(err, procid.ErrGone) {
+	if _, err := p.Adopt(t.Context(), first.ID(), defaultKinds); !errors.Is(err, procid.ErrGone) {
 		t.Errorf("Adopt of a dead one = %v, want ErrGone", err)
 	}
 }
@@ -525,7 +525,7 @@ func TestCloseLeavesItRunning(t *testing.T) {
 	testenv.Root(t)
 	p := openPauser(t)
 	first := start(t, p, &Spec{Kinds: defaultKinds})
-	second, err := Adopt(t.Context(), first.ID(), defaultKinds)
+	second, err := p.Adopt(t.Context(), first.ID(), defaultKinds)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -737,7 +737,7 @@ func TestSignalsAreNotTheEnd(t *testing.T) {
 	defer senders.Wait()
 	defer close(stop)
 	for i := range 200 { // watching anew polls at once
-		again, err := Adopt(t.Context(), pauses[i%len(pauses)].ID(), []namespace.Kind{namespace.UTS})
+		again, err := p.Adopt(t.Context(), pauses[i%len(pauses)].ID(), []namespace.Kind{namespace.UTS})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -749,4 +749,16 @@ func TestSignalsAreNotTheEnd(t *testing.T) {
 		}
 		again.Close()
 	}
+}
+
+// There may be thousands.
+func TestPausesTakeNoGoroutines(t *testing.T) {
+	testenv.Root(t)
+	p := openPauser(t)
+	start(t, p, &Spec{Kinds: defaultKinds}) // whatever the first one begins
+	before := runtime.NumGoroutine()
+	for range 5 {
+		start(t, p, &Spec{Kinds: defaultKinds})
+	}
+	eventually(t, "no goroutine that waits for a pause", func() bool { return runtime.NumGoroutine() <= before })
 }

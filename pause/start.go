@@ -19,6 +19,7 @@ import (
 	"github.com/sandboxd/sandboxd/internal/launch"
 	"github.com/sandboxd/sandboxd/internal/memexec"
 	"github.com/sandboxd/sandboxd/internal/namespace"
+	"github.com/sandboxd/sandboxd/internal/poller"
 )
 
 //go:generate ../internal/launch/build.sh pause.c pause
@@ -38,8 +39,9 @@ const startTimeout = 30 * time.Second
 
 // Pauser starts pauses. It is safe for concurrent use.
 type Pauser struct {
-	exe *memexec.Program
-	dir string
+	exe    *memexec.Program
+	dir    string
+	poller *poller.Poller // of the pauses' ends
 }
 
 // Open prepares the starting of pauses. dir is where an executable file is put
@@ -49,11 +51,16 @@ func Open(dir string) (*Pauser, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Pauser{exe: exe, dir: dir}, nil
+	po, err := poller.Open()
+	if err != nil {
+		return nil, errors.Join(err, exe.Close())
+	}
+	return &Pauser{exe: exe, dir: dir, poller: po}, nil
 }
 
-// Close releases the Pauser. Pauses that it started go on.
-func (p *Pauser) Close() error { return p.exe.Close() }
+// Close releases the Pauser, after every [Pause] that it made has been closed.
+// Pauses that it started go on.
+func (p *Pauser) Close() error { return errors.Join(p.poller.Close(), p.exe.Close()) }
 
 // Spec says what a pause is to hold. Files are lent.
 type Spec struct {
@@ -104,7 +111,11 @@ func (p *Pauser) Start(ctx context.Context, s *Spec) (*Pause, error) {
 		return nil, err
 	}
 	w.Close()
-	pause := newPause(pidfd)
+	pause, err := p.newPause(pidfd)
+	if err != nil {
+		err = errors.Join(err, unix.PidfdSendSignal(int(pidfd.Fd()), unix.SIGKILL, nil, 0), waitPidfd(pidfd))
+		return nil, errors.Join(err, pidfd.Close())
+	}
 	err = pause.finish(ctx, s, pid, r)
 	if err != nil {
 		// The caller's context may be what ended it; the process must go anyway.
@@ -173,8 +184,7 @@ func (p *Pauser) create(s *Spec, ready *os.File) (int, *os.File, error) {
 			return 0, nil, os.NewSyscallError("pidfd_open", err)
 		}
 	}
-	f, err := pollable(fd)
-	return pid, f, err
+	return pid, os.NewFile(uintptr(fd), "pidfd"), nil
 }
 
 // shmOptions are the options of the tmpfs that is /dev/shm.
@@ -196,16 +206,13 @@ func (p *Pauser) reanchor(s *Spec, ready *os.File) (int, *os.File, error) {
 	defer proc.Pidfd.Close()
 	fd, err := unix.FcntlInt(proc.Pidfd.Fd(), unix.F_DUPFD_CLOEXEC, 0)
 	if err == nil {
-		var f *os.File
-		if f, err = pollable(fd); err == nil {
-			if s.CgroupDir != nil {
-				err = writePID(s.CgroupDir, proc.PID)
-			}
-			if err == nil {
-				return proc.PID, f, nil
-			}
-			f.Close()
+		if s.CgroupDir != nil {
+			err = writePID(s.CgroupDir, proc.PID)
 		}
+		if err == nil {
+			return proc.PID, os.NewFile(uintptr(fd), "pidfd"), nil
+		}
+		unix.Close(fd)
 	}
 	err = errors.Join(err, proc.Signal(unix.SIGKILL))
 	_, _, werr := proc.Wait()

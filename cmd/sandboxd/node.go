@@ -344,7 +344,7 @@ func (n *node) takePause(ctx context.Context, r *sandbox.Record, id procid.ID) (
 			return nil, fmt.Errorf("it is in cgroup %s", path)
 		}
 	}
-	p, err := pause.Adopt(ctx, id, r.Config.Share)
+	p, err := n.pauser.Adopt(ctx, id, r.Config.Share)
 	if err != nil {
 		return nil, err
 	}
@@ -369,7 +369,7 @@ func (n *node) AdoptPause(ctx context.Context, r *sandbox.Record) error {
 	if foreign(r.Pause, n.sandboxMark(r.ID)) {
 		return procid.ErrGone
 	}
-	p, err := pause.Adopt(ctx, r.Pause, r.Config.Share)
+	p, err := n.pauser.Adopt(ctx, r.Pause, r.Config.Share)
 	if err != nil {
 		return err
 	}
@@ -530,7 +530,7 @@ const adoptTimeout = 3 * time.Second
 func (n *node) AdoptMonitor(ctx context.Context, m *sandbox.MemberRecord, dir string) (sandbox.Monitor, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, adoptTimeout, errors.New("the monitor does not answer"))
 	defer cancel()
-	mon, err := member.Connect(ctx, dir)
+	mon, err := n.monitors.Connect(ctx, dir)
 	if err != nil {
 		if errors.Is(err, context.DeadlineExceeded) {
 			err = context.Cause(ctx)
