@@ -433,7 +433,7 @@ func (m *Manager) madeHooks(ctx context.Context, b *box, mb *memb) func(procid.I
 	return func(init procid.ID) error {
 		for _, stage := range ociCreate {
 			if err := m.runHooks(ctx, s, stage, init); err != nil {
-				return err
+				return &StepError{Err: err}
 			}
 		}
 		return nil

@@ -21,6 +21,23 @@ type OpError struct {
 	Undo error  // what could not be taken back; nil if nothing is left behind
 }
 
+// StepError says at which step of an operation something failed. A [Node] returns one
+// of a step that consists of others: the innermost counts. Step is empty if Err
+// names it.
+type StepError struct {
+	Step string
+	Err  error
+}
+
+func (e *StepError) Error() string {
+	if e.Step == "" {
+		return e.Err.Error()
+	}
+	return e.Step + ": " + e.Err.Error()
+}
+
+func (e *StepError) Unwrap() error { return e.Err }
+
 // maxRef is more than two names with a slash have.
 const maxRef = 200
 

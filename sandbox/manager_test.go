@@ -286,6 +286,20 @@ func TestKillWithoutASignal(t *testing.T) {
 }
 
 // What a caller names can be anything, and errors are shown on terminals.
+// An error names the finest step that is known, once.
+func TestOpErrorNamesTheStep(t *testing.T) {
+	no := errors.New("no")
+	for want, err := range map[string]error{
+		"add web/app: monitor: no":                 &StepError{"monitor", no},
+		"add web/app: make mount point /x: no":     &StepError{"monitor", &StepError{"make mount point /x", no}},
+		"add web/app: createRuntime hook /bin: no": &StepError{"monitor", &StepError{Err: errors.New("createRuntime hook /bin: no")}},
+	} {
+		if got := opError("add", "web/app", err, nil).Error(); got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
+	}
+}
+
 func TestOpErrorQuotesReferences(t *testing.T) {
 	for ref, want := range map[string]string{
 		"web/app":                  "start web/app: no",

@@ -72,20 +72,11 @@ func (m *Manager) run(op, step string, fn func() error) error {
 	err := fn()
 	done(err)
 	if err != nil {
-		return &stepError{step, err}
+		return &StepError{step, err}
 	}
 	crash.Point(op + " " + step + " after")
 	return nil
 }
-
-// stepError carries the name of a step to where the [OpError] is made.
-type stepError struct {
-	step string
-	err  error
-}
-
-func (e *stepError) Error() string { return e.step + ": " + e.err.Error() }
-func (e *stepError) Unwrap() error { return e.err }
 
 // opError makes an OpError of what an operation's steps returned.
 func opError(op, ref string, err, undo error) error {
@@ -93,10 +84,13 @@ func opError(op, ref string, err, undo error) error {
 		return nil
 	}
 	e := &OpError{Op: op, Ref: ref, Err: err, Undo: undo}
-	if se, ok := err.(*stepError); ok {
-		e.Step, e.Err = se.step, se.err
+	for {
+		se, ok := e.Err.(*StepError)
+		if !ok {
+			return e
+		}
+		e.Step, e.Err = se.Step, se.Err
 	}
-	return e
 }
 
 // Records yields the record of every sandbox with those of its members, in no

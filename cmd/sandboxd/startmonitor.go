@@ -77,13 +77,17 @@ func (n *node) startMade(ctx context.Context, m *sandbox.MemberRecord, in *membe
 	return n.watched(m, mon)
 }
 
-// startError makes a [sandbox.StartError] of a command that cannot be executed.
+// startError makes a [sandbox.StartError] of a command that cannot be executed, and
+// names the step of another start that failed.
 func startError(err error) error {
 	var step *launch.StepError
-	if errors.As(err, &step) && step.Command {
-		return &sandbox.StartError{Text: step.Error(), Errno: step.Errno}
+	switch {
+	case !errors.As(err, &step):
+		return err
+	case step.Command:
+		return &sandbox.StepError{Err: &sandbox.StartError{Text: step.Error(), Errno: step.Errno}}
 	}
-	return err
+	return &sandbox.StepError{Step: step.Step, Err: step.Errno}
 }
 
 // compilerInput gathers what the member's launch program is made of. The
