@@ -195,6 +195,63 @@ func TestCustodyWaitsForTheCollection(t *testing.T) {
 	}
 }
 
+// Files of one sandbox are taken one after the other; a collection that takes long
+// holds up neither other sandboxes' nor one without files.
+func TestOneCollectionWithFilesAtATime(t *testing.T) {
+	n, c := newFakeNode(), new(clock)
+	n.collectsAll = true
+	arrived, goOn := make(chan struct{}, 10), make(chan struct{})
+	n.onCollect = func() { arrived <- struct{}{}; <-goOn }
+	m := custodyManager(t, t.TempDir(), n, c, func(*Options) {})
+	exits := func(box, name string, collectors ...request.Collect) {
+		t.Helper()
+		cfg := member(name)
+		cfg.Collect = collectors
+		i := must[MemberInfo](t)(m.Add(t.Context(), box, cfg))
+		must[MemberInfo](t)(m.Start(t.Context(), box+"/"+name))
+		n.with(func() { n.exitInit(i.Sandbox+"/"+i.ID, Exit{Known: true, Code: 1, Reason: "Error"}) })
+		must[Exit](t)(m.Wait(t.Context(), box+"/"+name))
+	}
+	arrives := func(want bool, what string) {
+		t.Helper()
+		wait := 5 * time.Second
+		if !want {
+			wait = 50 * time.Millisecond
+		}
+		select {
+		case <-arrived:
+			if !want {
+				t.Errorf("%s is collected at the same time", what)
+			}
+		case <-time.After(wait):
+			if want {
+				t.Fatalf("%s is not collected", what)
+			}
+		}
+	}
+	files := request.Collect{Path: "/f"}
+	must[Info](t)(m.Create(t.Context(), Config{Name: "web"}))
+	must[Info](t)(m.Create(t.Context(), Config{Name: "other"}))
+	exits("web", "a", files)
+	arrives(true, "the first")
+	exits("web", "b", files)
+	arrives(false, "the second")
+	exits("web", "c")
+	arrives(true, "one without files")
+	exits("other", "a", files)
+	arrives(true, "another sandbox's")
+	close(goOn)
+	arrives(true, "the second")
+	for _, ref := range []string{"web/a", "web/b", "web/c", "other/a"} {
+		soon(t, func() error {
+			if _, mb, err := m.member(ref); err != nil || m.unsettled(mb) {
+				return fmt.Errorf("%s is not settled, %v", ref, err)
+			}
+			return nil
+		})
+	}
+}
+
 func TestCollectorsAreChecked(t *testing.T) {
 	n := newFakeNode()
 	m := open(t, t.TempDir(), n)

@@ -74,6 +74,7 @@ type fakeNode struct {
 	collected map[string]bool         // and that this succeeded
 
 	collectsAll   bool             // there is something to collect after any exit
+	onCollect     func()           // called at each collection; may wait
 	collectedHeld bool             // the last one's monitor was alive
 	tmpfs         map[string]int64 // bytes in memory, by member
 

@@ -113,6 +113,9 @@ func (n *fakeNode) MemberHooks(_ *Record, m *MemberRecord, _ *specs.Spec) ([]req
 func (n *fakeNode) Collects(m *MemberRecord) bool { return n.collectsAll || len(m.Config.Collect) > 0 }
 
 func (n *fakeNode) Collect(ctx context.Context, r *Record, m *MemberRecord, _ string) (string, error) {
+	if n.onCollect != nil {
+		n.onCollect()
+	}
 	return m.Config.Name + "-1", n.call(ctx, "Collect", func() error {
 		n.collects[key(m)]++
 		n.collectedHeld = n.procs[m.Monitor]

@@ -85,8 +85,8 @@ type Manager struct {
 
 // box is the entry of one sandbox.
 //
-// Lock order: box.op, memb.op, Manager.mu, box.mu; op locks are held for a
-// whole operation, the mutexes never while something is waited for. Records are
+// Lock order: box.op, memb.op, box.collecting, Manager.mu, box.mu; op locks are held
+// for a whole operation, the mutexes never while something is waited for. Records are
 // replaced, never changed, so that whoever shows them needs no lock at all.
 type box struct {
 	op     lock
@@ -94,6 +94,10 @@ type box struct {
 	broken bool                   // its record could not be read; set before the box is shared
 	gone   bool                   // guarded by op
 	told   told                   // guarded by op
+
+	// collecting is held while files of a member are collected: those of one sandbox
+	// are taken one after the other, so that it cannot keep others' waiting.
+	collecting lock
 
 	created chan struct{} // closed when the creation has ended
 	ctx     context.Context
@@ -152,7 +156,7 @@ func (mb *memb) setMonitor(mon Monitor) {
 }
 
 func newBox(ctx context.Context, r *Record) *box {
-	b := &box{op: newLock(), created: make(chan struct{}), members: map[string]*memb{}}
+	b := &box{op: newLock(), collecting: newLock(), created: make(chan struct{}), members: map[string]*memb{}}
 	b.ctx, b.cancel = context.WithCancel(ctx)
 	b.rec.Store(r)
 	return b

@@ -81,6 +81,12 @@ func (m *Manager) uncollected(mb *memb) bool {
 // collect makes the member's collection and records that. One that cannot be made
 // is given up after some tries; why is in the record.
 func (m *Manager) collect(ctx context.Context, b *box, mb *memb) error {
+	if len(mb.rec.Load().Config.Collect) > 0 {
+		if err := b.collecting.acquire(ctx); err != nil {
+			return err
+		}
+		defer b.collecting.release()
+	}
 	delay := m.o.hookRetryMin
 	for try := 1; ; try++ {
 		begin := time.Now()
