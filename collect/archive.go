@@ -8,13 +8,13 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/klauspost/compress/zstd"
 	"golang.org/x/sys/unix"
 
-	"github.com/sandboxd/sandboxd/internal/exit"
 	"github.com/sandboxd/sandboxd/internal/tarstream"
 )
 
@@ -30,30 +30,103 @@ const (
 	zstdWindow = 1 << 20
 )
 
-// limitTime is how long the files of one member may take altogether. A file that
-// has been begun is finished.
-const limitTime = 10 * time.Minute
+var (
+	// errTooLarge means that an archive would take more than the whole directory may.
+	errTooLarge = errors.New("the archive is larger than the collection directory may be (--collect-max-total)")
+	// errCrowded means the same of all that are being made, of which it was the largest.
+	errCrowded = errors.New("archives that were being made at the same time were larger than the collection directory may be (--collect-max-total)")
+)
 
-// errTooLarge means that an archive would take more than the whole directory may.
-var errTooLarge = errors.New("the archive is larger than the collection directory may be (--collect-max-total)")
+// archive is a files.tar.zst that is being made. Until its collection is counted
+// among the others, it is counted among those in the making.
+type archive struct {
+	s *Store
+	f *os.File
+	// Guarded by s.mu.
+	size  int64 // what it has been given
+	whole bool  // it is complete
+	lost  bool  // it has made room for others, or is waited for no longer
+}
 
-// pack writes the files that the collectors of s name to w, and what became of
-// them into m. most bounds what is written. An error means that the archive is of
-// no use; ctx's is returned as such.
-func pack(ctx context.Context, s *Subject, e exit.Record, m *Manifest, w io.Writer, most int64) error {
+// Write writes what there is room for.
+func (a *archive) Write(b []byte) (int, error) {
+	if err := a.s.grow(a, int64(len(b))); err != nil {
+		return 0, err
+	}
+	return a.f.Write(b)
+}
+
+// grow takes room for n bytes of a. All that are being made may be as large
+// together as all that is kept; beyond that the largest is lost, at once: it may be
+// one that is kept waiting.
+func (s *Store) grow(a *archive, n int64) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if a.lost {
+		return errCrowded
+	}
+	a.size += n
+	if s.o.MaxTotal <= 0 {
+		return nil
+	}
+	if a.size > s.o.MaxTotal {
+		return errTooLarge
+	}
+	for {
+		var sum int64
+		largest := a
+		for _, x := range s.making {
+			if sum += x.size; x.size > largest.size && !x.whole {
+				largest = x
+			}
+		}
+		if sum <= s.o.MaxTotal {
+			return nil
+		}
+		largest.size, largest.lost = 0, true
+		largest.f.Truncate(0)
+		if largest == a {
+			return errCrowded
+		}
+	}
+}
+
+// complete says that nothing more is written to a, unless a has been lost before.
+func (s *Store) complete(a *archive) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if a.lost {
+		return errCrowded
+	}
+	a.whole = true
+	return nil
+}
+
+// made takes a out of those in the making. What is still written to it is in vain.
+func (s *Store) made(a *archive) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	a.lost = true
+	s.making = slices.DeleteFunc(s.making, func(x *archive) bool { return x == a })
+}
+
+// pack writes the files that the collectors of s name to w until that time, and
+// what became of them into m. An error means that the archive is of no use; ctx's is
+// returned as such.
+func pack(ctx context.Context, s *Subject, m *Manifest, w io.Writer, until time.Time) error {
 	root, err := s.Root()
 	if err != nil {
 		return err
 	}
 	defer root.Close()
-	buf := bufio.NewWriterSize(&capped{w: w, left: most}, 64<<10)
+	buf := bufio.NewWriterSize(w, 64<<10)
 	z, err := zstd.NewWriter(buf, zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(zstdWindow), zstd.WithLowerEncoderMem(true))
 	if err != nil {
 		return err
 	}
-	p := &packer{m: m, archive: tarstream.NewArchive(z), root: root, ids: s.IDs, index: map[string]int{}, until: time.Now().Add(limitTime)}
+	p := &packer{m: m, archive: tarstream.NewArchive(z), root: root, ids: s.IDs, index: map[string]int{}, begun: time.Now(), until: until}
 	for _, c := range s.Collect {
-		p.c, p.spent = Collector{Collect: c, Applied: Applies(c.On, e)}, 0
+		p.c, p.spent = Collector{Collect: c, Applied: Applies(c.On, *s.Exit)}, 0
 		if p.c.Applied {
 			if err := p.collect(ctx); err != nil {
 				return err
@@ -64,25 +137,13 @@ func pack(ctx context.Context, s *Subject, e exit.Record, m *Manifest, w io.Writ
 	return cmp.Or(p.archive.Close(), z.Close(), buf.Flush())
 }
 
-// capped is a writer that takes so many bytes and no more.
-type capped struct {
-	w    io.Writer
-	left int64
-}
-
-func (c *capped) Write(b []byte) (int, error) {
-	if c.left -= int64(len(b)); c.left < 0 {
-		return 0, errTooLarge
-	}
-	return c.w.Write(b)
-}
-
 // packer takes files into an archive, collector by collector.
 type packer struct {
 	m       *Manifest
 	archive *tarstream.Archive
 	root    *os.File
 	ids     *tarstream.IDs
+	begun   time.Time
 	until   time.Time
 	c       Collector      // the one whose turn it is
 	spent   int64          // of its limit
@@ -91,11 +152,17 @@ type packer struct {
 }
 
 func (p *packer) collect(ctx context.Context) error {
-	paths, more, err := tarstream.Glob(ctx, p.root, p.c.Path, maxMatches)
-	if err != nil {
-		return err
-	}
+	timed, cancel := context.WithDeadline(ctx, p.until)
+	defer cancel()
+	paths, more, err := tarstream.Glob(timed, p.root, p.c.Path, maxMatches)
 	switch {
+	case errors.Is(err, tarstream.ErrPseudo):
+		p.c.Why = "what is in proc, sysfs and cgroup file systems is not collected"
+	case err != nil && timed.Err() != nil && ctx.Err() == nil:
+		p.c.Why = p.tooLong()
+		return nil
+	case err != nil:
+		return err
 	case len(paths) == 0:
 		p.c.Why = "nothing is there"
 	case more:
@@ -119,6 +186,10 @@ func (p *packer) collect(ctx context.Context) error {
 	return nil
 }
 
+func (p *packer) tooLong() string {
+	return fmt.Sprintf("it took longer than %s", duration(p.until.Sub(p.begun)))
+}
+
 // has reports whether path is in the archive already.
 func (p *packer) has(path string) bool {
 	name := strings.TrimPrefix(path, "/")
@@ -131,7 +202,7 @@ func (p *packer) admit(e tarstream.Entry) error {
 	cost := e.Size + max(e.Extra, entryCost)
 	switch {
 	case time.Now().After(p.until):
-		p.c.Why = fmt.Sprintf("it took longer than %s", limitTime)
+		p.c.Why = p.tooLong()
 		return tarstream.ErrEnough
 	case p.spent+entryCost > p.c.Max:
 		p.c.Why = fmt.Sprintf("the limit of %s is reached", size(p.c.Max))
@@ -173,6 +244,9 @@ func (p *packer) file(e tarstream.Entry, taken bool, why string) {
 	}
 	if taken {
 		f.Bytes = e.Size
+	}
+	if e.Link != "" {
+		f.LinkOf = "/" + strings.TrimPrefix(e.Link, "./")
 	}
 	p.listed += len(f.Path) + len(f.Why)
 	p.index[e.Name] = len(p.m.Files)

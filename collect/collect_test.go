@@ -808,3 +808,162 @@ func FuzzParseManifest(f *testing.F) {
 		}
 	})
 }
+
+// hang mounts a file system that does not answer in the member's root; it goes when
+// the function that is returned is called, or at the end of the test.
+func (m *member) hang(name string) (end func()) {
+	m.Helper()
+	testenv.Root(m.T)
+	testenv.Kernel(m.T, testenv.FUSE)
+	dir := filepath.Join(m.root, name)
+	dev, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0)
+	if err == nil {
+		err = errors.Join(os.MkdirAll(dir, 0o700), testenv.MountFUSE(dev, dir))
+	}
+	if err != nil {
+		m.Fatal(err)
+	}
+	end = sync.OnceFunc(func() {
+		dev.Close() // whoever waits, waits no longer
+		unix.Unmount(dir, unix.MNT_DETACH)
+	})
+	m.Cleanup(end)
+	return end
+}
+
+// Files that do not answer hold up nobody else's, and their own collection not for ever.
+func TestFilesThatDoNotAnswer(t *testing.T) {
+	s := newStore(t, Options{})
+	s.slotTime, s.limit, s.grace = 100*time.Millisecond, 2*time.Second, time.Second
+	type result struct {
+		m   *Manifest
+		err error
+	}
+	hung := make(chan result)
+	for i := range cap(s.slots) {
+		m := newMember(t, fmt.Sprintf("h%d", i), crashed, request.Collect{Path: "/f"}, request.Collect{Path: "/dir"})
+		m.file("f", "content")
+		m.hang("dir")
+		go func() {
+			name, err := s.Collect(context.Background(), &m.Subject)
+			if err != nil {
+				hung <- result{nil, err}
+				return
+			}
+			x, err := s.Manifest(name)
+			hung <- result{x, err}
+		}()
+	}
+	begun := time.Now()
+	for len(s.slots) < cap(s.slots) && time.Since(begun) < time.Second {
+		time.Sleep(time.Millisecond)
+	}
+	m := newMember(t, "1", crashed, request.Collect{Path: "/f"})
+	m.file("f", "content")
+	if got := s.mustCollect(t, &m.Subject); got.Archive.Err != "" || time.Since(begun) > s.limit {
+		t.Errorf("after %s: %+v", time.Since(begun), got.Archive)
+	}
+	for range cap(s.slots) {
+		select {
+		case r := <-hung:
+			if r.err != nil || !strings.Contains(r.m.Archive.Err, "within 3s") || len(r.m.Collectors) != 2 || r.m.Exit == nil {
+				t.Errorf("the one that hung: %+v, %v", r.m, r.err)
+			}
+		case <-time.After(20 * time.Second):
+			t.Fatal("it waits for files that do not answer")
+		}
+	}
+}
+
+// A collection that is cut off does not wait for such files either.
+func TestCutOffWhileFilesDoNotAnswer(t *testing.T) {
+	s := newStore(t, Options{})
+	m := newMember(t, "1", crashed, request.Collect{Path: "/dir"})
+	m.hang("dir")
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	done := make(chan error, 1)
+	go func() {
+		_, err := s.Collect(ctx, &m.Subject)
+		done <- err
+	}()
+	select {
+	case err := <-done:
+		if !errors.Is(err, context.DeadlineExceeded) {
+			t.Error(err)
+		}
+	case <-time.After(20 * time.Second):
+		t.Fatal("it waits for files that do not answer")
+	}
+}
+
+// A glob is bounded in time like everything else.
+func TestGlobTakesTooLong(t *testing.T) {
+	s := newStore(t, Options{})
+	s.limit = -time.Second
+	m := newMember(t, "1", crashed, request.Collect{Path: "/none*"})
+	if got := s.mustCollect(t, &m.Subject); !strings.HasPrefix(got.Collectors[0].Why, "it took longer than") {
+		t.Errorf("%+v", got.Collectors)
+	}
+}
+
+// What is being made is bounded too: the largest loses its archive, at once.
+func TestQuotaOfWhatIsBeingMade(t *testing.T) {
+	const most = 2 << 20
+	s := newStore(t, Options{MaxTotal: most})
+	big := newMember(t, "1", crashed, request.Collect{Path: "/f"}, request.Collect{Path: "/dir"})
+	big.file("f", noise(most*3/4))
+	end := big.hang("dir")
+	done := make(chan error, 1)
+	go func() {
+		_, err := s.Collect(context.Background(), &big.Subject)
+		done <- err
+	}()
+	file := tempPrefix + big.MemberID + "/" + archiveFile
+	written := func() int64 {
+		fi, err := s.root.Stat(file)
+		if err != nil {
+			return 0
+		}
+		return fi.Size()
+	}
+	for limit := time.Now().Add(20 * time.Second); written() < most/2; time.Sleep(time.Millisecond) {
+		if time.Now().After(limit) {
+			t.Fatalf("%d bytes are written", written())
+		}
+	}
+	small := newMember(t, "2", crashed, request.Collect{Path: "/f"})
+	small.Member = "small"
+	small.file("f", noise(most*5/8))
+	if got := s.mustCollect(t, &small.Subject); got.Archive.Err != "" || got.Archive.Bytes < most/2 {
+		t.Errorf("the smaller one: %+v", got.Archive)
+	}
+	if n := written(); n != 0 {
+		t.Errorf("%d bytes of the larger one are still there", n)
+	}
+	end()
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	if got, err := s.Manifest("web/app-1"); err != nil || got.Archive.Err != errCrowded.Error() || got.Files[0].Taken {
+		t.Errorf("the larger one: %+v, %v", got, err)
+	}
+	if len(s.making) != 0 {
+		t.Errorf("%d are still counted", len(s.making))
+	}
+	// Those that are complete are not lost any more.
+	a, b := &archive{s: s, size: most - 10}, &archive{s: s}
+	s.making = []*archive{a, b}
+	if err := s.complete(a); err != nil {
+		t.Fatal(err)
+	}
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer null.Close()
+	b.f = null
+	if _, err := b.Write(make([]byte, 20)); !errors.Is(err, errCrowded) || a.lost || a.size == 0 {
+		t.Errorf("%v; %+v", err, a)
+	}
+}

@@ -21,7 +21,10 @@
 // manifest. Files belong to somebody who is not trusted: see package
 // internal/tarstream for how they are read. How much is taken is bounded by each
 // collector and by the directory's own limit, for which the oldest collections
-// make room, those of successes before those of failures.
+// make room, those of successes before those of failures. What is being made is
+// bounded by the same limit once more; there the largest makes room. A file system
+// that does not answer keeps nobody else's collection waiting, and in the end costs
+// the archive.
 //
 // # Concurrency
 //

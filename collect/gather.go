@@ -2,11 +2,11 @@ package collect
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
-	"path"
 	"strconv"
 	"strings"
 	"time"
@@ -37,11 +37,20 @@ type Subject struct {
 	// interfaces; empty if the sandbox has none of its own.
 	NetDev string
 	// Root opens the member's root; the caller closes it.
-	Root    func() (*os.File, error)
-	Targets []string // where something is mounted in the root
-	IDs     *tarstream.IDs
-	Collect []request.Collect
-	Samples *Samples
+	Root     func() (*os.File, error)
+	RootFrom string   // whose the root is; see [Mount]
+	Layer    string   // directory of its writable layer; empty if there is none
+	Targets  []Target // where something is mounted in the root
+	IDs      *tarstream.IDs
+	Collect  []request.Collect
+	Samples  *Samples
+}
+
+// Target is a place in a member's root where something is mounted.
+type Target struct {
+	Path  string // in the root, clean
+	From  string // see [Mount]
+	Tmpfs bool   // it is a file system in memory; else it is from elsewhere
 }
 
 // Gather finds out what there is to know of s now, its files apart. What it
@@ -180,7 +189,11 @@ func tail(file string, most int64) (_ []byte, cut bool, err error) {
 	return b, from > 0, err
 }
 
-// Mounts shows the file systems in the root of s, as far as it is held.
+// limitLayer is how long a layer is looked through for its size.
+const limitLayer = time.Second
+
+// Mounts shows what is mounted in the root of s, as far as it is held. What is from
+// elsewhere is not looked at: it would be held without s, and may not answer.
 func Mounts(s *Subject) ([]Mount, error) {
 	ms := []Mount{}
 	if s.Root == nil {
@@ -191,21 +204,44 @@ func Mounts(s *Subject) ([]Mount, error) {
 		return ms, err
 	}
 	defer root.Close()
-	for _, target := range append([]string{"/"}, s.Targets...) {
+	top := Mount{Target: "/", Type: "bind", From: s.RootFrom}
+	if s.Layer != "" {
+		top.Type = "overlay"
+		top.Used, err = layerSize(s.Layer)
+	}
+	ms = append(ms, top)
+	for _, t := range s.Targets {
 		if len(ms) == maxMountPoints {
-			return ms, fmt.Errorf("there are more than %d", maxMountPoints)
+			return ms, errors.Join(err, fmt.Errorf("there are more than %d", maxMountPoints))
 		}
-		st, _, err := statfs(root, target)
-		if err != nil {
-			continue // hidden by another, or taken away by the member
-		}
-		m := Mount{Target: path.Clean(target), Type: typeName(st.Type), Memory: inMemory(st)}
-		if st.Blocks > 0 {
+		m := Mount{Target: t.Path, Type: "bind", From: t.From}
+		if t.Tmpfs {
+			st, _, err := statfs(root, t.Path)
+			if err != nil {
+				continue // hidden by another, or taken away by the member
+			}
+			m.Type, m.Memory = "tmpfs", inMemory(st)
 			m.Size, m.Used = int64(st.Blocks)*st.Frsize, int64(st.Blocks-st.Bfree)*st.Frsize
 		}
 		ms = append(ms, m)
 	}
-	return ms, nil
+	return ms, err
+}
+
+// layerSize returns what a writable layer takes on disk.
+func layerSize(dir string) (int64, error) {
+	f, err := os.Open(dir)
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), limitLayer)
+	defer cancel()
+	n, err := tarstream.Usage(ctx, f)
+	if ctx.Err() != nil {
+		err = errors.New("/: it is more than that: there are too many files to look at each")
+	}
+	return n, err
 }
 
 // Tmpfs returns how many bytes the file systems in memory hold that are mounted
@@ -228,16 +264,16 @@ func Tmpfs(root *os.File, targets []string) int64 {
 // nothing of what it holds.
 func inMemory(st *unix.Statfs_t) bool { return st.Type == unix.TMPFS_MAGIC && st.Blocks > 0 }
 
-// statfs shows the file system at target in root, and its device. What is mounted at
-// another target than / must be in memory: one that is not may not answer (FUSE, NFS), and
-// who is waiting shows all members, or follows their exits.
+// statfs shows the file system at target in root, which must be in memory, and its
+// device. One that is not may not answer (FUSE, NFS), and who is waiting shows all
+// members, or follows their exits.
 func statfs(root *os.File, target string) (*unix.Statfs_t, uint64, error) {
 	fd, err := openCached(int(root.Fd()), target)
 	if err != nil {
 		return nil, 0, err
 	}
 	defer unix.Close(fd)
-	if path.Clean(target) != "/" && !isTmpfs(fd) {
+	if !isTmpfs(fd) {
 		return nil, 0, errors.New("not a tmpfs")
 	}
 	var st unix.Statfs_t
@@ -281,39 +317,4 @@ func isTmpfs(fd int) bool {
 		return true // it has to be asked
 	}
 	return err == nil && h.Type() == fileidIno32Gen && h.Size() == 12
-}
-
-// mqueueMagic is the kernel's MQUEUE_MAGIC (ipc/mqueue.c).
-const mqueueMagic = 0x19800202
-
-func typeName(magic int64) string {
-	switch magic {
-	case unix.TMPFS_MAGIC:
-		return "tmpfs"
-	case unix.OVERLAYFS_SUPER_MAGIC:
-		return "overlay"
-	case unix.EXT4_SUPER_MAGIC:
-		return "ext4"
-	case unix.XFS_SUPER_MAGIC:
-		return "xfs"
-	case unix.BTRFS_SUPER_MAGIC:
-		return "btrfs"
-	case unix.PROC_SUPER_MAGIC:
-		return "proc"
-	case unix.SYSFS_MAGIC:
-		return "sysfs"
-	case unix.CGROUP_SUPER_MAGIC:
-		return "cgroup"
-	case unix.CGROUP2_SUPER_MAGIC:
-		return "cgroup2"
-	case unix.DEVPTS_SUPER_MAGIC:
-		return "devpts"
-	case mqueueMagic:
-		return "mqueue"
-	case unix.NFS_SUPER_MAGIC:
-		return "nfs"
-	case unix.FUSE_SUPER_MAGIC:
-		return "fuse"
-	}
-	return fmt.Sprintf("%#x", uint32(magic))
 }

@@ -59,7 +59,7 @@ func (r *Report) WriteHTML(w io.Writer) error {
 
 func (r *Report) putFacts(p *markup.Page) {
 	m := r.Manifest
-	p.Put("<dl>\n<dt>Command</dt><dd><code>%s</code></dd>\n", strings.Join(m.Command, " "))
+	p.Put("<dl>\n<dt>Command</dt><dd><code>%s</code></dd>\n", Plain(strings.Join(m.Command, " ")))
 	if e := m.Exit; e != nil {
 		ended := when(e.FinishedAt, r.At)
 		if l := lifetime(m); l != "" {
@@ -116,7 +116,7 @@ func putWords(p *markup.Page, l *Log) {
 	} else {
 		p.Put(`<pre>`)
 		for _, x := range l.Lines {
-			p.Put("<span class=\"dim\">%s</span> <span class=\"%s\">%s</span>\n", x.Time.Format("15:04:05.000"), x.Stream, x.Text)
+			p.Put("<span class=\"dim\">%s</span> <span class=\"%s\">%s</span>\n", x.Time.Format("15:04:05.000"), x.Stream, Plain(x.Text))
 		}
 		p.Put(`</pre>`)
 	}
@@ -137,7 +137,7 @@ func putCollected(p *markup.Page, m *Manifest) {
 			if c.Applied {
 				taken = strconv.Itoa(c.Taken)
 			}
-			p.Put("<tr><th scope=\"row\"><code>%s</code></th><td>%s</td><td>%s</td><td>%s</td><td>%s</td></tr>\n", c.Path, c.On, taken, size(c.Bytes), c.Why)
+			p.Put("<tr><th scope=\"row\"><code>%s</code></th><td>%s</td><td>%s</td><td>%s</td><td>%s</td></tr>\n", Plain(c.Path), c.On, taken, size(c.Bytes), Plain(c.Why))
 		}
 		p.Put("</tbody></table></div>\n")
 	}
@@ -152,7 +152,7 @@ func putCollected(p *markup.Page, m *Manifest) {
 		p.Put(`<details><summary>%d %s%s</summary><div class="wide"><table><thead><tr><th scope="col">Path</th><th scope="col">Taken</th><th scope="col">Note</th></tr></thead>
 <tbody>`, len(m.Files), what, more)
 		for _, f := range m.Files {
-			p.Put("<tr><th scope=\"row\"><code>%s</code></th><td>%s</td><td>%s</td></tr>\n", f.Path, fileSize(f), f.Why)
+			p.Put("<tr><th scope=\"row\"><code>%s</code></th><td>%s</td><td>%s</td></tr>\n", Plain(f.Path), fileSize(f), Plain(fileNote(f)))
 		}
 		p.Put(`</tbody></table></div></details>`)
 	}

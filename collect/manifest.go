@@ -76,13 +76,17 @@ type LogLine struct {
 	Text   string    `json:"text"`
 }
 
-// Mount is a file system in a member's root.
+// Mount is something that is mounted in a member's root. How much there is of it is
+// told of what the member alone holds, and of its sandbox's /dev/shm.
 type Mount struct {
 	Target string `json:"target"`
-	Type   string `json:"type"` // as in /proc/filesystems, or a number
+	Type   string `json:"type"` // tmpfs; overlay: root with a writable layer; bind: a file or directory from elsewhere
+	// From says whose it is, as sources of namespaces are written: private (the
+	// member's), sandbox, host or member:NAME. Manifests of before have none.
+	From   string `json:"from,omitempty"`
 	Used   int64  `json:"usedBytes"`
 	Size   int64  `json:"sizeBytes"` // 0: no limit of its own
-	Memory bool   `json:"memory"`    // its content is in memory
+	Memory bool   `json:"memory"`    // its content is in memory, and counted here
 }
 
 // Samples are what was measured while a member ran, the oldest first.
@@ -109,7 +113,10 @@ type File struct {
 	Type  string `json:"type"`  // file, directory, link, fifo, socket, device
 	Bytes int64  `json:"bytes"` // of content in the archive
 	Taken bool   `json:"taken"`
-	Why   string `json:"why,omitempty"` // why not, or not as it was
+	// LinkOf is set if it is in the archive as another name of a file that has come
+	// before: that one's path.
+	LinkOf string `json:"linkOf,omitempty"`
+	Why    string `json:"why,omitempty"` // why not, or not as it was
 }
 
 // Archive is what became of files.tar.zst.

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"io"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"unicode"
@@ -21,7 +22,7 @@ func (r *Report) WriteText(w io.Writer) error {
 	m := r.Manifest
 	var b bytes.Buffer
 	line := func(format string, a ...any) {
-		b.WriteString(strings.TrimRight(plain(fmt.Sprintf(format, a...)), " ") + "\n")
+		b.WriteString(strings.TrimRight(Plain(fmt.Sprintf(format, a...)), " ") + "\n")
 	}
 	line("%s: %s", r.Ref, r.Verdict)
 	line("")
@@ -44,7 +45,7 @@ func (r *Report) WriteText(w io.Writer) error {
 		tw := tabwriter.NewWriter(&t, 0, 8, 2, ' ', 0)
 		fmt.Fprintln(tw, "  COUNTERS\tUSED\tPEAK\tLIMIT\t")
 		for _, x := range rows {
-			fmt.Fprintf(tw, "  %s\t%s\t%s\t%s\t%s\n", plain(x.What), x.Used, dash(x.Peak), dash(x.Limit), x.Note)
+			fmt.Fprintf(tw, "  %s\t%s\t%s\t%s\t%s\n", Plain(x.What), x.Used, dash(x.Peak), dash(x.Limit), x.Note)
 		}
 		tw.Flush()
 		for l := range strings.Lines(t.String()) {
@@ -68,11 +69,11 @@ func (r *Report) WriteText(w io.Writer) error {
 	line("")
 	line("  COLLECTED   %s", collected(m))
 	for _, f := range pick(m.Files) {
-		if f.Why != "" {
-			line("    %-9s  %s: %s", fileSize(f), f.Path, f.Why)
-			continue
+		text := f.Path
+		if note := fileNote(f); note != "" {
+			text += ": " + note
 		}
-		line("    %-9s  %s", fileSize(f), f.Path)
+		line("    %-9s  %s", fileSize(f), text)
 	}
 	if more := len(m.Files) + m.FilesMore - len(pick(m.Files)); more > 0 {
 		line("    and %d more", more)
@@ -120,10 +121,19 @@ func fileSize(f File) string {
 	switch {
 	case !f.Taken:
 		return "left out"
+	case f.LinkOf != "":
+		return "hard link"
 	case f.Type == "file":
 		return size(f.Bytes)
 	}
 	return f.Type
+}
+
+func fileNote(f File) string {
+	if f.Why == "" && f.LinkOf != "" {
+		return "another name of " + f.LinkOf
+	}
+	return f.Why
 }
 
 func dash(s string) string {
@@ -133,15 +143,24 @@ func dash(s string) string {
 	return s
 }
 
-// plain keeps what a member has chosen from moving the cursor.
-func plain(s string) string {
-	return strings.Map(func(r rune) rune {
-		if r == '\t' {
-			return ' '
+// Plain keeps what somebody else has chosen from doing anything to a terminal, or to
+// the order of what is around it: what is not printed is shown as in Go, such as \n.
+func Plain(s string) string {
+	odd := func(r rune) bool { return !unicode.IsPrint(r) }
+	if !strings.ContainsFunc(s, odd) {
+		return s
+	}
+	var b strings.Builder
+	for _, r := range s {
+		switch {
+		case r == '\t':
+			b.WriteByte(' ')
+		case odd(r):
+			q := strconv.QuoteRune(r)
+			b.WriteString(q[1 : len(q)-1])
+		default:
+			b.WriteRune(r)
 		}
-		if !unicode.IsPrint(r) {
-			return '\uFFFD'
-		}
-		return r
-	}, s)
+	}
+	return b.String()
 }

@@ -236,15 +236,10 @@ func (r *Report) held() string {
 	return "until " + when(r.Custody.Until, r.At)
 }
 
-// shown are the file systems that are worth a look: those of the kernel hold
-// nothing of a member's.
+// shown are the mounts that are worth a look.
 func shown(ms []Mount) []Mount {
 	var out []Mount
 	for _, m := range ms {
-		switch m.Type {
-		case "proc", "sysfs", "cgroup", "cgroup2", "devpts", "mqueue":
-			continue
-		}
 		// The first is where cgroups are mounted, the second has nodes and links.
 		if m.Memory && m.Used == 0 && (m.Target == "/sys/fs/cgroup" || m.Target == "/dev") {
 			continue
@@ -254,12 +249,23 @@ func shown(ms []Mount) []Mount {
 	return out
 }
 
-// usage says how full a file system is. One on a disk is that of others too.
+// usage says how much a mount holds, or whose it is.
 func usage(m Mount) string {
-	if !m.Memory {
+	switch {
+	case m.From == "" && !m.Memory: // in a manifest of before: that of the whole disk
 		return "on disk"
+	case m.Memory && m.From == "sandbox":
+		return size(m.Used) + " of " + size(m.Size) + ", the sandbox's"
+	case m.Memory:
+		return size(m.Used) + " of " + size(m.Size)
+	case m.Type == "overlay":
+		return size(m.Used) + " on disk"
+	case m.From == "host":
+		return "the host's"
+	case strings.HasPrefix(m.From, "member:"):
+		return "that of " + strings.TrimPrefix(m.From, "member:")
 	}
-	return size(m.Used) + " of " + size(m.Size)
+	return ""
 }
 
 // collected says in a line what was taken.

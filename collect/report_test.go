@@ -68,13 +68,16 @@ func example() *Report {
 		Collectors: []Collector{{Collect: request.Collect{Path: "/t/*", On: request.OnAlways, Max: 1 << 20}, Applied: true, Taken: 2, Bytes: 3 << 20, Skipped: 1, Why: "the limit of 1.0 MiB is reached"}},
 		Files: []File{
 			{Path: "/t/core", Type: "file", Bytes: 3 << 20, Taken: true}, {Path: "/t/\x1b[31m", Type: "fifo", Why: "it holds no data"},
-			{Path: "/t/l", Type: "link", Taken: true},
+			{Path: "/t/l", Type: "link", Taken: true}, {Path: "/t/again", Type: "file", Taken: true, LinkOf: "/t/core"},
 		},
 		FilesMore: 4, Archive: &Archive{Bytes: 1234, Entries: 2}, Unknown: []string{"counters: it is a mystery"},
 		Samples: &Samples{Interval: "1s", UnixMs: []int64{0, 1000, 2000, 3000}, CPU: []int64{0, 500_000, 600_000, 600_000}, Memory: []int64{1 << 20, 30 << 20, 63 << 20, 10 << 20}},
 	}
 	return NewReport(m, Custody{Held: true, Until: at.Add(time.Hour), Mounts: []Mount{
-		{Target: "/", Type: "overlay", Used: 1, Size: 2}, {Target: "/proc", Type: "proc"}, {Target: "/t", Type: "tmpfs", Used: 3 << 20, Size: 8 << 20, Memory: true},
+		{Target: "/", Type: "overlay", From: "private", Used: 12 << 10}, {Target: "/t", Type: "tmpfs", From: "private", Used: 3 << 20, Size: 8 << 20, Memory: true},
+		{Target: "/dev/shm", Type: "tmpfs", From: "sandbox", Used: 1 << 20, Size: 64 << 20, Memory: true},
+		{Target: "/host", Type: "bind", From: "host"}, {Target: "/other", Type: "bind", From: "member:db"},
+		{Target: "/before", Type: "overlay", Used: 1, Size: 2},
 	}}, at.Add(time.Minute))
 }
 

@@ -54,14 +54,20 @@ type Store struct {
 	path string
 	root *os.Root
 	// slots bounds how many archives are packed at the same time: each takes
-	// some MiB.
-	slots chan struct{}
+	// some MiB and a CPU. One that takes long gives its slot back, so that files
+	// that do not answer hold up nobody else's.
+	slots    chan struct{}
+	slotTime time.Duration
+	// limit is how long the files of one member may take altogether. A file that has
+	// been begun is finished; what has not ended after grace is waited for no longer.
+	limit, grace time.Duration
 	// fitting is held from when there is room for a collection until it is counted,
 	// so that two do not take the same room. Before mu.
 	fitting sync.Mutex
 
-	mu    sync.Mutex
-	total int64 // bytes on disk, as far as this process knows; -1: not counted yet. Guarded by mu.
+	mu     sync.Mutex
+	total  int64      // bytes on disk, as far as this process knows; -1: not counted yet. Guarded by mu.
+	making []*archive // those that are being made; guarded by mu
 }
 
 // Open opens a collection directory, which is made if need be. The caller closes
@@ -90,7 +96,10 @@ func open(dir string, o Options) (*Store, error) {
 	if err != nil {
 		return nil, fmt.Errorf("collection directory: %w", err)
 	}
-	return &Store{o: o, path: dir, root: root, slots: make(chan struct{}, 2), total: -1}, nil
+	return &Store{
+		o: o, path: dir, root: root, total: -1,
+		slots: make(chan struct{}, 2), slotTime: 10 * time.Second, limit: 10 * time.Minute, grace: time.Minute,
+	}, nil
 }
 
 // Close lets go of the directory.
@@ -121,11 +130,12 @@ func (s *Store) Collect(ctx context.Context, sub *Subject) (name string, err err
 	if !want {
 		return "", nil
 	}
-	select {
-	case s.slots <- struct{}{}:
-		defer func() { <-s.slots }()
-	case <-ctx.Done():
-		return "", ctx.Err()
+	if files {
+		release, err := s.slot(ctx)
+		if err != nil {
+			return "", err
+		}
+		defer release()
 	}
 	if name, err := s.find(sub); name != "" || err != nil {
 		return name, err
@@ -157,7 +167,9 @@ func (s *Store) Collect(ctx context.Context, sub *Subject) (name string, err err
 			return "", err
 		}
 		crash.Point("collect manifest after")
-		if err := s.writeArchive(ctx, tmp, sub, m); err != nil {
+		a := &archive{s: s}
+		defer s.made(a)
+		if err := s.writeArchive(ctx, tmp, sub, m, a); err != nil {
 			return "", err
 		}
 		crash.Point("collect archive after")
@@ -168,6 +180,18 @@ func (s *Store) Collect(ctx context.Context, sub *Subject) (name string, err err
 		return "", err
 	}
 	return s.publish(tmp, sub, m)
+}
+
+// slot waits until there is room for one more who packs.
+func (s *Store) slot(ctx context.Context) (release func(), err error) {
+	select {
+	case s.slots <- struct{}{}:
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	release = sync.OnceFunc(func() { <-s.slots })
+	time.AfterFunc(s.slotTime, release)
+	return release, nil
 }
 
 // begin makes an empty directory of that name, and locks it.
@@ -266,39 +290,68 @@ func lastLines(lines []LogLine, most int) []LogLine {
 
 // writeArchive packs the files. Only ctx's error is returned: others cost the
 // archive, and m says so.
-func (s *Store) writeArchive(ctx context.Context, tmp string, sub *Subject, m *Manifest) error {
-	most := int64(1) << 62
-	if s.o.MaxTotal > 0 {
-		most = s.o.MaxTotal
+func (s *Store) writeArchive(ctx context.Context, tmp string, sub *Subject, m *Manifest, a *archive) error {
+	err := s.fill(ctx, tmp, sub, m, a)
+	if lost := s.complete(a); lost != nil {
+		err = lost
 	}
-	m.Archive = new(Archive)
-	err := func() error {
-		f, err := s.root.OpenFile(tmp+"/"+archiveFile, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-		if err != nil {
-			return err
-		}
-		defer f.Close()
-		if err := pack(ctx, sub, *sub.Exit, m, f, most); err != nil {
-			return err
-		}
-		if err := f.Sync(); err != nil {
-			return err
-		}
-		fi, err := f.Stat()
-		if err == nil {
-			m.Archive.Bytes = fi.Size()
-		}
-		return err
-	}()
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
 	if err != nil {
 		s.root.Remove(tmp + "/" + archiveFile)
+		s.made(a)
 		lost(m, err)
 		s.o.Log.Warn("Files not collected", "sandbox", sub.SandboxID, "member", sub.MemberID, "err", err)
 	}
 	return nil
+}
+
+// fill makes the archive, by a goroutine that is left to itself if a file system
+// keeps it waiting: nothing can end that.
+func (s *Store) fill(ctx context.Context, tmp string, sub *Subject, m *Manifest, a *archive) error {
+	m.Archive = new(Archive)
+	f, err := s.root.OpenFile(tmp+"/"+archiveFile, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	a.f, s.making = f, append(s.making, a)
+	s.mu.Unlock()
+	part := &Manifest{Archive: new(Archive), Collectors: []Collector{}, Files: []File{}}
+	done := make(chan error, 1)
+	go func() {
+		defer f.Close()
+		done <- func() error {
+			if err := pack(ctx, sub, part, a, time.Now().Add(s.limit)); err != nil {
+				return err
+			}
+			if err := f.Sync(); err != nil {
+				return err
+			}
+			fi, err := f.Stat()
+			if err == nil {
+				part.Archive.Bytes = fi.Size()
+			}
+			return err
+		}()
+	}()
+	select {
+	case err := <-done:
+		m.Collectors, m.Files, m.FilesMore, m.Archive = part.Collectors, part.Files, part.FilesMore, part.Archive
+		return err
+	case <-ctx.Done():
+		select {
+		case <-done:
+		case <-time.After(time.Second):
+		}
+		return ctx.Err()
+	case <-time.After(s.limit + s.grace):
+		for _, c := range sub.Collect {
+			m.Collectors = append(m.Collectors, Collector{Collect: c, Applied: Applies(c.On, *sub.Exit)})
+		}
+		return fmt.Errorf("files could not be read to their end within %s", s.limit+s.grace)
+	}
 }
 
 // lost makes m say that there is no archive.
@@ -311,7 +364,7 @@ func lost(m *Manifest, err error) {
 		m.Collectors[i].Taken, m.Collectors[i].Bytes = 0, 0
 	}
 	for i := range m.Files {
-		m.Files[i].Taken, m.Files[i].Bytes = false, 0
+		m.Files[i].Taken, m.Files[i].Bytes, m.Files[i].LinkOf = false, 0, ""
 	}
 }
 

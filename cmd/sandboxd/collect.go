@@ -4,7 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"path"
+	"path/filepath"
 	"time"
 
 	"github.com/sandboxd/sandboxd/collect"
@@ -24,7 +24,7 @@ func (n *node) Collects(m *sandbox.MemberRecord) bool {
 
 // Collect implements [sandbox.CollectNode].
 func (n *node) Collect(ctx context.Context, r *sandbox.Record, m *sandbox.MemberRecord, dir string) (string, error) {
-	s := newSubject(r, m, dir)
+	s := newSubject(r, m, dir, n.dataDir(m))
 	s.Samples = n.sampler.Samples(m.ID)
 	name, err := n.store.Collect(ctx, s)
 	if err == nil {
@@ -34,8 +34,8 @@ func (n *node) Collect(ctx context.Context, r *sandbox.Record, m *sandbox.Member
 }
 
 // newSubject is what a member is for package collect. dir is its directory under
-// the state directory.
-func newSubject(r *sandbox.Record, m *sandbox.MemberRecord, dir string) *collect.Subject {
+// the state directory, data the one under the root directory.
+func newSubject(r *sandbox.Record, m *sandbox.MemberRecord, dir, data string) *collect.Subject {
 	s := &collect.Subject{
 		Sandbox: r.Config.Name, SandboxID: r.ID, Member: m.Config.Name, MemberID: m.ID, State: m.State.String(),
 		Command: m.Config.Args, Labels: m.Config.Labels, CreatedAt: m.CreatedAt, Exit: m.Exit, StartError: m.StartError,
@@ -52,8 +52,14 @@ func newSubject(r *sandbox.Record, m *sandbox.MemberRecord, dir string) *collect
 	if r.IDs != nil && m.Namespaces[namespace.User].From != namespace.Host {
 		s.IDs = &tarstream.IDs{Start: r.IDs.Start, Size: r.IDs.Size}
 	}
-	for _, mt := range specMounts(dir) {
-		s.Targets = append(s.Targets, path.Clean(mt.Destination))
+	s.Targets = targets(m, dir)
+	switch from := m.Namespaces[namespace.Mnt]; {
+	case from.From != namespace.Private:
+		s.RootFrom = from.String()
+	case m.Config.Bundle != "" || m.Config.ReadOnly:
+		s.RootFrom = string(namespace.Host)
+	default:
+		s.RootFrom, s.Layer = string(namespace.Private), filepath.Join(data, layerDir)
 	}
 	return s
 }

@@ -3,6 +3,8 @@ package main
 import (
 	"os"
 	"path"
+	"slices"
+	"strings"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 
@@ -56,17 +58,42 @@ func specMounts(dir string) []specs.Mount {
 	return spec.Mounts
 }
 
-// tmpfsTargets returns where a member has file systems in memory that are its own:
-// those of its configuration. What a privileged member has mounted by itself is
-// not among them, nor is the sandbox's /dev/shm, which pause holds.
+// targets returns where something is mounted in a member's root by its
+// configuration, and whose it is. What a privileged member has mounted by itself is
+// not among them, nor is what a later mount hides, or what the kernel makes up.
+func targets(m *sandbox.MemberRecord, dir string) []collect.Target {
+	mounts := specMounts(dir)
+	hidden := func(i int, to string) bool {
+		return slices.ContainsFunc(mounts[i+1:], func(later specs.Mount) bool {
+			over := path.Clean(later.Destination)
+			return to == over || strings.HasPrefix(to, strings.TrimSuffix(over, "/")+"/")
+		})
+	}
+	out := []collect.Target{}
+	for i, mt := range mounts {
+		t := collect.Target{Path: path.Clean(mt.Destination), From: string(namespace.Private), Tmpfs: mt.Type == "tmpfs"}
+		switch {
+		case hidden(i, t.Path):
+			continue
+		case t.Tmpfs && t.Path == "/dev/shm" && m.Namespaces[namespace.IPC].From == namespace.Sandbox:
+			t.From = string(namespace.Sandbox) // pause holds it
+		case mt.Type == "bind", slices.Contains(mt.Options, "bind"), slices.Contains(mt.Options, "rbind"):
+			t.From, t.Tmpfs = string(namespace.Host), false
+		case !t.Tmpfs:
+			continue
+		}
+		out = append(out, t)
+	}
+	return out
+}
+
+// tmpfsTargets returns where a member has file systems in memory that it alone holds.
 func tmpfsTargets(m *sandbox.MemberRecord, dir string) []string {
-	targets := []string{}
-	shared := m.Namespaces[namespace.IPC].From == namespace.Sandbox
-	for _, mt := range specMounts(dir) {
-		to := path.Clean(mt.Destination)
-		if mt.Type == "tmpfs" && !(shared && to == "/dev/shm") {
-			targets = append(targets, to)
+	out := []string{}
+	for _, t := range targets(m, dir) {
+		if t.Tmpfs && t.From == string(namespace.Private) {
+			out = append(out, t.Path)
 		}
 	}
-	return targets
+	return out
 }

@@ -155,8 +155,16 @@ func (n *node) memberMark(m *sandbox.MemberRecord) string {
 	return n.sandboxMark(m.Sandbox) + "/" + m.ID
 }
 
+// layerDir is a member's writable layer, in its data directory.
+const layerDir = "rw/upper"
+
 func (n *node) dataDir(m *sandbox.MemberRecord) string {
-	return filepath.Join(n.Root, "sandboxes", m.Sandbox, m.ID)
+	return dataDir(n.Root, m)
+}
+
+// dataDir is a member's data directory, under the root directory.
+func dataDir(root string, m *sandbox.MemberRecord) string {
+	return filepath.Join(root, "sandboxes", m.Sandbox, m.ID)
 }
 
 // invalid makes err match [sandbox.ErrInvalid] without changing its text.
@@ -492,7 +500,7 @@ func (n *node) RemoveMemberCgroup(ctx context.Context, m *sandbox.MemberRecord) 
 // MakeMemberData implements [sandbox.MemberNode].
 func (n *node) MakeMemberData(_ context.Context, m *sandbox.MemberRecord) error {
 	dir := n.dataDir(m)
-	for _, sub := range []string{"rw/upper", "rw/work", "lower", "rootfs"} {
+	for _, sub := range []string{layerDir, "rw/work", "lower", "rootfs"} {
 		if err := os.MkdirAll(filepath.Join(dir, sub), 0o700); err != nil {
 			return err
 		}

@@ -15,6 +15,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/sandboxd/sandboxd/collect"
 	"github.com/sandboxd/sandboxd/internal/namespace"
 	"github.com/sandboxd/sandboxd/sandbox"
 )
@@ -149,7 +150,7 @@ func holds(i sandbox.Info) string {
 
 // command shows a member's command, cut to n characters.
 func command(args []string, n int) string {
-	s := strings.Join(args, " ")
+	s := collect.Plain(strings.Join(args, " "))
 	if r := []rune(s); len(r) > n {
 		return string(r[:n-1]) + "…"
 	}

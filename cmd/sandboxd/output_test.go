@@ -34,3 +34,13 @@ func TestJSONOnATerminal(t *testing.T) {
 		}
 	}
 }
+
+// A command with a script in it stays one line, and says where the lines of the script end.
+func TestCommandOfSeveralLines(t *testing.T) {
+	if got, want := command([]string{"sh", "-c", "a\n\tb \x1b[2J \u202e"}, 40), `sh -c a\n b \x1b[2J \u202e`; got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
+	if got, want := command([]string{"a\nb"}, 3), `a\…`; got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
+}

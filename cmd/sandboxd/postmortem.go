@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -91,7 +92,7 @@ func (a *app) postmortem(ref, dir string) (*collect.Report, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := newSubject(t.sandbox, t.member, t.dir)
+	s := newSubject(t.sandbox, t.member, t.dir, dataDir(filepath.Join(a.stateDir(), rootLink), t.member))
 	s.State, s.Exit = info.State, info.Exit
 	if info.Collection != "" {
 		m, err := a.manifest(info.Collection, dir)

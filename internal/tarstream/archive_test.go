@@ -3,6 +3,7 @@ package tarstream
 import (
 	"archive/tar"
 	"bytes"
+	"context"
 	"errors"
 	"io"
 	"os"
@@ -77,8 +78,20 @@ func TestGlob(t *testing.T) {
 		t.Error("a pattern that is not complete matches")
 	}
 	proc := openRoot(t, "/")
-	if got, _, err := Glob(t.Context(), proc, "/proc/*/status", 100); err != nil || len(got) != 0 {
-		t.Errorf("in proc: %q, %v", got, err)
+	for _, pattern := range []string{"/proc/*/status", "/proc/*", "/pro[c]/*", "/proc/none/at/all", "/sys/k*"} {
+		if got, _, err := Glob(t.Context(), proc, pattern, 100); !errors.Is(err, ErrPseudo) || len(got) != 0 {
+			t.Errorf("Glob(%q): %q, %v", pattern, got, err)
+		}
+	}
+	if got, _, err := Glob(t.Context(), proc, "/*c/passwd", 100); err != nil || len(got) != 1 {
+		t.Errorf("beside proc: %q, %v", got, err)
+	}
+	over, cancel := context.WithCancel(t.Context())
+	cancel()
+	for _, pattern := range []string{"/var/none*", "/var"} {
+		if _, _, err := Glob(over, root, pattern, 100); !errors.Is(err, context.Canceled) {
+			t.Errorf("Glob(%q) that is cut off: %v", pattern, err)
+		}
 	}
 }
 

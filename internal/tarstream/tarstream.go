@@ -57,7 +57,12 @@ type Entry struct {
 	Mode  uint32 // st_mode (inode(7))
 	Size  int64  // bytes of content that will be written; 0 for what is no regular file, or a link to one
 	Extra int64  // bytes of its names and extended attributes
+	Link  string // if it is written as another name of an entry that has come before, that one's name
 }
+
+// ErrPseudo means that there is something, but only in a proc, sysfs or cgroup file
+// system, of which nothing is copied.
+var ErrPseudo = errors.New("in a proc, sysfs or cgroup file system")
 
 // ErrEnough is what [Options.Admit] returns to end a copy.
 var ErrEnough = errors.New("enough has been copied")

@@ -78,7 +78,7 @@ func (a *Archive) Add(ctx context.Context, root *os.File, name string, o Options
 	if pseudo, err := isPseudo(top); err != nil || pseudo {
 		top.Close()
 		if err == nil {
-			o.note(as, "in a proc, sysfs or cgroup file system, left out")
+			o.note(as, "left out: "+ErrPseudo.Error())
 		}
 		return err
 	}
@@ -154,7 +154,7 @@ func (t *writer) walk(top *os.File, as string) error {
 			return err
 		}
 		d := t.dirs[len(t.dirs)-1]
-		name, ok, err := t.next(d)
+		name, ok, err := d.next()
 		if !ok {
 			d.file.Close()
 			t.dirs = t.dirs[:len(t.dirs)-1]
@@ -181,7 +181,7 @@ func (t *writer) tolerate(name string, err error) error {
 }
 
 // next returns the next name in d; ok is false at its end, and with an error.
-func (t *writer) next(d *dir) (name string, ok bool, err error) {
+func (d *dir) next() (name string, ok bool, err error) {
 	if len(d.names) == 0 {
 		d.names, err = d.file.Readdirnames(256)
 		if err == io.EOF || len(d.names) == 0 && errors.Is(err, unix.ENOENT) { // removed meanwhile
@@ -393,7 +393,11 @@ func (t *writer) admit(h *tar.Header, st *unix.Stat_t, size int64) error {
 	for k, v := range h.PAXRecords {
 		extra += len(k) + len(v)
 	}
-	return t.o.Admit(Entry{Name: h.Name, Mode: st.Mode, Size: size, Extra: int64(extra)})
+	e := Entry{Name: h.Name, Mode: st.Mode, Size: size, Extra: int64(extra)}
+	if h.Typeflag == tar.TypeLink {
+		e.Link = h.Linkname
+	}
+	return t.o.Admit(e)
 }
 
 // copy writes exactly p of r.
