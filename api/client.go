@@ -73,6 +73,8 @@ func Dial(address string) (*Client, error) {
 			c.dialErr.Store(&err)
 			return conn, err
 		}),
+		grpc.WithStaticStreamWindowSize(wire.Window), // as in package server
+		grpc.WithStaticConnWindowSize(wire.Window),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)),
 	)
 	if err != nil {

@@ -67,7 +67,9 @@ type Server struct {
 func New(m Manager, x Execer, log *slog.Logger) *Server {
 	quit, cancel := context.WithCancel(context.Background())
 	s := &Server{quit: cancel, rest: rest.NewTimer()}
-	s.grpc = grpc.NewServer(grpc.UnaryInterceptor(
+	// Windows of a fixed size, or each call would bring a PING and its answer both
+	// ways, to measure what a socket of this host carries.
+	s.grpc = grpc.NewServer(grpc.StaticStreamWindowSize(wire.Window), grpc.StaticConnWindowSize(wire.Window), grpc.UnaryInterceptor(
 		func(ctx context.Context, req any, info *grpc.UnaryServerInfo, h grpc.UnaryHandler) (any, error) {
 			begin := time.Now()
 			resp, err := h(ctx, req)

@@ -1,9 +1,11 @@
 package server_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"iter"
 	"log/slog"
@@ -11,12 +13,14 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/net/http2"
 	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/api"
@@ -138,7 +142,24 @@ func (f *fake) Wait(ctx context.Context, ref string) (sandbox.Exit, error) {
 // start serves m on a socket and returns a client and what ends the server.
 func start(t *testing.T, m *fake) (c *api.Client, shutdown func()) {
 	t.Helper()
-	path := filepath.Join(t.TempDir(), "s.sock")
+	path, shutdown := serve(t, m)
+	return dial(t, path), shutdown
+}
+
+func dial(t *testing.T, path string) *api.Client {
+	t.Helper()
+	c, err := api.Dial("unix://" + path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return c
+}
+
+// serve serves m on the socket whose path it returns.
+func serve(t *testing.T, m *fake) (path string, shutdown func()) {
+	t.Helper()
+	path = filepath.Join(t.TempDir(), "s.sock")
 	l, err := server.Listen(t.Context(), path)
 	if err != nil {
 		t.Fatal(err)
@@ -163,12 +184,81 @@ func start(t *testing.T, m *fake) (c *api.Client, shutdown func()) {
 			t.Errorf("socket after shutdown: %v, want it gone", err)
 		}
 	})
-	c, err = api.Dial("unix://" + path)
+	return path, shutdown
+}
+
+// A call is one request and one answer. What gRPC sends beside it to measure the
+// connection (PING, and WINDOW_UPDATE with it) wakes both sides twice more, and
+// tells nothing of a unix socket.
+func TestNothingBesideTheCall(t *testing.T) {
+	real, _ := serve(t, &fake{info: sandbox.Info{ID: "1"}})
+	between := filepath.Join(t.TempDir(), "between.sock")
+	l, err := net.Listen("unix", between)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { c.Close() })
-	return c, shutdown
+	var sent, answered bytes.Buffer
+	copied := make(chan error, 1)
+	go func() { copied <- relay(l, real, &sent, &answered) }()
+	c := dial(t, between)
+	for range 3 {
+		if _, err := c.Inspect(t.Context(), "1"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c.Close()
+	l.Close()
+	if err := <-copied; err != nil {
+		t.Fatal(err)
+	}
+	sent.Next(len(http2.ClientPreface))
+	for name, b := range map[string]*bytes.Buffer{"client": &sent, "server": &answered} {
+		var got []string
+		fr := http2.NewFramer(nil, b)
+		for {
+			f, err := fr.ReadFrame()
+			if err != nil {
+				break
+			}
+			if h := f.Header(); h.StreamID != 0 || h.Type != http2.FrameSettings && h.Type != http2.FrameGoAway {
+				got = append(got, h.Type.String())
+			}
+		}
+		want := slices.Repeat([]string{"HEADERS", "DATA"}, 3)
+		if name == "client" {
+			want = slices.Insert(want, 0, "WINDOW_UPDATE") // once, that of the connection
+		} else {
+			want = append([]string{"WINDOW_UPDATE"}, slices.Repeat([]string{"HEADERS", "DATA", "HEADERS"}, 3)...)
+		}
+		if d := cmp.Diff(want, got); d != "" {
+			t.Errorf("frames of the %s (-want +got):\n%s", name, d)
+		}
+	}
+}
+
+// relay passes one connection on to the socket at path, and keeps what goes
+// there and what comes back.
+func relay(l net.Listener, path string, there, back io.Writer) error {
+	in, err := l.Accept()
+	if err != nil {
+		return err
+	}
+	out, err := net.Dial("unix", path)
+	if err != nil {
+		in.Close()
+		return err
+	}
+	defer out.Close()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		io.Copy(io.MultiWriter(in, back), out)
+		in.Close()
+	}()
+	io.Copy(io.MultiWriter(out, there), in)
+	out.(*net.UnixConn).CloseWrite()
+	<-done
+	return nil
 }
 
 func TestRoundTrip(t *testing.T) {

@@ -18,6 +18,10 @@ import (
 	"github.com/sandboxd/sandboxd/sandbox"
 )
 
+// Window is how much either side sends before the other has taken it, of a
+// call and of a connection.
+const Window = 1 << 20
+
 // FromConfig makes a message of what is asked of a sandbox.
 func FromConfig(c sandbox.Config) *pb.SandboxConfig {
 	out := &pb.SandboxConfig{
