@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"unicode/utf8"
@@ -243,7 +244,8 @@ func addFields(to map[string]reflect.Type, t reflect.Type) {
 // the sandbox are.
 func checkBundle(s *specs.Spec) error {
 	major, rest, _ := strings.Cut(s.Version, ".")
-	if minor, _, _ := strings.Cut(rest, "."); major != "1" || minor == "" {
+	minor, _, _ := strings.Cut(rest, ".")
+	if _, err := strconv.ParseUint(minor, 10, 32); major != "1" || err != nil {
 		return fmt.Errorf("ociVersion: %q is not 1.x", s.Version)
 	}
 	if s.Root == nil || s.Root.Path == "" {
@@ -269,7 +271,6 @@ func checkBundle(s *specs.Spec) error {
 		{s.ZOS != nil, "zos"},
 		{s.FreeBSD != nil, "freebsd"},
 		{p.CommandLine != "", "process.commandLine"},
-		{p.ConsoleSize != nil, "process.consoleSize"},
 		{p.User.Username != "", "process.user.username"},
 		{p.ApparmorProfile != "", "process.apparmorProfile"},
 		{p.SelinuxLabel != "", "process.selinuxLabel"},
@@ -323,6 +324,7 @@ func checkBundle(s *specs.Spec) error {
 			}
 		}
 	}
+	made := map[string]specs.LinuxDevice{}
 	for i, d := range l.Devices {
 		if err := checkTarget(fmt.Sprintf("linux.devices[%d].path", i), d.Path); err != nil {
 			return err
@@ -330,6 +332,10 @@ func checkBundle(s *specs.Spec) error {
 		if !slices.Contains([]string{"c", "u", "b", "p"}, d.Type) {
 			return fmt.Errorf("linux.devices[%d].type: %q is not one of c, u, b, p", i, d.Type)
 		}
+		if o, ok := made[d.Path]; ok && (o.Type != d.Type || o.Major != d.Major || o.Minor != d.Minor) {
+			return fmt.Errorf("linux.devices[%d].path: there is another device with the path %s", i, d.Path)
+		}
+		made[d.Path] = d
 	}
 	if err := checkBundleCapabilities(p.Capabilities); err != nil {
 		return err

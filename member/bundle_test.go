@@ -3,14 +3,19 @@ package member
 import (
 	"encoding/json"
 	"flag"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/internal/request"
+	"github.com/sandboxd/sandboxd/internal/testenv"
 )
 
 var updateSpecs = flag.Bool("update-specs", false, "rewrite the golden configurations")
@@ -38,6 +43,7 @@ func TestBundleErrors(t *testing.T) {
 		{"garbage", `{`, "unexpected end of JSON input"},
 		{"not an object", `[]`, "a JSON array is not what belongs here"},
 		{"version", `{"ociVersion":"2.0.0","root":{"path":"rootfs"}}`, `ociVersion: "2.0.0" is not 1.x`},
+		{"half a version", `{"ociVersion":"1.x","root":{"path":"rootfs"}}`, `ociVersion: "1.x" is not 1.x`},
 		{"no version", `{"root":{"path":"rootfs"}}`, `ociVersion: "" is not 1.x`},
 		{"no root", `{"ociVersion":"1.0.0"}`, "root.path: missing"},
 		{"root missing", `{"ociVersion":"1.0.0","root":{"path":"x"},"process":{"args":["a"],"cwd":"/"}}`, "no such file"},
@@ -65,6 +71,9 @@ func TestBundleErrors(t *testing.T) {
 		{"capability", proc(`,"capabilities":{"bounding":["CAP_FOO"]}`), `process.capabilities.bounding: unknown capability "CAP_FOO"`},
 		{"rlimit", proc(`,"rlimits":[{"type":"RLIMIT_FOO","soft":1,"hard":1}]`), `unknown limit "RLIMIT_FOO"`},
 		{"rlimit order", proc(`,"rlimits":[{"type":"RLIMIT_CPU","soft":2,"hard":1}]`), "soft limit 2"},
+		{"size of no terminal", proc(`,"consoleSize":{"height":5,"width":6}`), ""},
+		{"devices that differ", linux(`"devices":[{"path":"/dev/x","type":"c","major":1,"minor":3},{"path":"/dev/x","type":"c","major":1,"minor":5}]`), "linux.devices[1].path: there is another device with the path /dev/x"},
+		{"device twice", linux(`"devices":[{"path":"/dev/x","type":"c","major":1,"minor":3},{"path":"/dev/x","type":"c","major":1,"minor":3}]`), ""},
 		{"oom score", proc(`,"oomScoreAdj":1001`), "1001 is not between"},
 		{"seccomp", linux(`"seccomp":{"defaultAction":"SCMP_ACT_NOTIFY"}`), "linux.seccomp: seccomp default action"},
 		{"memory", linux(`"resources":{"memory":{"limit":4096}}`), "linux.resources.memory.limit: 4096"},
@@ -99,6 +108,72 @@ func TestBundlePaths(t *testing.T) {
 	}
 	if want := filepath.Join(dir, "rootfs"); spec.Root.Path != want {
 		t.Errorf("root.path %q, want %q", spec.Root.Path, want)
+	}
+}
+
+// What is at a device's path in the root is it, or refused: the launch program leaves
+// it there.
+func TestBundleDevicesInRoot(t *testing.T) {
+	testenv.Root(t)
+	resolve := func(config string) error {
+		dir := bundleDir(t, `{"ociVersion":"1.0.0","root":{"path":"rootfs"},"process":{"args":["a"],"cwd":"/"},`+config+`}`)
+		dev := filepath.Join(dir, "rootfs/dev")
+		write(t, filepath.Join(dev, "file"), "")
+		for name, mode := range map[string]uint32{"five": unix.S_IFCHR, "block": unix.S_IFBLK, "fifo": unix.S_IFIFO} {
+			if err := unix.Mknod(filepath.Join(dev, name), mode|0o600, int(unix.Mkdev(1, 5))); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := os.Symlink("five", filepath.Join(dev, "link")); err != nil {
+			t.Fatal(err)
+		}
+		_, err := Resolve(&request.Member{Bundle: dir}, facts())
+		return err
+	}
+	device := func(path, typ string, minor int) string {
+		return fmt.Sprintf(`"linux":{"devices":[{"path":%q,"type":%q,"major":1,"minor":%d}]}`, path, typ, minor)
+	}
+	const other = "linux.devices: there is something else than the device "
+	for _, tt := range []struct{ config, want string }{
+		{device("/dev/five", "c", 5), ""},
+		{device("/dev/five", "u", 5), ""},
+		{device("/dev/fifo", "p", 0), ""},
+		{device("/dev/new", "c", 5), ""},
+		{device("/dev/five", "c", 3), other + "c 1:3 at /dev/five in the root"},
+		{device("/dev/block", "c", 5), other + "c 1:5 at /dev/block in the root"},
+		{device("/dev/file", "c", 5), other},
+		{device("/dev/link", "c", 5), other},
+		{device("/dev", "c", 5), other},
+		{device("/dev/file", "c", 5) + `,"mounts":[{"destination":"/dev","type":"tmpfs"}]`, ""},
+	} {
+		check(t, resolve(tt.config), tt.want)
+	}
+}
+
+// The environment of a bundle lacks HOME at most if the root says nothing of it.
+func TestBundleHome(t *testing.T) {
+	for env, want := range map[string]string{``: "HOME=/home/bob", `"HOME=/x"`: "HOME=/x"} {
+		dir := bundleDir(t, `{"ociVersion":"1.0.0","root":{"path":`+strconv.Quote(rootfs(t))+`},"process":{"args":["a"],"cwd":"/","user":{"uid":1000,"gid":5},"env":[`+env+`]}}`)
+		r, err := Resolve(&request.Member{Bundle: dir}, facts())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if p := r.Spec.Process; !slices.Equal(p.Env, []string{want}) || p.User.GID != 5 {
+			t.Errorf("environment %q, group %d; want %s and 5", p.Env, p.User.GID, want)
+		}
+	}
+}
+
+func TestOOMScoreThatCannotBeSet(t *testing.T) {
+	for _, tt := range []struct {
+		adj  int
+		own  uint64
+		want int
+	}{{-1000, 0, 1}, {-1000, 1 << unix.CAP_SYS_RESOURCE, 0}, {1000, 0, 0}} {
+		r := resolver{own: tt.own, spec: &specs.Spec{Process: &specs.Process{OOMScoreAdj: &tt.adj}}, out: &Resolved{}}
+		if err := r.oomScore(); err != nil || len(r.out.Warnings) != tt.want {
+			t.Errorf("oomScoreAdj %d with capabilities %#x: %v, warnings %q, want %d", tt.adj, tt.own, err, r.out.Warnings, tt.want)
+		}
 	}
 }
 

@@ -141,6 +141,8 @@ func (c *compiler) check() error {
 		return errors.New("linux.intelRdt is not supported")
 	case l.MemoryPolicy != nil:
 		return errors.New("linux.memoryPolicy is not supported")
+	case l.Personality != nil:
+		return errors.New("linux.personality is not supported")
 	case l.MountLabel != "":
 		return errors.New("linux.mountLabel is not supported")
 	case c.ns(namespace.User).Private:
@@ -240,9 +242,6 @@ func (c *compiler) compile() error {
 		// Not before: any result, the terminal's other side too, may have that
 		// number. EINVAL: it is the master itself.
 		c.p.Call("keep the terminal's master", unix.SYS_DUP3, *c.master, launch.Int(launch.MasterFD), launch.Int(unix.O_CLOEXEC)).Ignore(unix.EINVAL)
-	}
-	if err := c.personality(); err != nil {
-		return err
 	}
 	if err := addLimits(c.p, proc); err != nil {
 		return err
@@ -426,19 +425,6 @@ func (c *compiler) stdio() error {
 	for n := range 3 {
 		p.Call(fmt.Sprintf("set up descriptor %d", n), unix.SYS_DUP3, slave, launch.Int(n), launch.Int(0))
 	}
-	return nil
-}
-
-func (c *compiler) personality() error {
-	ps := c.lx.Personality
-	if ps == nil {
-		return nil
-	}
-	domain, ok := map[specs.LinuxPersonalityDomain]int{specs.PerLinux: 0, specs.PerLinux32: 8}[ps.Domain]
-	if !ok || len(ps.Flags) > 0 {
-		return fmt.Errorf("linux.personality: domain %q with flags %v is not supported", ps.Domain, ps.Flags)
-	}
-	c.p.Call("set personality "+string(ps.Domain), unix.SYS_PERSONALITY, launch.Int(domain))
 	return nil
 }
 

@@ -156,6 +156,7 @@ func TestCompileRefuses(t *testing.T) {
 			in.Spec.Mounts = append(in.Spec.Mounts, specs.Mount{Destination: "/v", Type: "tmpfs", Options: []string{"uid=70000"}})
 		}},
 		{"apparmor", `process.apparmorProfile "p": AppArmor profiles are not supported`, func(in *Input) { in.Spec.Process.ApparmorProfile = "p" }},
+		{"personality", "linux.personality is not supported", func(in *Input) { in.Spec.Linux.Personality = &specs.LinuxPersonality{} }},
 		{"memory policy", "linux.memoryPolicy is not supported", func(in *Input) { in.Spec.Linux.MemoryPolicy = &specs.LinuxMemoryPolicy{} }},
 		{"relative cwd", `process.cwd "x" is not an absolute path`, func(in *Input) { in.Spec.Process.Cwd = "x" }},
 	}

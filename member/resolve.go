@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"unicode"
 
@@ -93,6 +94,8 @@ func Resolve(req *request.Member, sb *SandboxFacts) (*Resolved, error) {
 		r.mounts,
 		r.resources,
 		r.checkSpec,
+		r.devices,
+		r.oomScore,
 		r.seccomp,
 	} {
 		if err := step(); err != nil {
@@ -424,6 +427,10 @@ func (r *resolver) user() error {
 	}
 	who := r.req.User
 	if r.req.Bundle != "" && who == "" {
+		// As in runc and crun. Nobody has asked for it, so it may fail.
+		if a, err := lookupUser(root, fmt.Sprint(p.User.UID)); err == nil && lookupEnv(p.Env, "HOME") < 0 {
+			p.Env = append(p.Env, "HOME="+a.home)
+		}
 		return nil
 	}
 	a, err := lookupUser(root, who)
@@ -614,10 +621,6 @@ func (r *resolver) resources() error {
 	if req.PidsLimit > 0 {
 		res.Pids = &specs.LinuxPids{Limit: &req.PidsLimit}
 	}
-	if req.Bundle != "" && len(res.Devices) > 0 {
-		// As in runc: a bundle denies everything and relies on these.
-		res.Devices = append(slices.Clone(res.Devices), deviceRules(false)[1:]...)
-	}
 	if m := res.Memory; m != nil && m.Limit != nil && *m.Limit >= 0 && *m.Limit < minMemory {
 		return fmt.Errorf("linux.resources.memory.limit: %d: the limit must be at least %d bytes, or init is killed before it runs", *m.Limit, minMemory)
 	}
@@ -676,6 +679,52 @@ func (r *resolver) checkSpec() error {
 	}
 	if total > maxStrings {
 		return fmt.Errorf("arguments and environment have %d bytes, %d are allowed", total, maxStrings)
+	}
+	return nil
+}
+
+// devices refuses a device if there is something else at its path in the root: it
+// would not be made, and nobody would notice. What mounts will cover is left alone.
+func (r *resolver) devices() error {
+	if !r.private(namespace.Mnt) || r.req.Bundle == "" {
+		return nil
+	}
+	for _, d := range slices.Concat(r.spec.Linux.Devices, defaultDevices) {
+		at := filepath.Clean(d.Path)
+		if slices.ContainsFunc(r.spec.Mounts, func(m specs.Mount) bool { return at == m.Destination || strings.HasPrefix(at, m.Destination+"/") }) {
+			continue
+		}
+		st, err := statInRoot(r.out.Root.Path, at)
+		if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ENOTDIR) {
+			continue // the latter is for the launch program to tell of
+		}
+		if err != nil {
+			return fmt.Errorf("linux.devices: %w", err)
+		}
+		typ := map[uint32]string{unix.S_IFCHR: "c", unix.S_IFBLK: "b", unix.S_IFIFO: "p"}[st.Mode&unix.S_IFMT]
+		if want := strings.Replace(d.Type, "u", "c", 1); typ != want || typ != "p" && st.Rdev != unix.Mkdev(uint32(d.Major), uint32(d.Minor)) {
+			return fmt.Errorf("linux.devices: there is something else than the device %s %d:%d at %s in the root", d.Type, d.Major, d.Minor, at)
+		}
+	}
+	return nil
+}
+
+// oomScore warns of a score that is not set, see [addOOMScoreAdj].
+func (r *resolver) oomScore() error {
+	adj := r.spec.Process.OOMScoreAdj
+	if adj == nil || r.own&(1<<unix.CAP_SYS_RESOURCE) != 0 {
+		return nil
+	}
+	b, err := os.ReadFile("/proc/self/oom_score_adj")
+	if err != nil {
+		return err
+	}
+	own, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil {
+		return fmt.Errorf("/proc/self/oom_score_adj: %w", err)
+	}
+	if *adj < own {
+		r.warn("oom_score_adj stays %d and is not lowered to %d, because sandboxd lacks CAP_SYS_RESOURCE", own, *adj)
 	}
 	return nil
 }

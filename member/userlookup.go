@@ -133,6 +133,27 @@ func records(b []byte, n int) func(yield func([]string) bool) {
 	}
 }
 
+// statInRoot tells what is at a path of a root, like lstat(2); links above it lead
+// nowhere outside of the root.
+func statInRoot(root, path string) (st unix.Stat_t, err error) {
+	dir, err := unix.Open(root, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return st, &os.PathError{Op: "open", Path: root, Err: err}
+	}
+	defer unix.Close(dir)
+	fd, err := unix.Openat2(dir, path, &unix.OpenHow{
+		Flags: unix.O_PATH | unix.O_NOFOLLOW | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,
+	})
+	if err != nil {
+		return st, &os.PathError{Op: "open", Path: root + path, Err: err}
+	}
+	defer unix.Close(fd)
+	if err := unix.Fstat(fd, &st); err != nil {
+		return st, &os.PathError{Op: "stat", Path: root + path, Err: err}
+	}
+	return st, nil
+}
+
 // readInRoot returns the contents of a file of a root that its owner may have
 // planted anything in: links lead nowhere outside of it, and only a regular file
 // of a bounded size is read. A file that does not exist is empty.

@@ -69,6 +69,8 @@ func TestResources(t *testing.T) {
 	p64 := func(n int64) *int64 { return &n }
 	u64 := func(n uint64) *uint64 { return &n }
 	yes, no, w := true, false, uint16(10)
+	leaf := specs.LinuxWeightDevice{}
+	leaf.LeafWeight = &w
 	for _, tt := range []struct {
 		name    string
 		in      specs.LinuxResources
@@ -87,6 +89,9 @@ func TestResources(t *testing.T) {
 		{name: "leaf weight", in: specs.LinuxResources{BlockIO: &specs.LinuxBlockIO{LeafWeight: &w}}, v2: "leafWeight", needsV2: []need{{"block I/O limits", "io"}}},
 		{name: "unified", in: specs.LinuxResources{Unified: map[string]string{"memory.high": "1"}}, v1: "unified"},
 		{name: "device type", in: specs.LinuxResources{Devices: []specs.LinuxDeviceCgroup{{Type: "x", Access: "r"}}}, v1: "devices[0]", v2: "devices[0]", needsV2: []need{{"device rules", "devices"}}},
+		{name: "leaf weight of a device", in: specs.LinuxResources{BlockIO: &specs.LinuxBlockIO{WeightDevice: []specs.LinuxWeightDevice{leaf}}}, v2: "weightDevice.leafWeight", needsV2: []need{{"block I/O limits", "io"}}},
+		{name: "device access in any order", in: specs.LinuxResources{Devices: []specs.LinuxDeviceCgroup{{Type: "c", Access: "mwr"}}}, needsV2: []need{{"device rules", "devices"}}},
+		{name: "device access with something else", in: specs.LinuxResources{Devices: []specs.LinuxDeviceCgroup{{Type: "c", Access: "rx"}}}, v1: "access", v2: "access", needsV2: []need{{"device rules", "devices"}}},
 		{name: "device access", in: specs.LinuxResources{Devices: []specs.LinuxDeviceCgroup{{Type: "c"}}}, v1: "access", v2: "access", needsV2: []need{{"device rules", "devices"}}},
 	} {
 		for _, v2 := range []bool{false, true} {

@@ -217,6 +217,12 @@ func (h *Host) set(path string, res *specs.LinuxResources) error {
 			return fmt.Errorf("cannot set %s: this host's cgroups have no %s controller", need.limit, need.controller)
 		}
 	}
+	// The library passes over weights of devices that this kernel has no way to set.
+	if v2 && len(r.BlkioWeightDevice) > 0 {
+		if _, err := os.Stat(filepath.Join(h.v2, path, "io.bfq.weight")); err != nil {
+			return fmt.Errorf("cannot set weights of block devices: this kernel has no BFQ I/O scheduler: %w", err)
+		}
+	}
 	cg := &cgroups.Cgroup{Resources: r}
 	var m cgroups.Manager
 	if v2 {

@@ -2,6 +2,8 @@ package cgroup
 
 import (
 	"fmt"
+	"slices"
+	"strings"
 
 	"github.com/opencontainers/cgroups"
 	devices "github.com/opencontainers/cgroups/devices/config"
@@ -66,8 +68,13 @@ func unsupported(r *specs.LinuxResources, v2 bool) string {
 			return "cpu.realtimePeriod"
 		}
 	}
-	if b := r.BlockIO; b != nil && v2 && set(b.LeafWeight) {
-		return "blockIO.leafWeight"
+	if b := r.BlockIO; b != nil && v2 {
+		switch {
+		case set(b.LeafWeight):
+			return "blockIO.leafWeight"
+		case slices.ContainsFunc(b.WeightDevice, func(d specs.LinuxWeightDevice) bool { return set(d.LeafWeight) }):
+			return "blockIO.weightDevice.leafWeight"
+		}
 	}
 	if r.Unified != nil && !v2 {
 		return "unified"
@@ -169,7 +176,12 @@ func throttles(ds []specs.LinuxThrottleDevice) []*cgroups.ThrottleDevice {
 }
 
 func deviceRule(d specs.LinuxDeviceCgroup) (*devices.Rule, error) {
-	r := &devices.Rule{Major: devices.Wildcard, Minor: devices.Wildcard, Permissions: devices.Permissions(d.Access), Allow: d.Allow}
+	r := &devices.Rule{Major: devices.Wildcard, Minor: devices.Wildcard, Allow: d.Allow}
+	for _, c := range "rwm" { // the library takes them in this order only
+		if strings.ContainsRune(d.Access, c) {
+			r.Permissions += devices.Permissions(c)
+		}
+	}
 	switch d.Type {
 	case "", "a":
 		r.Type = devices.WildcardDevice
@@ -189,8 +201,8 @@ func deviceRule(d specs.LinuxDeviceCgroup) (*devices.Rule, error) {
 	if r.Permissions.IsEmpty() && r.Type == devices.WildcardDevice {
 		r.Permissions = "rwm"
 	}
-	if r.Permissions.IsEmpty() || !r.Permissions.IsValid() {
-		return nil, fmt.Errorf("device access %q is not made of r, w, m in this order", d.Access)
+	if r.Permissions.IsEmpty() || strings.Trim(d.Access, "rwm") != "" {
+		return nil, fmt.Errorf("device access %q is not made of r, w, m", d.Access)
 	}
 	return r, nil
 }

@@ -25,10 +25,10 @@
 package seccomp
 
 import (
+	"errors"
 	"fmt"
 	"runtime"
 	"slices"
-	"strings"
 
 	"github.com/elastic/go-seccomp-bpf/arch"
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -55,6 +55,15 @@ type machine struct {
 	name  specs.Arch
 	audit uint32
 	calls map[string]int // name to number
+}
+
+// architectures are those that the runtime specification knows; they may be named
+// anywhere.
+var architectures = []specs.Arch{
+	specs.ArchX86, specs.ArchX86_64, specs.ArchX32, specs.ArchARM, specs.ArchAARCH64,
+	specs.ArchMIPS, specs.ArchMIPS64, specs.ArchMIPS64N32, specs.ArchMIPSEL, specs.ArchMIPSEL64, specs.ArchMIPSEL64N32,
+	specs.ArchPPC, specs.ArchPPC64, specs.ArchPPC64LE, specs.ArchS390, specs.ArchS390X, specs.ArchPARISC, specs.ArchPARISC64,
+	specs.ArchRISCV64, specs.ArchLOONGARCH64, specs.ArchM68K, specs.ArchSH, specs.ArchSHEB,
 }
 
 // machines returns the native architecture and those that it also executes.
@@ -99,8 +108,9 @@ func Compile(s *specs.LinuxSeccomp) ([]unix.SockFilter, error) {
 }
 
 func compile(s *specs.LinuxSeccomp, goarch string) ([]unix.SockFilter, error) {
-	if s.ListenerPath != "" || s.ListenerMetadata != "" {
-		return nil, fmt.Errorf("seccomp listenerPath %q is not supported", s.ListenerPath)
+	// A listener is for SCMP_ACT_NOTIFY alone, which is refused.
+	if s.ListenerMetadata != "" && s.ListenerPath == "" {
+		return nil, errors.New("seccomp listenerMetadata is set without a listenerPath")
 	}
 	if _, err := Flags(s); err != nil {
 		return nil, err
@@ -110,7 +120,7 @@ func compile(s *specs.LinuxSeccomp, goarch string) ([]unix.SockFilter, error) {
 		return nil, err
 	}
 	for _, a := range s.Architectures {
-		if !strings.HasPrefix(string(a), "SCMP_ARCH_") {
+		if !slices.Contains(architectures, a) {
 			return nil, fmt.Errorf("unknown seccomp architecture %q", a)
 		}
 	}

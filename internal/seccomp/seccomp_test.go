@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -281,7 +282,8 @@ func TestErrors(t *testing.T) {
 		{"operator", arg(specs.LinuxSeccompArg{Op: "FOO"}), `unknown operator "FOO"`},
 		{"flag", specs.LinuxSeccomp{DefaultAction: specs.ActAllow, Flags: []specs.LinuxSeccompFlag{"FOO"}}, `flag "FOO" is not supported`},
 		{"architecture", specs.LinuxSeccomp{DefaultAction: specs.ActAllow, Architectures: []specs.Arch{"FOO"}}, `unknown seccomp architecture "FOO"`},
-		{"listener", specs.LinuxSeccomp{DefaultAction: specs.ActAllow, ListenerPath: "/x"}, `listenerPath "/x" is not supported`},
+		{"architecture that might be one", specs.LinuxSeccomp{DefaultAction: specs.ActAllow, Architectures: []specs.Arch{"SCMP_ARCH_FOO"}}, `unknown seccomp architecture "SCMP_ARCH_FOO"`},
+		{"metadata for no listener", specs.LinuxSeccomp{DefaultAction: specs.ActAllow, ListenerMetadata: "x"}, "listenerMetadata is set without a listenerPath"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -289,6 +291,19 @@ func TestErrors(t *testing.T) {
 				t.Errorf("error %v, want %q", err, tt.want)
 			}
 		})
+	}
+}
+
+// A listener is ignored without a call to be told of, and architectures that are
+// not this one's are.
+func TestIgnored(t *testing.T) {
+	want, err := Compile(&specs.LinuxSeccomp{DefaultAction: specs.ActAllow})
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := Compile(&specs.LinuxSeccomp{DefaultAction: specs.ActAllow, ListenerPath: "/x", ListenerMetadata: "y", Architectures: []specs.Arch{specs.ArchLOONGARCH64}})
+	if err != nil || !slices.Equal(got, want) {
+		t.Errorf("filter %v, %v, want %v", got, err, want)
 	}
 }
 
