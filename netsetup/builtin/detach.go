@@ -89,12 +89,15 @@ func (d *Driver) cutOff(id string) error {
 
 // background does what nobody waits for.
 func (d *Driver) background(ctx context.Context, events <-chan event) {
-	var idle time.Time              // since when nobody has had a lease
-	pending := make(map[event]bool) // events that are to be handled, perhaps again
+	var idle time.Time               // since when nobody has had a lease
+	pending := make(map[event]bool)  // events that are to be handled, perhaps again
+	due := make(map[event]time.Time) // when each may be handled at the earliest
 	for {
 		next := d.settle(time.Now(), &idle, linkGrace, hostGrace)
-		if len(pending) > 0 && (next == 0 || next > time.Second) {
-			next = time.Second
+		for e := range pending {
+			if wait := max(time.Until(due[e]), time.Millisecond); next == 0 || wait < next {
+				next = wait
+			}
 		}
 		var timer <-chan time.Time
 		if next > 0 {
@@ -106,11 +109,20 @@ func (d *Driver) background(ctx context.Context, events <-chan event) {
 		case <-d.wake:
 		case e := <-events:
 			pending[e] = true
+			for len(events) > 0 {
+				pending[<-events] = true
+			}
 		case <-timer:
 		}
+		delete(pending, linkGone) // that is for settle
 		for e := range pending {
+			if time.Now().Before(due[e]) {
+				continue
+			}
+			due[e] = time.Now().Add(eventPause)
 			if err := d.handle(e); err != nil {
 				d.log.Warn("Host network is not repaired", "bridge", d.opts.Bridge, "err", err)
+				due[e] = time.Now().Add(time.Second)
 			} else {
 				delete(pending, e)
 			}

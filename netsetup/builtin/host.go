@@ -81,11 +81,7 @@ func (d *Driver) makeTable() error {
 		if err := d.nft.makeBridgeTable(); err != nil {
 			return err
 		}
-		ports := make(elements)
-		for _, s := range d.nft.bridgeSets() {
-			ports[s] = all[s]
-		}
-		if err := d.nft.addElements(ports); err != nil {
+		if err := d.nft.addElements(d.nft.ofBridge(all)); err != nil {
 			return err
 		}
 	}

@@ -5,11 +5,13 @@ import (
 	"encoding/json"
 	"flag"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -193,6 +195,141 @@ func TestRepair(t *testing.T) {
 	check()
 }
 
+// TestElements: elements of our sets that somebody else removes, one by one or a whole set of
+// them, are put back while the daemon runs. Those that we remove are not.
+func TestElements(t *testing.T) {
+	testenv.Root(t)
+	newOutside(t, 2) // for forward4 and forward6
+	log := &logBuffer{}
+	d := newDriver(t, func(o *Options) { o.Log = slog.New(slog.NewTextHandler(log, nil)) })
+	attach(t, d, idA, &network.Request{Ports: append(webPort, network.Port{HostIP: netip.MustParseAddr("127.0.0.1"), HostPort: 8081, Port: 80, Protocol: network.TCP})})
+	attach(t, d, idB, &network.Request{Isolated: true})
+	c, err := nftables.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := func() string {
+		t.Helper()
+		var s strings.Builder
+		for _, set := range append(d.nft.inetSets(), d.nft.bridgeSets()...) {
+			vals, err := c.GetSetElements(reference(set))
+			if err != nil {
+				t.Fatal(err)
+			}
+			var lines []string
+			for _, v := range vals {
+				lines = append(lines, fmt.Sprintf("%s %s: %x %x %s\n", set.Table.Name, set.Name, v.Key, v.Val, v.Comment))
+			}
+			slices.Sort(lines)
+			s.WriteString(strings.Join(lines, ""))
+		}
+		return s.String()
+	}
+	remove := func(set *nftables.Set, vals ...element) {
+		t.Helper()
+		for i := range vals {
+			vals[i].Comment = ""
+		}
+		if err := c.SetDeleteElements(reference(set), vals); err != nil {
+			t.Fatal(err)
+		}
+		if err := c.Flush(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	before := all()
+	back := func() {
+		t.Helper()
+		eventually(t, func() error {
+			if now := all(); now != before {
+				return fmt.Errorf("elements are\n%sand were\n%s", now, before)
+			}
+			return nil
+		})
+	}
+	removed := 0
+	for _, set := range append(d.nft.inetSets(), d.nft.bridgeSets()...) {
+		vals, err := c.GetSetElements(reference(set))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, v := range vals {
+			remove(set, v)
+			removed++
+			back()
+		}
+	}
+	if removed < 15 {
+		t.Errorf("only %d elements were removed of\n%s", removed, before)
+	}
+	// One that leads elsewhere stands in the place of ours.
+	remove(d.nft.any4, element{Key: portKey(webPort[0])})
+	c.SetAddElements(reference(d.nft.any4), []element{{Key: portKey(webPort[0]), Val: target(netip.MustParseAddr("10.99.0.9"), 80)}})
+	c.Flush() // fails if it is there again already
+	remove(d.nft.isolated, element{Key: ifname(hostName(idB))})
+	back()
+
+	// Somebody who does it for ever does not keep us busy.
+	told := strings.Count(log.String(), "put back")
+	const long = time.Second
+	var usage [2]unix.Rusage
+	removed = 0
+	begin := time.Now()
+	unix.Getrusage(unix.RUSAGE_SELF, &usage[0])
+	theirs := []element{{Key: netip.MustParseAddr("203.0.113.1").AsSlice()}}
+	for time.Since(begin) < long {
+		// Ours, if it is there again, and one that is there always.
+		c.SetDeleteElements(reference(d.nft.any4), []element{{Key: portKey(webPort[0])}})
+		c.Flush()
+		c.SetAddElements(reference(d.nft.isolated4), theirs)
+		c.Flush()
+		c.SetDeleteElements(reference(d.nft.isolated4), theirs)
+		if c.Flush() == nil {
+			removed++
+		}
+	}
+	unix.Getrusage(unix.RUSAGE_SELF, &usage[1])
+	n := strings.Count(log.String(), "put back") - told
+	if most := int(time.Since(begin)/eventPause) + 2; removed < 3 || n > most {
+		t.Errorf("%d elements were removed, and %d times put back, more than %d", removed, n, most)
+	}
+	t.Logf("%d removed, %d put back, CPU time %v", removed, n, time.Duration(usage[1].Utime.Nano()+usage[1].Stime.Nano()-usage[0].Utime.Nano()-usage[0].Stime.Nano()))
+	back()
+	time.Sleep(2 * eventPause) // for the last answer
+
+	// What comes and goes by us is nobody else's doing.
+	told = strings.Count(log.String(), "put back")
+	for i := range 10 {
+		ns, _, raw := attach(t, d, testID(i), &network.Request{Isolated: true, Ports: []network.Port{{HostPort: 9000, Port: 80, Protocol: network.TCP}}})
+		if err := d.Detach(t.Context(), testID(i), raw, ns); err != nil {
+			t.Fatal(err)
+		}
+	}
+	time.Sleep(2 * eventPause)
+	if n := strings.Count(log.String(), "put back") - told; n > 0 {
+		t.Errorf("our own removals were mended %d times", n)
+	}
+	back()
+}
+
+// logBuffer is a log that several goroutines write.
+type logBuffer struct {
+	mu sync.Mutex
+	b  strings.Builder
+}
+
+func (b *logBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.Write(p)
+}
+
+func (b *logBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.String()
+}
+
 // TestAttachMeanwhile: what somebody removed a moment ago keeps nobody from
 // getting a network.
 func TestAttachMeanwhile(t *testing.T) {
@@ -350,13 +487,8 @@ func TestVerify(t *testing.T) {
 			}
 			return netlink.NeighDel(&netlink.Neigh{LinkIndex: link.Attrs().Index, Family: unix.AF_BRIDGE, Flags: netlink.NTF_MASTER, HardwareAddr: d.attached[idA].plan.mac(d.attached[idA].lease)})
 		}, "lost the entry"},
-		{"elements", func(*os.File) error {
-			c, err := nftables.New()
-			if err != nil {
-				return err
-			}
-			c.FlushSet(d.nft.any4)
-			return c.Flush()
+		{"elements", func(*os.File) error { // by the driver itself, lest it put them back
+			return d.nft.conns.use(func(c *nftables.Conn) error { c.FlushSet(d.nft.any4); return nil })
 		}, "any4"},
 	} {
 		ns, _, raw := attach(t, d, idA, &network.Request{Ports: webPort, Isolated: true})

@@ -193,6 +193,17 @@ func (t *table) add(id string, p *plan, l lease) error {
 	return nil
 }
 
+// ofBridge returns those of all that are in the bridge table.
+func (t *table) ofBridge(all elements) elements {
+	e := make(elements)
+	for _, s := range t.bridgeSets() {
+		if len(all[s]) > 0 {
+			e[s] = all[s]
+		}
+	}
+	return e
+}
+
 func (t *table) addElements(e elements) error {
 	if len(e) == 0 {
 		return nil

@@ -4,18 +4,31 @@ import (
 	"errors"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/google/nftables"
 	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // nftPool has connections to nftables. They are kept, because closing one waits
 // until the kernel has got rid of what was deleted before: 10 ms, an RCU grace
 // period.
-type nftPool struct{ connPool[*nftables.Conn] }
+type nftPool struct {
+	connPool[*nftables.Conn]
+	ports sync.Map // by connection: its netlink port, a uint32, by which the kernel says who has changed something
+}
 
 func newNftPool() *nftPool {
-	return &nftPool{connPool[*nftables.Conn]{dial: dialNft, close: func(c *nftables.Conn) { c.CloseLasting() }}}
+	p := &nftPool{}
+	p.dial, p.close = p.dialNft, func(c *nftables.Conn) { p.hangUp(c) }
+	return p
+}
+
+// has reports whether a netlink port is that of one of the connections.
+func (p *nftPool) has(port uint32) (found bool) {
+	p.ports.Range(func(_, v any) bool { found = v == port; return !found })
+	return found
 }
 
 // nftBuffer is for the biggest transaction, which makes the tables again with
@@ -33,9 +46,9 @@ func (p *nftPool) use(fn func(c *nftables.Conn) error) error {
 	}
 	if err != nil {
 		// There may be answers that nobody has read, or requests that were not sent.
-		err = once(errors.Join(err, c.CloseLasting()))
+		err = once(errors.Join(err, p.hangUp(c)))
 		var derr error
-		if c, derr = dialNft(); derr != nil {
+		if c, derr = p.dialNft(); derr != nil {
 			return err
 		}
 	}
@@ -67,10 +80,38 @@ func once(err error) error {
 	return &onceError{strings.Join(causes, "; "), err}
 }
 
-func dialNft() (*nftables.Conn, error) {
-	return nftables.New(nftables.AsLasting(), nftables.WithSockOptions(func(c *netlink.Conn) error {
-		return c.SetWriteBuffer(nftBuffer)
+func (p *nftPool) dialNft() (*nftables.Conn, error) {
+	var port uint32
+	c, err := nftables.New(nftables.AsLasting(), nftables.WithSockOptions(func(c *netlink.Conn) error {
+		raw, err := c.SyscallConn()
+		if err == nil {
+			cerr := raw.Control(func(fd uintptr) { port, err = portOf(int(fd)) })
+			err = errors.Join(err, cerr)
+		}
+		return errors.Join(err, c.SetWriteBuffer(nftBuffer))
 	}))
+	if err == nil {
+		p.ports.Store(c, port)
+	}
+	return c, err
+}
+
+// portOf returns the netlink port of a socket.
+func portOf(fd int) (uint32, error) {
+	sa, err := unix.Getsockname(fd)
+	if err != nil {
+		return 0, err
+	}
+	nl, ok := sa.(*unix.SockaddrNetlink)
+	if !ok {
+		return 0, errors.New("not a netlink socket")
+	}
+	return nl.Pid, nil
+}
+
+func (p *nftPool) hangUp(c *nftables.Conn) error {
+	p.ports.Delete(c)
+	return c.CloseLasting()
 }
 
 // elementsPerMessage keeps a message below 64 KiB, the most that an attribute

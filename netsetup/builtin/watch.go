@@ -4,8 +4,11 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"maps"
+	"time"
 
+	"github.com/google/nftables"
 	"github.com/mdlayher/netlink"
 	"golang.org/x/net/bpf"
 	"golang.org/x/sys/unix"
@@ -18,11 +21,16 @@ const (
 	linkGone     event = iota // some link
 	bridgeGone                // or one of its addresses; or perhaps: events were lost
 	routeChanged              // a way out came, or an address
-	rulesGone                 // of some table
+	rulesGone                 // of our tables; or perhaps
+	elementsGone              // of sets of our tables; or perhaps
 )
 
+// eventPause is the least time between two answers to one event: somebody who removes
+// something again and again is not to keep the daemon busy.
+const eventPause = 100 * time.Millisecond
+
 // watch reports events until ctx is done. A filter in the kernel passes only
-// what matters: without it the daemon would wake up dozens of times for each
+// what matters of links, addresses and routes: without it the daemon would wake up dozens of times for each
 // sandbox that comes or goes.
 func (d *Driver) watch(ctx context.Context) <-chan event {
 	events := make(chan event, 64)
@@ -48,8 +56,48 @@ func (d *Driver) watch(ctx context.Context) <-chan event {
 			send(routeChanged)
 		}
 	})
-	d.listen(ctx, unix.NETLINK_NETFILTER, []uint32{unix.NFNLGRP_NFTABLES}, nftFilter(), func(*netlink.Message) { send(rulesGone) })
+	d.listen(ctx, unix.NETLINK_NETFILTER, []uint32{unix.NFNLGRP_NFTABLES}, nftFilter(), func(m *netlink.Message) {
+		switch {
+		case m == nil:
+			send(rulesGone)
+			send(elementsGone)
+		case !d.ofOurTable(m):
+		case m.Header.Type == nftDel(unix.NFT_MSG_DELSETELEM):
+			if !d.nft.conns.has(m.Header.PID) {
+				send(elementsGone)
+			}
+		default:
+			send(rulesGone)
+		}
+	})
 	return events
+}
+
+// ofOurTable reports whether a message says that something of our tables is gone.
+func (d *Driver) ofOurTable(m *netlink.Message) bool {
+	switch m.Header.Type {
+	case nftDel(unix.NFT_MSG_DELTABLE), nftDel(unix.NFT_MSG_DELCHAIN), nftDel(unix.NFT_MSG_DELRULE), nftDel(unix.NFT_MSG_DELSET), nftDel(unix.NFT_MSG_DELSETELEM):
+	default:
+		return false
+	}
+	const header = 4 // struct nfgenmsg
+	if len(m.Data) < header {
+		return false
+	}
+	attrs, err := netlink.NewAttributeDecoder(m.Data[header:])
+	if err != nil {
+		return false
+	}
+	for attrs.Next() {
+		if attrs.Type() == unix.NFTA_TABLE_NAME { // the same number for all kinds
+			return attrs.String() == d.nft.inet.Name
+		}
+	}
+	return false
+}
+
+func nftDel(t uint16) netlink.HeaderType {
+	return netlink.HeaderType(unix.NFNL_SUBSYS_NFTABLES<<8 | t)
 }
 
 // listen calls fn for each message to the groups that passes filter, and with nil
@@ -129,14 +177,15 @@ func routeFilter() []bpf.Instruction {
 	}
 }
 
-// nftFilter passes tables, chains, rules and sets that go.
+// nftFilter passes all but the numbers of generations, which end every transaction:
+// the kernel puts several messages together, and a filter sees the first one.
 func nftFilter() []bpf.Instruction {
-	prog := []bpf.Instruction{bpf.LoadAbsolute{Off: offType, Size: 2}}
-	types := []uint16{unix.NFT_MSG_DELTABLE, unix.NFT_MSG_DELCHAIN, unix.NFT_MSG_DELRULE, unix.NFT_MSG_DELSET}
-	for i, t := range types {
-		prog = append(prog, bpf.JumpIf{Cond: bpf.JumpEqual, Val: messageType(unix.NFNL_SUBSYS_NFTABLES<<8 | t), SkipTrue: uint8(len(types) - i)})
+	return []bpf.Instruction{
+		bpf.LoadAbsolute{Off: offType, Size: 2},
+		bpf.JumpIf{Cond: bpf.JumpEqual, Val: messageType(uint16(nftDel(unix.NFT_MSG_NEWGEN))), SkipTrue: 1},
+		bpf.RetConstant{Val: passMessage},
+		bpf.RetConstant{Val: 0},
 	}
-	return append(prog, bpf.RetConstant{Val: 0}, bpf.RetConstant{Val: passMessage})
 }
 
 // messageType returns what a filter, which reads in network order, finds for a
@@ -156,6 +205,8 @@ func (d *Driver) handle(e event) error {
 	switch e {
 	case bridgeGone, rulesGone:
 		return d.repair()
+	case elementsGone:
+		return d.refill()
 	case routeChanged:
 		d.host.Lock()
 		defer d.host.Unlock()
@@ -194,6 +245,31 @@ func (d *Driver) repair() error {
 		return err
 	}
 	d.log.Warn("Host network was changed by somebody else and is repaired", "bridge", d.opts.Bridge)
+	return nil
+}
+
+// refill puts back what is missing of the elements of a table that is there.
+func (d *Driver) refill() error {
+	d.host.Lock() // so that nobody is being detached
+	defer d.host.Unlock()
+	if !d.up {
+		return nil
+	}
+	all := d.allElements()
+	if err := d.nft.addElements(all); err != nil {
+		// Somebody's elements are in the places of ours, of which only maps can be full: or
+		// a table is gone, which another event tells of.
+		if err := d.nft.conns.use(func(c *nftables.Conn) error { return d.nft.build(c, all) }); err != nil {
+			return fmt.Errorf("make nftables table %s: %w", d.nft.inet.Name, err)
+		}
+		if err := d.nft.addElements(d.nft.ofBridge(all)); err != nil {
+			return err
+		}
+	}
+	if err := d.claim(); err != nil {
+		return err
+	}
+	d.log.Warn("Elements of nftables were removed by somebody else and are put back", "bridge", d.opts.Bridge)
 	return nil
 }
 
