@@ -100,6 +100,12 @@ func checkRefusal(t *testing.T, r refusal, stdout, stderr string, code int) {
 			t.Errorf("the line does not say %q: %.1000q", s, line)
 		}
 	}
+	// Words of the program's own: the kernel says "invalid argument" too.
+	for _, s := range []string{"monitor: ", "execve: ", "invalid: ", `invalid argument "`, "not possible in this state"} {
+		if strings.Contains(line, s) {
+			t.Errorf("the line says %q, which is nothing to a user: %.1000q", s, line)
+		}
+	}
 	t.Logf("%.300s", line)
 }
 
@@ -239,17 +245,17 @@ func TestBadInput(t *testing.T) {
 		{"stop an unknown sandbox", []string{"stop", "nosuch"}, 0, []string{`no sandbox "nosuch"`}},
 		{"rm an unknown sandbox", []string{"rm", "nosuch"}, 0, []string{`no sandbox "nosuch"`}},
 		{"ps of an unknown sandbox", []string{"ps", "nosuch"}, 0, []string{`sandboxd: no sandbox "nosuch"`}},
-		{"inspect an unknown member", []string{"inspect", "web/nosuch"}, 0, []string{`no member "nosuch"`}},
-		{"exec in an unknown member", []string{"exec", "web/nosuch", "--", "true"}, 0, []string{`no member "nosuch"`}},
-		{"join an unknown member", []string{"join", "web/nosuch", "--", "true"}, 0, []string{`no member "nosuch"`}},
-		{"start an unknown member", []string{"start", "web/nosuch"}, 0, []string{`no member "nosuch"`}},
-		{"stop an unknown member", []string{"stop", "web/nosuch"}, 0, []string{`no member "nosuch"`}},
-		{"kill an unknown member", []string{"kill", "web/nosuch"}, 0, []string{`no member "nosuch"`}},
-		{"wait for an unknown member", []string{"wait", "web/nosuch"}, 0, []string{`no member "nosuch"`}},
-		{"attach to an unknown member", []string{"attach", "web/nosuch"}, 0, []string{`no member "nosuch"`}},
-		{"logs of an unknown member", []string{"logs", "web/nosuch"}, 0, []string{`no member "nosuch"`}},
-		{"rm an unknown member", []string{"rm", "web/nosuch"}, 0, []string{`no member "nosuch"`}},
-		{"cp from an unknown member", []string{"cp", "web/nosuch:/etc", "-"}, 0, []string{`no member "nosuch"`}},
+		{"inspect an unknown member", []string{"inspect", "web/nosuch"}, 0, []string{`no member "nosuch" in sandbox web`}},
+		{"exec in an unknown member", []string{"exec", "web/nosuch", "--", "true"}, 0, []string{`no member "nosuch" in sandbox web`}},
+		{"join an unknown member", []string{"join", "web/nosuch", "--", "true"}, 0, []string{`no member "nosuch" in sandbox web`}},
+		{"start an unknown member", []string{"start", "web/nosuch"}, 0, []string{`no member "nosuch" in sandbox web`}},
+		{"stop an unknown member", []string{"stop", "web/nosuch"}, 0, []string{`no member "nosuch" in sandbox web`}},
+		{"kill an unknown member", []string{"kill", "web/nosuch"}, 0, []string{`no member "nosuch" in sandbox web`}},
+		{"wait for an unknown member", []string{"wait", "web/nosuch"}, 0, []string{`no member "nosuch" in sandbox web`}},
+		{"attach to an unknown member", []string{"attach", "web/nosuch"}, 0, []string{`no member "nosuch" in sandbox web`}},
+		{"logs of an unknown member", []string{"logs", "web/nosuch"}, 0, []string{`no member "nosuch" in sandbox web`}},
+		{"rm an unknown member", []string{"rm", "web/nosuch"}, 0, []string{`no member "nosuch" in sandbox web`}},
+		{"cp from an unknown member", []string{"cp", "web/nosuch:/etc", "-"}, 0, []string{`no member "nosuch" in sandbox web`}},
 		{"cp from an unknown sandbox", []string{"cp", "nosuch/x:/etc", "-"}, 0, []string{`no sandbox "nosuch"`}},
 		{"a member where a sandbox is needed", []string{"run", "web/up", "--rootfs", rootfs, "--", "/bin/true"}, 0, []string{`"web/up"`, "sandbox"}},
 		{"a sandbox where a member is needed", []string{"exec", "web", "--", "true"}, 0, []string{`"web"`, "SANDBOX/MEMBER"}},
@@ -304,13 +310,13 @@ func TestBadInput(t *testing.T) {
 		{"share of net with the host's", []string{"create", "x", "--net", "host", "--share", "net"}, 0, []string{"net", "host"}},
 		{"an unknown network", []string{"create", "x", "--net", "bridge"}, 0, []string{`"bridge"`, "none"}},
 		{"a namespace that the sandbox does not hold", run("--ns", "pid=sandbox"), 0, []string{"pid=sandbox", "--share pid"}},
-		{"join to a namespace that the sandbox does not hold", []string{"join", "--ns", "pid=sandbox", "web", "--", "/bin/true"}, 0, []string{"web", "pid"}},
+		{"join to a namespace that the sandbox does not hold", []string{"join", "--ns", "pid=sandbox", "web", "--", "/bin/true"}, 0, []string{"pid=sandbox", "web", "--share pid"}},
 		{"mnt of the sandbox", run("--ns", "mnt=sandbox"), 0, []string{"mnt=sandbox", "member:NAME"}},
 		{"a member that does not exist", run("--ns", "net=member:nosuch"), 0, []string{"net=member:nosuch", "no such member"}},
-		{"join to a member that does not exist", []string{"join", "--ns", "net=member:nosuch", "web", "--", "/bin/true"}, 0, []string{`"nosuch"`}},
+		{"join to a member that does not exist", []string{"join", "--ns", "net=member:nosuch", "web", "--", "/bin/true"}, 0, []string{`no member "nosuch" in sandbox web`}},
 		{"a circle of one", run("--name", "self", "--ns", "net=member:self"), 0, []string{"net=member:self", "no such member"}},
 		{"a dead pid namespace", run("--ns", "pid=member:dead"), 0, []string{"dead", "pid=private"}},
-		{"join to a dead pid namespace", []string{"join", "--ns", "pid=member:dead", "web", "--", "/bin/true"}, 0, []string{"dead", "exited"}},
+		{"join to a dead pid namespace", []string{"join", "--ns", "pid=member:dead", "web", "--", "/bin/true"}, 0, []string{"dead", "exited", "pid=private"}},
 		{"a namespace that nobody holds", run("--ns", "cgroup=member:gone"), 0, []string{"cgroup=member:gone", "not held"}},
 		{"the mounts that nobody holds", []string{"join", "web/gone", "--", "/bin/true"}, 0, []string{"gone", "custody never"}},
 		{"files that nobody holds", []string{"cp", "web/gone:/etc", "-"}, 0, []string{"gone", "custody never"}},
@@ -338,11 +344,11 @@ func TestBadInput(t *testing.T) {
 		// Commands.
 		{"no command", []string{"run", "web", "--rootfs", rootfs}, 0, []string{"command"}},
 		{"an empty command", cmd(""), 0, []string{"command"}},
-		{"a command that is missing", cmd("/bin/nosuch"), 127, []string{"/bin/nosuch", "no such file"}},
+		{"a command that is missing", cmd("/bin/nosuch"), 127, []string{`add web: command "/bin/nosuch": no such file`}},
 		{"a command that is not in $PATH", cmd("nosuch"), 127, []string{`"nosuch"`, "$PATH"}},
 		{"a command in a file", cmd("/etc/passwd/x"), 127, []string{"/etc/passwd/x"}},
 		{"a command that is not executable", cmd("/bin/plain"), 126, []string{"/bin/plain", "permission denied"}},
-		{"a command that is a directory", cmd("/etc"), 126, []string{"/etc"}},
+		{"a command that is a directory", run("--name", "dir", "--", "/etc"), 126, []string{"start web/dir: execute /etc: permission denied"}},
 		{"a command for another machine", cmd("/bin/foreign"), 126, []string{"/bin/foreign", "exec format"}},
 		{"a command that is garbage", cmd("/bin/garbage"), 126, []string{"/bin/garbage", "exec format"}},
 		{"a command that is empty", cmd("/bin/empty"), 126, []string{"/bin/empty", "exec format"}},
@@ -355,7 +361,7 @@ func TestBadInput(t *testing.T) {
 		{"join with an empty command", []string{"join", "web", "--", ""}, 0, []string{"command"}},
 		{"exec without a command", []string{"exec", "web/up"}, 0, []string{"CMD"}},
 		{"a working directory that is missing", run("--read-only", "-w", "/nosuch"), 0, []string{"/nosuch", "no such file"}},
-		{"a working directory that is a file", run("-w", "/etc/passwd"), 0, []string{"/etc/passwd", "not a directory"}},
+		{"a working directory that is a file", run("--name", "wd", "-w", "/etc/passwd"), 0, []string{"add web/wd: change to working directory /etc/passwd: not a directory"}},
 		{"a relative working directory", run("-w", "etc"), 0, []string{`"etc"`, "absolute"}},
 		{"exec in a relative working directory", []string{"exec", "-w", "etc", "web/up", "--", "true"}, 0, []string{`"etc"`, "absolute"}},
 		{"exec in a missing working directory", []string{"exec", "-w", "/nosuch", "web/up", "--", "true"}, 0, []string{"/nosuch"}},
@@ -499,10 +505,10 @@ func TestBadInput(t *testing.T) {
 		// Copies.
 		{"cp within the host", []string{"cp", "/etc/passwd", "/tmp/x"}, 0, []string{"SANDBOX/MEMBER:PATH"}},
 		{"cp from member to member", []string{"cp", "web/up:/etc", "web/dead:/"}, 0, []string{"SANDBOX/MEMBER:PATH"}},
-		{"cp of a missing file", []string{"cp", "web/up:/nosuch", t.TempDir()}, 0, []string{"sandboxd: open /nosuch: no such file"}},
+		{"cp of a missing file", []string{"cp", "web/up:/nosuch", t.TempDir()}, 0, []string{"sandboxd: web/up: open /nosuch: no such file"}},
 		{"cp of no file", []string{"cp", "web/up:", t.TempDir()}, 0, []string{"empty"}},
-		{"cp of a missing file of the host", []string{"cp", "/no/such", "web/up:/tmp"}, 0, []string{"/no/such"}},
-		{"cp into a missing directory", []string{"cp", file, "web/up:/no/such/"}, 0, []string{"/no/such"}},
+		{"cp of a missing file of the host", []string{"cp", "/no/such", "web/up:/tmp"}, 0, []string{"sandboxd: open /no/such: no such file"}},
+		{"cp into a missing directory", []string{"cp", file, "web/up:/no/such/"}, 0, []string{"web/up: open /no/such"}},
 		{"cp into a file", []string{"cp", file, "web/up:/etc/passwd/x"}, 0, []string{"/etc/passwd"}},
 		{"cp to a missing directory of the host", []string{"cp", "web/up:/etc/passwd", "/no/such/"}, 0, []string{"/no/such"}},
 		{"cp of a sandbox", []string{"cp", "web:/etc", "-"}, 0, []string{"web:/etc", "SANDBOX/MEMBER"}},
@@ -748,6 +754,8 @@ func TestTakenSocket(t *testing.T) {
 		{"not a socket", []string{"unix://" + file}, 0, []string{file, "not a socket"}},
 		{"below a file", []string{"unix://" + file + "/x"}, 0, []string{file + "/x", "not a directory"}},
 		{"too long", []string{"unix:///" + strings.Repeat("x", 200)}, 0, []string{"201", "107"}},
+		{"in a missing directory", []string{"unix://" + dir + "/no/such"}, 0, []string{dir + "/no/such", "directory " + dir + "/no: no such file"}},
+		{"in a directory that takes none", []string{"unix:///proc/self/such"}, 0, []string{"socket /proc/self/such"}},
 		{"of another kind", []string{"tcp://127.0.0.1:0"}, 0, []string{"tcp://127.0.0.1:0"}},
 	} {
 		t.Run(r.name, func(t *testing.T) {

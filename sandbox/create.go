@@ -229,7 +229,7 @@ func (m *Manager) Run(ctx context.Context, sandboxRef string, c MemberConfig) (M
 	ref := sandboxRef + "/" + mb.name()
 	err = func() (err error) {
 		defer m.operation("start", &err)()
-		return m.startMember(ctx, b, mb, ref)
+		return m.startMember(ctx, b, mb)
 	}()
 	if err != nil {
 		if rerr := m.removeMember(context.WithoutCancel(ctx), b, mb, ref); rerr != nil {
@@ -249,10 +249,13 @@ func (m *Manager) addMember(ctx context.Context, sandboxRef string, c MemberConf
 	if err != nil {
 		return nil, nil, &OpError{Op: "add", Err: err}
 	}
-	ref := sandboxRef + "/" + c.Name
 	b, err := m.box(sandboxRef)
 	if err != nil {
 		return nil, nil, &OpError{Op: "add", Err: err}
+	}
+	ref := b.name()
+	if c.Name != id { // else nobody knows the name yet
+		ref += "/" + c.Name
 	}
 	mb, err := m.claimMember(b, id, c)
 	if err != nil {

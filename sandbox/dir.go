@@ -103,7 +103,7 @@ func (d *Dir) box(ref string) (dirBox, error) {
 		b.rec, _ = readRecord(root, sandboxesDir+"/"+ref)
 	}
 	if b.rec == nil {
-		if b, err = find("sandbox", ref, sandboxes(root)); err != nil {
+		if b, err = find("sandbox", ref, sandboxes(root), ""); err != nil {
 			return dirBox{}, err
 		}
 	}
@@ -178,7 +178,7 @@ func (d *Dir) member(ref string) (dirBox, dirMember, error) {
 	if err != nil {
 		return dirBox{}, dirMember{}, err
 	}
-	m, err := find("member", name, b.members)
+	m, err := findMember(name, b.members, b.name())
 	return b, m, err
 }
 

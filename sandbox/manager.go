@@ -330,7 +330,7 @@ func (m *Manager) all() []*box {
 	return slices.SortedFunc(maps.Values(m.boxes), func(x, y *box) int { return strings.Compare(x.id(), y.id()) })
 }
 
-func (m *Manager) box(ref string) (*box, error) { return find("sandbox", ref, m.all()) }
+func (m *Manager) box(ref string) (*box, error) { return find("sandbox", ref, m.all(), "") }
 
 // member finds "SANDBOX/MEMBER".
 func (m *Manager) member(ref string) (*box, *memb, error) {
@@ -342,7 +342,7 @@ func (m *Manager) member(ref string) (*box, *memb, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	mb, err := find("member", name, b.list())
+	mb, err := findMember(name, b.list(), b.name())
 	return b, mb, err
 }
 
@@ -390,7 +390,7 @@ func (m *Manager) lockMember(ctx context.Context, ref string) (*box, *memb, erro
 	}
 	if mb.gone {
 		mb.op.release()
-		return nil, nil, &kindError{fmt.Sprintf("no member %s", quote(ref)), ErrNotFound}
+		return nil, nil, &kindError{fmt.Sprintf("no member %s in sandbox %s", quote(mb.name()), b.name()), ErrNotFound}
 	}
 	return b, mb, nil
 }

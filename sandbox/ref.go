@@ -77,6 +77,11 @@ func statef(format string, a ...any) error {
 	return &kindError{fmt.Sprintf(format, a...), ErrState}
 }
 
+// findMember returns the one of a sandbox's members that ref names.
+func findMember[E entry](ref string, members []E, sandbox string) (E, error) {
+	return find("member", ref, members, " in sandbox "+sandbox)
+}
+
 // splitRef takes "SANDBOX/MEMBER" apart.
 func splitRef(ref string) (sandbox, member string, err error) {
 	sandbox, member, ok := strings.Cut(ref, "/")
@@ -96,8 +101,8 @@ type entry interface {
 }
 
 // find returns the one of all that ref names: by its name, its id, or an
-// unambiguous beginning of its id.
-func find[E entry](what, ref string, all []E) (E, error) {
+// unambiguous beginning of its id. where is what the error says if there is none.
+func find[E entry](what, ref string, all []E, where string) (E, error) {
 	var none E
 	for _, e := range all {
 		if e.name() == ref {
@@ -124,5 +129,5 @@ func find[E entry](what, ref string, all []E) (E, error) {
 	case what == "sandbox" && strings.Contains(ref, "/"):
 		return none, invalidf("%s names a member; a sandbox is needed", quote(ref))
 	}
-	return none, &kindError{fmt.Sprintf("no %s %s", what, quote(ref)), ErrNotFound}
+	return none, &kindError{fmt.Sprintf("no %s %s%s", what, quote(ref), where), ErrNotFound}
 }

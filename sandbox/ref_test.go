@@ -43,7 +43,7 @@ func TestFind(t *testing.T) {
 		{ref: strings.Repeat("x", 10000), err: ErrNotFound, text: "(10000 bytes)"},
 	}
 	for _, tt := range tests {
-		got, err := find("sandbox", tt.ref, all)
+		got, err := find("sandbox", tt.ref, all, "")
 		if !errors.Is(err, tt.err) || got.name() != tt.want || err != nil && !strings.Contains(err.Error(), tt.text) {
 			t.Errorf("find(%.20q) = %q, %v; want %q, %v with %q", tt.ref, got.name(), err, tt.want, tt.err, tt.text)
 		}

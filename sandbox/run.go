@@ -23,14 +23,14 @@ func (m *Manager) Start(ctx context.Context, ref string) (_ MemberInfo, err erro
 		return MemberInfo{}, opError("start", ref, err, nil)
 	}
 	defer mb.op.release()
-	if err := m.startMember(ctx, b, mb, ref); err != nil {
+	if err := m.startMember(ctx, b, mb); err != nil {
 		return MemberInfo{}, err
 	}
 	return m.memberInfo(b, mb), nil
 }
 
 // startMember is Start. Preconditions: mb.op is held.
-func (m *Manager) startMember(ctx context.Context, b *box, mb *memb, ref string) error {
+func (m *Manager) startMember(ctx context.Context, b *box, mb *memb) error {
 	var err error
 	switch s := mb.rec.Load().State; s {
 	case MemberRunning:
@@ -50,7 +50,7 @@ func (m *Manager) startMember(ctx context.Context, b *box, mb *memb, ref string)
 		err = m.start(ctx, b, mb)
 	}
 	if err != nil {
-		return opError("start", ref, err, nil)
+		return opError("start", b.name()+"/"+mb.name(), err, nil)
 	}
 	m.o.Log.Info("Member started", "sandbox", b.id(), "member", mb.id(), "name", mb.name())
 	return nil

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"path/filepath"
+	"slices"
 	"syscall"
 	"time"
 
@@ -47,10 +49,17 @@ func Listen(ctx context.Context, path string) (net.Listener, error) {
 }
 
 // Free reports why [Listen] would not take path, and changes nothing. It is for
-// those who have much to do before they can listen.
-func Free(path string) error {
-	_, err := look(path)
-	return err
+// those who have much to do before they can listen; will says which directories
+// they make before.
+func Free(path string, will ...string) error {
+	if _, err := look(path); err != nil {
+		return err
+	}
+	dir := filepath.Dir(path)
+	if err := unix.Access(dir, unix.W_OK); err != nil && !(err == unix.ENOENT && slices.Contains(will, dir)) {
+		return fmt.Errorf("socket %s: directory %s: %w", path, dir, err)
+	}
+	return nil
 }
 
 // look fails if path cannot be listened on. stale means that a socket is there

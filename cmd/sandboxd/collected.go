@@ -25,14 +25,8 @@ files.tar.zst, which tar --zstd reads.
 Works without the daemon, on the directory itself.`,
 		Example: `  sandboxd collected ls
   sandboxd collected export web/redis-1 redis.tar`,
-		Args: cobra.ArbitraryArgs,
-		RunE: func(cmd *cobra.Command, args []string) error {
-			if len(args) > 0 {
-				return usageError(cmd, "unknown command %q", args[0])
-			}
-			return cmd.Help()
-		},
 	}
+	onlyCommands(cmd)
 	for _, c := range []*cobra.Command{a.collectedLs(), a.collectedShow(), a.collectedExport(), a.collectedRm()} {
 		c.DisableFlagsInUseLine = true
 		c.Flags().SortFlags = false

@@ -94,10 +94,12 @@ func (a *app) copyOut(ctx context.Context, ref, path, dest string, note func(pat
 	defer root.Close()
 	o.Note = note
 	if dest == "-" {
-		return member.CopyOut(ctx, root, path, a.out, o)
+		return inMember(ref, member.CopyOut(ctx, root, path, a.out, o))
 	}
 	return pipe(ctx,
-		func(ctx context.Context, w io.Writer) error { return member.CopyOut(ctx, root, path, w, o) },
+		func(ctx context.Context, w io.Writer) error {
+			return inMember(ref, member.CopyOut(ctx, root, path, w, o))
+		},
 		func(ctx context.Context, r io.Reader) error { return member.ExtractTo(ctx, dest, r, note) })
 }
 
@@ -109,11 +111,21 @@ func (a *app) copyIn(ctx context.Context, src, ref, path string, note func(path,
 	defer root.Close()
 	o.Note = note
 	if src == "-" {
-		return member.CopyIn(ctx, root, path, a.in, o)
+		return inMember(ref, member.CopyIn(ctx, root, path, a.in, o))
 	}
 	return pipe(ctx,
 		func(ctx context.Context, w io.Writer) error { return member.TarFrom(ctx, src, w, note) },
-		func(ctx context.Context, r io.Reader) error { return member.CopyInAs(ctx, root, path, r, o) })
+		func(ctx context.Context, r io.Reader) error {
+			return inMember(ref, member.CopyInAs(ctx, root, path, r, o))
+		})
+}
+
+// inMember says that the paths in err are the member's, not the host's.
+func inMember(ref string, err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("%s: %w", ref, err)
 }
 
 // pipe runs both ends of a stream and returns the error of the one that failed

@@ -65,7 +65,7 @@ func (x *execer) stateDir() string { return x.node.State }
 // Exec implements [server.Execer].
 func (x *execer) Exec(ctx context.Context, ref string, r sandbox.ExecRequest) (sandbox.ExecResult, error) {
 	if len(r.Args) == 0 {
-		return sandbox.ExecResult{}, fmt.Errorf("exec %s: %w: no command", ref, sandbox.ErrInvalid)
+		return sandbox.ExecResult{}, invalid(fmt.Errorf("exec %s: no command", ref))
 	}
 	j, err := execJoiner(x, ref)
 	if err != nil {

@@ -34,7 +34,7 @@ func (n *node) SandboxHooks(c *sandbox.Config) ([]request.Hook, error) {
 	}
 	host, err := n.HooksDirs.Hooks(hook.Target{Sandbox: true, Annotations: c.Annotations})
 	if err != nil {
-		return nil, hostHooks{err}
+		return nil, wrongState(err) // the request is not to blame
 	}
 	return slices.Concat(host, c.Hooks), nil
 }
@@ -52,11 +52,11 @@ func (n *node) MemberHooks(r *sandbox.Record, m *sandbox.MemberRecord, spec *spe
 	}
 	host, err := n.HooksDirs.Hooks(t)
 	if err != nil {
-		return nil, hostHooks{err}
+		return nil, wrongState(err) // the request is not to blame
 	}
 	bundle, err := hook.FromSpec(spec.Hooks)
 	if err != nil {
-		return nil, invalid{fmt.Errorf("bundle: %w", err)}
+		return nil, invalid(fmt.Errorf("bundle: %w", err))
 	}
 	asked := slices.Concat(bundle, m.Config.Hooks)
 	return slices.Concat(host, asked), checkHooks(asked, request.MemberStages())
@@ -72,20 +72,13 @@ func memberAnnotations(r *sandbox.Record, spec *specs.Spec) map[string]string {
 	return all
 }
 
-// hostHooks makes an error of the host's configuration match [sandbox.ErrState]: the
-// request is not to blame.
-type hostHooks struct{ error }
-
-func (e hostHooks) Unwrap() error        { return e.error }
-func (e hostHooks) Is(target error) bool { return target == sandbox.ErrState }
-
 // maxHooks bounds the hooks of one sandbox or member: they are in its record.
 const maxHooks = 64
 
 // checkHooks refuses hooks that could not be run at one of the stages.
 func checkHooks(hs []request.Hook, stages []request.Stage) error {
 	if len(hs) > maxHooks {
-		return invalid{fmt.Errorf("%d hooks are more than %d", len(hs), maxHooks)}
+		return invalid(fmt.Errorf("%d hooks are more than %d", len(hs), maxHooks))
 	}
 	for _, h := range hs {
 		err := hook.Check(h, stages)
@@ -93,7 +86,7 @@ func checkHooks(hs []request.Hook, stages []request.Stage) error {
 			err = hook.CheckProgram(h)
 		}
 		if err != nil {
-			return invalid{fmt.Errorf("hook: %w", err)}
+			return invalid(fmt.Errorf("hook: %w", err))
 		}
 	}
 	return nil

@@ -76,10 +76,10 @@ func execJoiner(src joinSource, ref string) (_ *joiner, err error) {
 		return nil, err
 	}
 	if t.member == nil {
-		return nil, fmt.Errorf("exec %s: %w: not a member (want SANDBOX/MEMBER)", ref, sandbox.ErrInvalid)
+		return nil, invalid(fmt.Errorf("exec %s: not a member (want SANDBOX/MEMBER)", ref))
 	}
 	if !t.member.Init.Alive() {
-		return nil, fmt.Errorf("exec %s: %w: it does not run (join can enter what it left)", ref, sandbox.ErrState)
+		return nil, wrongState(fmt.Errorf("exec %s: it does not run (join can enter what it left)", ref))
 	}
 	j := &joiner{src: src, target: t}
 	defer func() {
@@ -290,7 +290,7 @@ func (j *joiner) enter(sel namespace.Selection, pidNamed bool) error {
 			continue
 		case namespace.Private:
 			if k == namespace.User {
-				return fmt.Errorf("%w: a join cannot have a private user namespace", sandbox.ErrInvalid)
+				return invalid(errors.New("user=private: a join cannot have a private user namespace"))
 			}
 			j.spec.Private = append(j.spec.Private, k)
 			continue
@@ -418,17 +418,17 @@ func (j *joiner) sibling(ref string) (*sandbox.MemberRecord, error) {
 			return m, nil
 		}
 	}
-	return nil, fmt.Errorf("member %q: %w in sandbox %s", ref, sandbox.ErrNotFound, j.target.sandbox.Config.Name)
+	return nil, notFound(fmt.Errorf("no member %q in sandbox %s", ref, j.target.sandbox.Config.Name))
 }
 
 func (j *joiner) ofSandbox(k namespace.Kind) (*os.File, error) {
 	r := j.target.sandbox
 	if !r.Holds(k) {
-		return nil, fmt.Errorf("%w: sandbox %s holds no %s namespace", sandbox.ErrInvalid, r.Config.Name, k)
+		return nil, invalid(fmt.Errorf("%[2]s=sandbox: sandbox %[1]s holds no %[2]s namespace: create it with --share %[2]s, or use %[2]s=host", r.Config.Name, k))
 	}
 	ns, err := member.OpenNamespaces(r.Pause, []namespace.Kind{k})
 	if errors.Is(err, procid.ErrGone) {
-		return nil, fmt.Errorf("%w: the pause of sandbox %s is gone", sandbox.ErrState, r.Config.Name)
+		return nil, wrongState(fmt.Errorf("the pause of sandbox %s is gone", r.Config.Name))
 	}
 	return ns[k], err
 }
@@ -441,7 +441,7 @@ func (j *joiner) ofMember(m *sandbox.MemberRecord, k namespace.Kind) (*os.File, 
 		return ns, err
 	}
 	if k == namespace.PID && m.Namespaces[k].From == namespace.Private {
-		return nil, fmt.Errorf("%w: that of member %s, which has exited", member.ErrDeadPID, m.Config.Name)
+		return nil, fmt.Errorf("%w: that of member %s, which has exited; use pid=private", member.ErrDeadPID, m.Config.Name)
 	}
 	f, err := member.OpenNamespace(m.Monitor, k)
 	if errors.Is(err, procid.ErrGone) || errors.Is(err, os.ErrNotExist) && k.Supported() {
@@ -482,7 +482,7 @@ func notHeld(m *sandbox.MemberRecord) error {
 	if m.Released != nil {
 		why = "custody has ended, " + m.Released.Reason
 	}
-	return fmt.Errorf("%w: member %s has exited and nothing of it is held (%s)", sandbox.ErrState, m.Config.Name, why)
+	return wrongState(fmt.Errorf("member %s has exited and nothing of it is held (%s)", m.Config.Name, why))
 }
 
 // isOwn reports whether f is this process's own namespace of kind k.
@@ -528,7 +528,7 @@ func (j *joiner) hostProcess(rootfs string) error {
 		}
 		root, err := os.OpenFile(dir, unix.O_PATH|unix.O_DIRECTORY, 0)
 		if err != nil {
-			return fmt.Errorf("%w: root: %w", sandbox.ErrInvalid, err)
+			return invalid(fmt.Errorf("rootfs: %w", err))
 		}
 		root.Close()
 		cwd = "/"
@@ -549,7 +549,7 @@ func (j *joiner) program(args, env []string, cwd, user string, tty bool) (*launc
 	p.Env = mergeEnv(p.Env, env)
 	if cwd != "" {
 		if !filepath.IsAbs(cwd) {
-			return nil, fmt.Errorf("%w: working directory %q is not an absolute path", sandbox.ErrInvalid, cwd)
+			return nil, invalid(fmt.Errorf("working directory %q is not an absolute path", cwd))
 		}
 		p.Cwd = cwd
 	}

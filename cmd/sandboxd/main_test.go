@@ -80,6 +80,17 @@ func TestUsageErrors(t *testing.T) {
 		want string // in stderr
 	}{
 		{"bogus", `unknown command "bogus"`},
+		{"help bogus", `unknown command "bogus"`},
+		{"help run web", `unknown command "web" (try: sandboxd run --help)`},
+		{"completion ksh", `unknown command "ksh"`},
+		{"create --name web", "sandboxd create NAME"},
+		{"create --network host", "it is called --net"},
+		{"create --memory 1g web", "sandboxd run has it"},
+		{"run web -p 80:80", "unknown shorthand flag: 'p' in -p; sandboxd create has it"},
+		{"add web --sysctl net.a=b", "sandboxd create has it"},
+		{"kill -s TERM web/m", "kill SANDBOX/MEMBER SIGNAL"},
+		{"run web --volume /a", `sandboxd: --volume: volume "/a" is not`},
+		{"logs --tail few a/b", `sandboxd: --tail "few": must be an integer`},
 		{"creat", "did you mean create?"},
 		{"--bogus", "unknown flag: --bogus"},
 		{"ls --bogus", "(try: sandboxd ls --help)"},

@@ -150,7 +150,7 @@ var errNoNetNS = errors.New("the network namespace is gone: nobody holds it")
 func (n *networks) PlanNetwork(ctx context.Context, r *sandbox.Record) (json.RawMessage, error) {
 	plan, err := n.store.Plan(ctx, r.ID, r.Config.Network, &r.Config.Net)
 	if errors.Is(err, netsetup.ErrInvalid) {
-		return nil, invalid{err}
+		return nil, invalid(err)
 	}
 	return plan, err
 }
@@ -202,7 +202,7 @@ func (n *networks) SettleNetworks(alive func(id string) bool, tried func(sandbox
 func (n *networks) ForgetNetwork(id string) (sandbox.Tombstone, error) {
 	t, err := n.store.Forget(id)
 	if errors.Is(err, netsetup.ErrNoTombstone) {
-		err = fmt.Errorf("%w: %w (ls -a lists those that do, by id)", sandbox.ErrNotFound, err)
+		err = notFound(fmt.Errorf("%w (ls -a lists those that do, by id)", err))
 	}
 	return tombstone(t), err
 }

@@ -167,22 +167,29 @@ func dataDir(root string, m *sandbox.MemberRecord) string {
 	return filepath.Join(root, "sandboxes", m.Sandbox, m.ID)
 }
 
-// invalid makes err match [sandbox.ErrInvalid] without changing its text.
-type invalid struct{ error }
+// kindError makes an error match one of package sandbox without changing its text.
+type kindError struct {
+	error
+	kind error
+}
 
-func (e invalid) Unwrap() error        { return e.error }
-func (e invalid) Is(target error) bool { return target == sandbox.ErrInvalid }
+func (e kindError) Unwrap() error        { return e.error }
+func (e kindError) Is(target error) bool { return target == e.kind }
+
+func invalid(err error) error    { return kindError{err, sandbox.ErrInvalid} }
+func wrongState(err error) error { return kindError{err, sandbox.ErrState} }
+func notFound(err error) error   { return kindError{err, sandbox.ErrNotFound} }
 
 // CheckSandbox implements [sandbox.PauseNode].
 func (n *node) CheckSandbox(c *sandbox.Config) error {
 	for key := range c.Sysctls {
 		if err := member.CheckSysctl(key, c.Share); err != nil {
-			return invalid{err}
+			return invalid(err)
 		}
 	}
 	for _, k := range c.Share {
 		if !k.Supported() {
-			return invalid{fmt.Errorf("this kernel has no %s namespaces", k)}
+			return invalid(fmt.Errorf("this kernel has no %s namespaces", k))
 		}
 	}
 	return nil
@@ -435,7 +442,7 @@ func (n *node) ResolveMember(_ context.Context, r *sandbox.Record, m *sandbox.Me
 	}
 	res, err := member.Resolve(&m.Config, facts)
 	if err != nil {
-		return nil, nil, invalid{err}
+		return nil, nil, invalid(err)
 	}
 	for _, w := range res.Warnings {
 		n.Log.Warn("Not done as asked", "member", m.ID, "what", w)

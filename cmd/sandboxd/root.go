@@ -87,22 +87,12 @@ executed, 127 if it is not found.`,
 			return err
 		}
 		if len(args) > 0 {
-			msg := fmt.Sprintf("unknown command %q", args[0])
-			if s := cmd.SuggestionsFor(args[0]); len(s) > 0 {
-				return usageError(cmd, "%s, did you mean %s?", msg, strings.Join(s, " or "))
-			}
-			return usageError(cmd, "%s", msg)
+			return unknownCommand(cmd, args[0])
 		}
 		return cmd.Help()
 	}
-	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
-		// As other container tools take it: run web sh -c 'exit 3'.
-		_, unknown := errors.AsType[*pflag.NotExistError](err)
-		if unknown && strings.HasSuffix(strings.TrimSuffix(cmd.Use, "]"), "CMD ARG…") {
-			return usageError(cmd, "%s; flags of the command need -- before it", err)
-		}
-		return usageError(cmd, "%s", err)
-	})
+	root.SetFlagErrorFunc(flagError)
+	root.SetHelpCommand(helpCommand())
 	f := root.PersistentFlags()
 	f.StringVar(&a.address, "address", "", "the daemon's socket, unix:///`PATH` (default $SANDBOXD_ADDRESS, or STATE/sandboxd.sock)")
 	f.StringVar(&a.state, "state", "", "state `directory` (default $SANDBOXD_STATE, or "+defaultState+")")
@@ -131,6 +121,10 @@ executed, 127 if it is not found.`,
 			c.Flags().SortFlags = false
 			root.AddCommand(c)
 		}
+	}
+	root.InitDefaultCompletionCmd()
+	if c, _, err := root.Find([]string{"completion"}); err == nil {
+		onlyCommands(c)
 	}
 	return root
 }
@@ -178,6 +172,112 @@ func flagUsages(fs *pflag.FlagSet) string {
 		b.WriteString(r.flag + strings.Repeat(" ", width-utf8.RuneCountInString(r.flag)+3) + r.usage)
 	}
 	return b.String()
+}
+
+// helpCommand is cobra's, but fails if there is no such command.
+func helpCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:                   "help [COMMAND]",
+		Short:                 "Show the help of a command",
+		GroupID:               groupHost,
+		DisableFlagsInUseLine: true,
+		ValidArgsFunction: func(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
+			of, _, _ := cmd.Root().Find(args)
+			var names []string
+			for _, c := range of.Commands() {
+				if c.IsAvailableCommand() {
+					names = append(names, cobra.CompletionWithDesc(c.Name(), c.Short))
+				}
+			}
+			return names, cobra.ShellCompDirectiveNoFileComp
+		},
+		RunE: func(cmd *cobra.Command, args []string) error {
+			of, rest, err := cmd.Root().Find(args)
+			if err != nil {
+				return err
+			}
+			if len(rest) > 0 {
+				return unknownCommand(of, rest[0])
+			}
+			of.InitDefaultHelpFlag()
+			return of.Help()
+		},
+	}
+}
+
+// onlyCommands makes cmd one that only has subcommands.
+func onlyCommands(cmd *cobra.Command) {
+	cmd.Args = cobra.ArbitraryArgs
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if len(args) > 0 {
+			return unknownCommand(cmd, args[0])
+		}
+		return cmd.Help()
+	}
+}
+
+// unknownCommand says that cmd has no subcommand of that name.
+func unknownCommand(cmd *cobra.Command, name string) error {
+	msg := fmt.Sprintf("unknown command %q", name)
+	if s := cmd.SuggestionsFor(name); len(s) > 0 {
+		msg += ", did you mean " + strings.Join(s, " or ") + "?"
+	}
+	return usageError(cmd, "%s", msg)
+}
+
+// instead says what there is in place of flags that other container tools have:
+// of one command, or of all.
+var instead = map[string]string{
+	"create name":    "the name is an argument: sandboxd create NAME",
+	"kill s":         "the signal is an argument: sandboxd kill SANDBOX/MEMBER SIGNAL",
+	"kill signal":    "the signal is an argument: sandboxd kill SANDBOX/MEMBER SIGNAL",
+	"create network": "it is called --net",
+	"run network":    "the network is the sandbox's: sandboxd create --net; a member's own is --ns net=private",
+	"run net":        "the network is the sandbox's: sandboxd create --net; a member's own is --ns net=private",
+	"run pid":        "it is called --ns pid=SOURCE",
+	"run ipc":        "it is called --ns ipc=SOURCE",
+	"run uts":        "it is called --ns uts=SOURCE",
+	"run mount":      "use --volume or --tmpfs",
+	"run m":          "it is called --memory",
+	"run entrypoint": "the command follows after --",
+	"run restart":    "members are not restarted",
+}
+
+// flagError makes one line of a flag that cannot be had or understood.
+func flagError(cmd *cobra.Command, err error) error {
+	if bad, ok := errors.AsType[*pflag.InvalidValueError](err); ok {
+		flag, cause := "--"+bad.GetFlag().Name, bad.Unwrap().Error()
+		if !strings.Contains(cause, bad.GetValue()) {
+			flag += fmt.Sprintf(" %q", bad.GetValue())
+		}
+		return usageError(cmd, "%s: %s", flag, cause)
+	}
+	unknown, ok := errors.AsType[*pflag.NotExistError](err)
+	if !ok {
+		return usageError(cmd, "%s", err)
+	}
+	// As other container tools take it: run web sh -c 'exit 3'.
+	if cmd.Flags().NArg() > 1 && strings.HasSuffix(strings.TrimSuffix(cmd.Use, "]"), "CMD ARG…") {
+		return usageError(cmd, "%s; flags of the command need -- before it", err)
+	}
+	name := unknown.GetSpecifiedName()
+	of, other := cmd.Name(), "create"
+	switch of {
+	case "add":
+		of = "run"
+	case "create":
+		other = "run"
+	}
+	if s := instead[of+" "+name]; s != "" {
+		return usageError(cmd, "%s; %s", err, s)
+	}
+	if of == "run" || of == "create" {
+		c, _, _ := cmd.Root().Find([]string{other})
+		if c.Flags().Lookup(name) != nil || len(name) == 1 && c.Flags().ShorthandLookup(name) != nil {
+			return usageError(cmd, "%s; sandboxd %s has it", err, other)
+		}
+	}
+	return usageError(cmd, "%s", err)
 }
 
 // usageError is a mistake of the caller: one line, with a hint.

@@ -176,7 +176,7 @@ directory.`,
 			return err
 		}
 		if s.Phase != member.PhaseRunning && s.Phase != member.PhaseCreated {
-			return fmt.Errorf("attach %s: %w: it is %s (logs shows what it has written)", args[0], sandbox.ErrState, s.Phase)
+			return wrongState(fmt.Errorf("attach %s: it is %s (logs shows what it has written)", args[0], s.Phase))
 		}
 		behind := a.catchUp(t)
 		if behind != nil {

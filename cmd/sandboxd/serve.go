@@ -147,7 +147,7 @@ func (a *app) serve(ctx context.Context, o serveOptions) (err error) {
 	if err := sandbox.Free(state); err != nil {
 		return err
 	}
-	if err := server.Free(socket); err != nil {
+	if err := server.Free(socket, state, root); err != nil {
 		return err
 	}
 	rd, err := openRootDir(root, state, o.eventsMax)
