@@ -24,8 +24,8 @@ import (
 type Pause struct {
 	id    procid.ID
 	pidfd *os.File
-	ns    map[namespace.Kind]*os.File
-	ino   map[namespace.Kind]uint64
+	ns    []held                    // the mount namespace among them
+	ino   map[namespace.Kind]uint64 // without the mount namespace; complete before p is anybody else's
 	done  chan struct{}
 	watch *poller.Watch
 	end   sync.WaitGroup
@@ -34,20 +34,38 @@ type Pause struct {
 	died func() // called after done is closed; guarded by mu
 }
 
+// held is a namespace that is held.
+type held struct {
+	kind namespace.Kind
+	file *os.File
+}
+
 // ID identifies the process.
 func (p *Pause) ID() procid.ID { return p.id }
 
 // Namespaces returns the namespaces, the mount namespace among them. The files
 // belong to p; they are good until Close, whether or not the process lives.
-func (p *Pause) Namespaces() map[namespace.Kind]*os.File { return maps.Clone(p.ns) }
-
-// Inodes returns the inode numbers by which the namespaces are known
-// (namespaces(7)), without the mount namespace's.
-func (p *Pause) Inodes() map[namespace.Kind]uint64 {
-	m := maps.Clone(p.ino)
-	delete(m, namespace.Mnt)
+func (p *Pause) Namespaces() map[namespace.Kind]*os.File {
+	m := make(map[namespace.Kind]*os.File, len(p.ns))
+	for _, n := range p.ns {
+		m[n.kind] = n.file
+	}
 	return m
 }
+
+// Namespace returns one of [Pause.Namespaces], or nil.
+func (p *Pause) Namespace(k namespace.Kind) *os.File {
+	for _, n := range p.ns {
+		if n.kind == k {
+			return n.file
+		}
+	}
+	return nil
+}
+
+// Inodes returns the inode numbers by which the namespaces are known
+// (namespaces(7)), without the mount namespace's. They are shown, not given.
+func (p *Pause) Inodes() map[namespace.Kind]uint64 { return p.ino }
 
 // Done is closed when the process has died. It is not closed by Close.
 func (p *Pause) Done() <-chan struct{} { return p.done }
@@ -89,8 +107,8 @@ func (p *Pause) Close() error {
 		return nil
 	}
 	p.end.Wait()
-	for _, f := range p.ns {
-		err = errors.Join(err, f.Close())
+	for _, n := range p.ns {
+		err = errors.Join(err, n.file.Close())
 	}
 	return err
 }
@@ -122,7 +140,7 @@ func (pr *Pauser) Adopt(_ context.Context, id procid.ID, kinds []namespace.Kind)
 
 // newPause makes a Pause that owns pidfd and watches the process.
 func (pr *Pauser) newPause(pidfd *os.File) (*Pause, error) {
-	p := &Pause{pidfd: pidfd, ns: make(map[namespace.Kind]*os.File), ino: make(map[namespace.Kind]uint64), done: make(chan struct{})}
+	p := &Pause{pidfd: pidfd, ino: make(map[namespace.Kind]uint64), done: make(chan struct{})}
 	var err error
 	p.watch, err = pr.poller.Watch(pidfd, func() bool {
 		p.end.Go(p.ended) // it may have to wait: for a debugger, which reaps before the parent does
@@ -210,7 +228,9 @@ func (p *Pause) take(s *Spec, pid int) error {
 
 // open opens the namespaces of process pid.
 func (p *Pause) open(pid int, kinds []namespace.Kind) error {
-	for _, k := range held(kinds) {
+	all := withMnt(kinds)
+	p.ns = make([]held, 0, len(all))
+	for _, k := range all {
 		name := string(k)
 		if k == namespace.Time {
 			// Before Linux 6.3 a process that was made by vfork enters its new
@@ -221,7 +241,10 @@ func (p *Pause) open(pid int, kinds []namespace.Kind) error {
 		if err != nil {
 			return err
 		}
-		p.ns[k] = f
+		p.ns = append(p.ns, held{k, f})
+		if k == namespace.Mnt {
+			continue
+		}
 		var st unix.Stat_t
 		if err := unix.Fstat(int(f.Fd()), &st); err != nil {
 			return os.NewSyscallError("fstat", err)
@@ -238,7 +261,7 @@ func (p *Pause) setUp(s *Spec) error {
 	}
 	files := make(map[namespace.Kind]*os.File)
 	for _, k := range []namespace.Kind{namespace.Net, namespace.IPC, namespace.UTS} {
-		if f := p.ns[k]; f != nil {
+		if f := p.Namespace(k); f != nil {
 			files[k] = f
 		}
 	}

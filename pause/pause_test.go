@@ -671,7 +671,7 @@ func BenchmarkStart(b *testing.B) {
 	p := openPauser(b)
 	s := &Spec{Mark: "0123456789abcdef.bench", Kinds: defaultKinds, Hostname: "bench", Loopback: true}
 	sys := &syscall.SysProcAttr{}
-	for _, k := range held(defaultKinds) {
+	for _, k := range withMnt(defaultKinds) {
 		sys.Cloneflags |= k.Flag()
 	}
 	var starts, clones []time.Duration

@@ -155,14 +155,14 @@ func check(s *Spec) error {
 	return nil
 }
 
-// held are the kinds that a pause with the shared kinds ks has open.
-func held(ks []namespace.Kind) []namespace.Kind { return append(slices.Clone(ks), namespace.Mnt) }
+// withMnt are the kinds that a pause with the shared kinds ks has open.
+func withMnt(ks []namespace.Kind) []namespace.Kind { return append(slices.Clone(ks), namespace.Mnt) }
 
 // create starts the process in new namespaces.
 func (p *Pauser) create(s *Spec, ready *os.File) (int, *os.File, error) {
 	fd := -1
 	sys := &syscall.SysProcAttr{PidFD: &fd, Setsid: true}
-	for _, k := range held(s.Kinds) {
+	for _, k := range withMnt(s.Kinds) {
 		sys.Cloneflags |= k.Flag()
 	}
 	if slices.Contains(s.Kinds, namespace.User) {
@@ -224,7 +224,7 @@ func reanchorProgram(s *Spec, exe, ready *os.File) *launch.Program {
 	// The user namespace comes last: before, this is root of the host's, and
 	// may join whatever it holds.
 	for _, k := range []namespace.Kind{namespace.Net, namespace.IPC, namespace.UTS, namespace.Cgroup, namespace.Time, namespace.Mnt, namespace.User} {
-		if f := s.From[k]; f != nil && slices.Contains(held(s.Kinds), k) {
+		if f := s.From[k]; f != nil && slices.Contains(withMnt(s.Kinds), k) {
 			p.Call("join the "+string(k)+" namespace", unix.SYS_SETNS, p.File(f), launch.Int(k.Flag()))
 		}
 	}

@@ -210,6 +210,9 @@ func (m *Manager) tell(have *told, next told, es []Event, fact bool, write func(
 	}
 	if len(es) > 0 {
 		m.append(es...)
+		if !m.o.Journal.Behind() {
+			next.outbox = nil // it would be kept until the next change
+		}
 	}
 	*have = next
 	return err

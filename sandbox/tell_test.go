@@ -200,6 +200,24 @@ func TestEventsSurviveACrash(t *testing.T) {
 	}
 }
 
+// Events that are in the journal are kept nowhere else: most sandboxes do not change
+// for hours.
+func TestToldEventsAreLetGo(t *testing.T) {
+	m := openWithJournal(t, t.TempDir(), newFakeNode())
+	must[Info](t)(m.Create(t.Context(), Config{Name: "web"}))
+	must[MemberInfo](t)(m.Add(t.Context(), "web", member("app")))
+	for _, b := range m.all() {
+		if b.told.outbox != nil {
+			t.Errorf("%d events of a sandbox are kept", len(b.told.outbox.Events))
+		}
+		for _, mb := range b.list() {
+			if mb.told.outbox != nil {
+				t.Errorf("%d events of a member are kept", len(mb.told.outbox.Events))
+			}
+		}
+	}
+}
+
 func TestRemovalIsToldOfOnce(t *testing.T) {
 	for _, written := range []bool{false, true} {
 		state := t.TempDir()

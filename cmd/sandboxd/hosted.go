@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 
 	"github.com/sandboxd/sandboxd/internal/etc"
@@ -27,7 +28,21 @@ type hosted struct {
 // change them one after the other.
 type etcFiles struct {
 	mu    sync.Mutex
-	names map[string]string // of members who share the network, by id; guarded by mu
+	names []memberName // of those that share the network, by id; guarded by mu
+}
+
+type memberName struct{ id, name string }
+
+// add adds a member, unless it is there. Preconditions: f.mu is held.
+func (f *etcFiles) add(m *sandbox.MemberRecord) {
+	if i, found := f.find(m.ID); !found {
+		f.names = slices.Insert(f.names, i, memberName{m.ID, m.Config.Name})
+	}
+}
+
+// find is for a member with that id. Preconditions: f.mu is held.
+func (f *etcFiles) find(id string) (int, bool) {
+	return slices.BinarySearchFunc(f.names, id, func(n memberName, id string) int { return strings.Compare(n.id, id) })
 }
 
 func newHosted(root string) *hosted { return &hosted{root: root, all: map[string]*etcFiles{}} }
@@ -45,7 +60,9 @@ func (h *hosted) forget(id, member string) {
 	}
 	if f := h.all[id]; f != nil {
 		f.mu.Lock()
-		delete(f.names, member)
+		if i, found := f.find(member); found {
+			f.names = slices.Delete(f.names, i, i+1)
+		}
 		f.mu.Unlock()
 	}
 }
@@ -60,7 +77,7 @@ func (h *hosted) update(r *sandbox.Record, m *sandbox.MemberRecord, siblings []*
 	h.mu.Lock()
 	f := h.all[r.ID]
 	if f == nil {
-		f = &etcFiles{names: map[string]string{}}
+		f = new(etcFiles)
 		h.all[r.ID] = f
 	}
 	h.mu.Unlock()
@@ -68,10 +85,10 @@ func (h *hosted) update(r *sandbox.Record, m *sandbox.MemberRecord, siblings []*
 	defer f.mu.Unlock()
 	for _, s := range siblings {
 		if sharesNetwork(r, s.Namespaces) {
-			f.names[s.ID] = s.Config.Name
+			f.add(s)
 		}
 	}
-	f.names[m.ID] = m.Config.Name
+	f.add(m)
 	dir := h.dir(r.ID)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
@@ -99,7 +116,7 @@ func sharesNetwork(r *sandbox.Record, sel namespace.Selection) bool {
 }
 
 // etcContents makes the contents of the files. names are those of members.
-func etcContents(r *sandbox.Record, names map[string]string) map[string][]byte {
+func etcContents(r *sandbox.Record, names []memberName) map[string][]byte {
 	var addrs []netip.Addr
 	var dns []network.DNS
 	for _, a := range r.Networks {
@@ -116,9 +133,9 @@ func etcContents(r *sandbox.Record, names map[string]string) map[string][]byte {
 		}
 	}
 	members := make([]string, 0, len(names))
-	for id, name := range names {
-		if name != id {
-			members = append(members, name)
+	for _, n := range names {
+		if n.name != n.id {
+			members = append(members, n.name)
 		}
 	}
 	slices.Sort(members)

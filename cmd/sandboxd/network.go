@@ -139,7 +139,7 @@ func (n *networks) DefaultNetwork() sandbox.NetworkMode {
 // ns is the sandbox's network namespace, or nil if nobody holds it.
 func (n *networks) ns(r *sandbox.Record) *os.File {
 	if p := n.pause(r.ID); p != nil {
-		return p.Namespaces()[namespace.Net]
+		return p.Namespace(namespace.Net)
 	}
 	return nil
 }
