@@ -38,6 +38,7 @@ type CgroupHierarchy struct {
 	Dir     string   // name under the mount; "" for the unified hierarchy alone, which is the mount itself
 	Unified bool     // cgroup v2
 	Options []string // of the v1 mount: controllers, or "name=N"
+	Own     string   // the member's cgroup on the host: an absolute path, or "" if it is not known
 }
 
 // Input is what [Compile] makes a launch program of. Files are lent: they must

@@ -1,6 +1,7 @@
 package member
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -790,5 +791,52 @@ func link(t *testing.T, target, name string) {
 	t.Helper()
 	if err := os.Symlink(target, name); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// Whether its hierarchies are clones of the host's mounts or new ones, a member
+// sees the same, and nothing above its own cgroup.
+func TestCgroupsLookAlike(t *testing.T) {
+	testenv.Root(t)
+	host, err := cgroup.Detect()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if host.Mode() == cgroup.V2 {
+		t.Skip("the unified hierarchy alone is always mounted anew")
+	}
+	path := fmt.Sprintf("/sandboxd-test-%d", os.Getpid())
+	if err := errors.Join(host.MakeSandbox(path), host.MakeMember(path+"/m", nil)); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := host.Remove(context.Background(), path); err != nil {
+			t.Error(err)
+		}
+	})
+	const script = `grep " /sys/fs/cgroup" /proc/self/mountinfo | busybox cut -d" " -f4-6 | busybox sort
+		cat /sys/fs/cgroup/*/../*/tasks /sys/fs/cgroup/unified/cgroup.procs 2>&1 | busybox sort -u
+		ls -d /sys/fs/cgroup/* /sys/fs/cgroup/*/../m
+		for d in /sys/fs/cgroup/*; do busybox mkdir $d/x; done
+		cat /proc/self/cgroup; busybox umount /sys/fs/cgroup/pids`
+	var out [2]string
+	for i, own := range []string{"", path + "/m"} {
+		out[i] = sh(t, script+"\ntrue", func(in *Input) {
+			in.CgroupTasks = host.Tasks(path + "/m")
+			if in.CgroupDir, err = host.TrackingDir(path + "/m"); err != nil {
+				t.Fatal(err)
+			}
+			for k, h := range host.Hierarchies() {
+				if own != "" {
+					in.Cgroups[k].Own = filepath.Join(h.Mount, own)
+				}
+			}
+		})
+	}
+	if diff := cmp.Diff(out[0], out[1]); diff != "" {
+		t.Errorf("new mounts and clones are not the same (-new +clones):\n%s", diff)
+	}
+	if n := strings.Count(out[1], " /sys/fs/cgroup/"); n < len(host.Hierarchies()) {
+		t.Errorf("%d hierarchies are mounted, of %d:\n%s", n, len(host.Hierarchies()), out[1])
 	}
 }

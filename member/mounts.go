@@ -15,6 +15,7 @@ import (
 
 	"github.com/sandboxd/sandboxd/internal/cgroup"
 	"github.com/sandboxd/sandboxd/internal/launch"
+	"github.com/sandboxd/sandboxd/internal/namespace"
 )
 
 // mount is a mount of the specification with its options understood.
@@ -37,6 +38,8 @@ type mount struct {
 	data      []string // for the file system
 
 	tree launch.Arg // the detached mount
+
+	cgroups []launch.Arg // likewise, of hierarchies that were cloned
 }
 
 type attrs struct{ set, clr uint64 }
@@ -436,6 +439,30 @@ func CgroupHierarchies(host []cgroup.Hierarchy) []CgroupHierarchy {
 	return hs
 }
 
+// cloneCgroups clones the mounts of v1 hierarchies, and of the unified one beside
+// them, from the member's cgroup on the host down. That is what new mounts in the
+// new cgroup namespace would show, but each of these has a superblock of its own,
+// which takes the kernel ten times as long.
+//
+// Whoever has CAP_SYS_ADMIN can remount a superblock, for the host too, and gets new ones.
+func (c *compiler) cloneCgroups(m *mount) {
+	caps := c.Spec.Process.Capabilities
+	if !c.ns(namespace.Cgroup).Private || caps != nil && slices.Contains(caps.Bounding, "CAP_SYS_ADMIN") {
+		return
+	}
+	if slices.ContainsFunc(c.Cgroups, func(h CgroupHierarchy) bool { return h.Dir == "" || h.Own == "" }) {
+		return
+	}
+	const flags = unix.MOUNT_ATTR_RDONLY | unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOEXEC
+	attr := m.attr.set | m.rec.set
+	for _, h := range c.Cgroups {
+		step := "clone cgroup " + h.Own
+		t := c.openTree(step, launch.Int(unix.AT_FDCWD), h.Own, 0)
+		c.setattr(step, t, "", 0, unix.MountAttr{Attr_set: attr, Attr_clr: flags&^attr | unix.MOUNT_ATTR__ATIME})
+		m.cgroups = append(m.cgroups, t)
+	}
+}
+
 // attachCgroups mounts the cgroup hierarchies that the host has: the unified one
 // alone, or a tmpfs with one mount for each.
 func (c *compiler) attachCgroups(m *mount) error {
@@ -453,7 +480,7 @@ func (c *compiler) attachCgroups(m *mount) error {
 	rdonly := attr & unix.MOUNT_ATTR_RDONLY
 	m.tree = c.newMount(m.what, "tmpfs", "tmpfs", []string{"mode=755"}, attr&^unix.MOUNT_ATTR_RDONLY)
 	c.attachTree(m)
-	for _, h := range hs {
+	for i, h := range hs {
 		if h.Dir == "" || path.Base(h.Dir) != h.Dir || h.Dir == ".." || h.Dir == "." {
 			return fmt.Errorf("mount cgroup on %s: %q is not the name of a hierarchy", m.Destination, h.Dir)
 		}
@@ -463,7 +490,12 @@ func (c *compiler) attachCgroups(m *mount) error {
 		if h.Unified {
 			typ, opts = "cgroup2", nil
 		}
-		t := c.newMount(step, typ, "cgroup", opts, attr)
+		var t launch.Arg
+		if len(m.cgroups) > 0 {
+			t = m.cgroups[i]
+		} else {
+			t = c.newMount(step, typ, "cgroup", opts, attr)
+		}
 		c.moveMount(step, t, m.tree, h.Dir)
 		c.close(t)
 		for _, o := range h.Options {

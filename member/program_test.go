@@ -70,6 +70,11 @@ func TestProgramsAreAsReviewed(t *testing.T) {
 			in.Cgroups = []CgroupHierarchy{
 				{Dir: "cpu,cpuacct", Options: []string{"cpu", "cpuacct"}}, {Dir: "systemd", Options: []string{"name=systemd"}}, {Dir: "unified", Unified: true}}
 		}},
+		{"cgroups", func(in *Input) {
+			in.Cgroups = []CgroupHierarchy{
+				{Dir: "cpu,cpuacct", Options: []string{"cpu", "cpuacct"}, Own: "/sys/fs/cgroup/cpu,cpuacct/sandboxd/s/m"},
+				{Dir: "unified", Unified: true, Own: "/sys/fs/cgroup/unified/sandboxd/s/m"}}
+		}},
 		{"user-namespace", func(in *Input) {
 			withUserNS(in)
 			in.Spec.Mounts = append(in.Spec.Mounts, specs.Mount{Destination: "/data", Source: "/srv/data", Options: []string{"rbind"}})

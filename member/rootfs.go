@@ -88,6 +88,8 @@ func (c *compiler) attachRoot() {
 			c.cloneSource(m)
 		case m.early:
 			c.newFromSpec(m)
+		case m.Type == "cgroup":
+			c.cloneCgroups(m)
 		}
 	}
 	if c.rootTree == (launch.Arg{}) {

@@ -11,6 +11,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/sandboxd/sandboxd/internal/cgroup"
 	"github.com/sandboxd/sandboxd/internal/launch"
 	"github.com/sandboxd/sandboxd/internal/namespace"
 	"github.com/sandboxd/sandboxd/internal/procid"
@@ -112,7 +113,7 @@ func (n *node) compilerInput(r *sandbox.Record, m *sandbox.MemberRecord, sibling
 		opened = append(opened, in.CgroupDir)
 	}
 	for _, h := range n.cg.Hierarchies() {
-		in.Cgroups = append(in.Cgroups, hierarchy(h.Mount, h.V2, h.Controllers))
+		in.Cgroups = append(in.Cgroups, hierarchy(h, m.Cgroup))
 	}
 	if len(in.Cgroups) == 1 && in.Cgroups[0].Unified {
 		in.Cgroups[0].Dir = ""
@@ -180,16 +181,16 @@ func (n *node) compilerInput(r *sandbox.Record, m *sandbox.MemberRecord, sibling
 	return in, closeAll, nil
 }
 
-// hierarchy is how a cgroup hierarchy that is mounted at mount on the host is
-// shown to a member.
-func hierarchy(mount string, v2 bool, controllers []string) member.CgroupHierarchy {
-	h := member.CgroupHierarchy{Dir: filepath.Base(mount), Unified: v2}
-	if v2 {
+// hierarchy is how a cgroup hierarchy of the host is shown to a member whose
+// cgroup is at path.
+func hierarchy(host cgroup.Hierarchy, path string) member.CgroupHierarchy {
+	h := member.CgroupHierarchy{Dir: filepath.Base(host.Mount), Unified: host.V2, Own: filepath.Join(host.Mount, path)}
+	if host.V2 {
 		return h
 	}
-	h.Options = controllers
-	if len(controllers) == 1 && strings.HasPrefix(controllers[0], "name=") {
-		h.Options = []string{"none", controllers[0]}
+	h.Options = host.Controllers
+	if len(host.Controllers) == 1 && strings.HasPrefix(host.Controllers[0], "name=") {
+		h.Options = []string{"none", host.Controllers[0]}
 	}
 	return h
 }
