@@ -535,7 +535,10 @@ static _Noreturn void fail(int32_t op, long err) {
 
 /* zombie_status is the wait status of init, or -1 if it is no zombie. Field 52 is
  * 0 for whoever may not trace the process, which the same question about a
- * namespace tells (proc_pid_stat(5)). */
+ * namespace tells (proc_pid_stat(5)). Before Linux 5.17, unless it was given the
+ * correction too ("exit: Use the correct exit_code in /proc/<pid>/stat"), it is the
+ * status of the main thread, which is another one if that has ended before the
+ * others did; nothing tells that it has. */
 NOINLINE static int zombie_status(void) {
 	char buf[STAT_MAX];
 	const char *p = stat_read(init_pid, buf, sizeof buf);

@@ -720,17 +720,45 @@ func TestMonitorIsReplaced(t *testing.T) {
 	}
 }
 
+// A program whose main thread ends with 3, before the process does with 9.
+const mainEnds = "SANDBOXD_TEST_MAIN_ENDS"
+
+func init() {
+	if os.Getenv(mainEnds) == "" {
+		return
+	}
+	go func() {
+		os.Stdin.Read(make([]byte, 1))
+		os.Exit(9)
+	}()
+	unix.Syscall(unix.SYS_EXIT, 3, 0, 0) // an init function is run by the main thread
+}
+
 // Whoever has become its parent need not reap it: the pid 1 of many a container
 // does not.
 func TestMonitorIsReplacedAndNobodyReaps(t *testing.T) {
 	subreaper(t)
-	for name, status := range map[string]string{"code": "exit 9", "signal": "kill -USR1 $$", "no error": "exit 0"} {
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	scripts := map[string]string{
+		"code": "read x; exit 9", "signal": "read x; kill -USR1 $$", "no error": "read x; exit 0",
+		"code behind the main thread's": "exec env " + mainEnds + "=1 " + self,
+	}
+	for name, script := range scripts {
 		for _, before := range []bool{true, false} {
 			t.Run(fmt.Sprintf("%s, before it is replaced: %v", name, before), func(t *testing.T) {
-				m := newMonitored(t, "read x; "+status)
+				m := newMonitored(t, script)
 				m.spec.Stdin = true
 				m.start()
 				init := m.mon.Init()
+				if strings.Contains(script, mainEnds) {
+					m.eventually("the main thread has ended", func() bool {
+						b, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/stat", init.PID))
+						return err == nil && bytes.Contains(b, []byte(") Z "))
+					})
+				}
 				in, err := OpenStdin(m.spec.Dir)
 				if err != nil {
 					t.Fatal(err)
@@ -757,10 +785,10 @@ func TestMonitorIsReplacedAndNobodyReaps(t *testing.T) {
 				}
 				var got *exit.Record
 				m.eventually("the exit is recorded", func() bool { got, err = ReadExit(m.spec.Dir); return got != nil })
-				if want := map[string]int{"code": 9, "signal": 138, "no error": 0}[name]; err != nil || !got.Known || got.Code != want {
+				if want := map[string]int{"signal": 138, "no error": 0, "code": 9, "code behind the main thread's": 9}[name]; err != nil || !got.Known || got.Code != want {
 					t.Errorf("exit = %+v, %v, want %d", got, err, want)
 				}
-				if st, err := ReadStatus(m.spec.Dir); err != nil || st.Custody == before {
+				if st, err := ReadStatus(m.spec.Dir); err != nil || st.Custody != (!before && !strings.Contains(script, mainEnds)) { // its root went with its main thread
 					t.Errorf("custody = %v, %v", st.Custody, err)
 				}
 				if before && mon != nil {
