@@ -5,8 +5,10 @@ package e2e
 import (
 	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
+	"testing"
 
 	"golang.org/x/sys/unix"
 )
@@ -124,4 +126,102 @@ func hookedOnce(r *rig) {
 			r.Errorf("hook %s was run as attempts %v; the daemon died at %q", k, got, r.dies)
 		}
 	}
+}
+
+// TestHookCutOff kills the daemon while a hook runs. The next daemon ends the hook, and
+// runs it again if its operation goes on.
+func TestHookCutOff(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	file := filepath.Join(t.TempDir(), "attempts")
+	h := r.script("#!/bin/sh\njq .sandboxd.attempt >> " + file + "\nwhile [ \"$(tail -n 1 " + file + ")\" = 1 ]; do sleep 0.05; done\n")
+	attempts := func() string {
+		b, err := os.ReadFile(file)
+		if err != nil && !os.IsNotExist(err) {
+			t.Fatal(err)
+		}
+		return strings.Join(strings.Fields(string(b)), " ")
+	}
+	none := func(*rig) {}
+	create := func(r *rig) { r.ok("create", "box") }
+	for _, tt := range []struct {
+		stage   string
+		sandbox bool // the hook is the sandbox's
+		before  func(*rig)
+		act     []string // the hook's flags are put behind these if before does not use them
+		want    string
+	}{
+		{stage: "oci-prestart", before: create, want: "1"},
+		{stage: "createRuntime", before: create, want: "1"},
+		{stage: "createContainer", before: create, want: "1"},
+		{stage: "postcreate", before: create, want: "1"},
+		{stage: "prestart", before: create, want: "1"},
+		{stage: "poststart", before: create, want: "1 2"},
+		{stage: "prestop", before: create, act: []string{"stop", "box/m"}, want: "1"},
+		{stage: "poststop", before: create, act: []string{"stop", "box/m"}, want: "1 2"},
+		{stage: "predelete", before: create, act: []string{"rm", "-f", "box/m"}, want: "1 2"},
+		{stage: "oci-poststop", before: create, act: []string{"rm", "-f", "box/m"}, want: "1 2"},
+		{stage: "postcreate", sandbox: true, before: none, want: "1"},
+		{stage: "prestop", sandbox: true, before: none, act: []string{"stop", "box"}, want: "1"},
+		{stage: "poststop", sandbox: true, before: none, act: []string{"stop", "box"}, want: "1 2"},
+		{stage: "predelete", sandbox: true, before: none, act: []string{"rm", "box"}, want: "1 2"},
+	} {
+		what := fmt.Sprintf("%s, of the sandbox %v", tt.stage, tt.sandbox)
+		r.mustServe()
+		tt.before(r)
+		begin := append([]string{"create", "box"}, hookFlags(h, tt.stage)...)
+		if !tt.sandbox {
+			begin = long(r, "run", "box", "m", hookFlags(h, tt.stage)...)
+		}
+		act := tt.act
+		if act == nil {
+			act = begin
+		} else {
+			r.ok(begin...)
+			if !tt.sandbox {
+				r.catches(r.member("box/m").PID, unix.SIGTERM)
+			}
+		}
+		client := r.command(act...)
+		if err := client.Start(); err != nil {
+			t.Fatal(err)
+		}
+		r.eventually("a hook begins: "+what, func() bool { return attempts() == "1" })
+		if running(t, h) == 0 {
+			t.Errorf("%s: no hook runs, which shows that this test does not see them", what)
+		}
+		r.kill()
+		client.Wait()
+		r.mustServe()
+		if n := running(t, h); n != 0 && tt.want == "1" {
+			t.Errorf("%s: it goes on, and is not wanted any more", what)
+		}
+		r.eventually("what was begun is finished: "+what, func() bool { return attempts() == tt.want && running(t, h) == 0 })
+		if r.cli("inspect", "box").code == 0 {
+			r.cli("rm", "-f", "box") // a removal may be under way
+			r.eventually("box is gone", func() bool { return r.cli("inspect", "box").code != 0 })
+		}
+		r.kill()
+		if err := os.Remove(file); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.mustServe()
+	r.sound()
+}
+
+// running counts the processes that run the script at path, subshells too.
+func running(t *testing.T, path string) (n int) {
+	t.Helper()
+	dirs, err := filepath.Glob("/proc/[0-9]*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range dirs {
+		// It may have ended meanwhile.
+		if b, err := os.ReadFile(d + "/cmdline"); err == nil && string(b) == "/bin/sh\x00"+path+"\x00" {
+			n++
+		}
+	}
+	return n
 }

@@ -334,6 +334,25 @@ func (m *Manager) attempt(ctx context.Context, s subject, i int, h request.Hook,
 	return run, nil
 }
 
+// endCutOff ends what an earlier daemon's hooks are still doing, before anything is
+// done that they should not see: a creation that was cut off is undone, and its
+// hooks are not run again.
+func (m *Manager) endCutOff(ctx context.Context, s subject) {
+	hooks := s.hooks()
+	for i, run := range s.runs() {
+		if run.State != HookRunning {
+			continue
+		}
+		call := &HookCall{Hook: hooks[i], Index: i, Attempt: run.Attempt, Sandbox: s.b.rec.Load()}
+		if s.mb != nil {
+			call.Member = s.mb.rec.Load()
+		}
+		if err := m.node.EndHook(ctx, call); err != nil {
+			m.o.Log.Warn("Hook that was cut off not ended", "path", s.dir(), "stage", run.Stage, "hook", run.Path, "err", err)
+		}
+	}
+}
+
 // hookDone tells of a hook that has ended.
 func (m *Manager) hookDone(s subject, run HookRun) {
 	attrs := []any{"sandbox", s.b.id(), "stage", run.Stage, "hook", run.Path, "attempt", run.Attempt, "took", run.Duration}

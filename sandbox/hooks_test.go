@@ -24,6 +24,11 @@ type fakeHook struct {
 	at        string // what it saw of the world when it last succeeded
 }
 
+// EndHook ends nothing: a fake hook takes no time.
+func (n *fakeNode) EndHook(ctx context.Context, c *HookCall) error {
+	return n.call(ctx, "EndHook", func() error { return nil })
+}
+
 // RunHook runs a hook that fails if the test says so, by the stage's name.
 func (n *fakeNode) RunHook(ctx context.Context, c *HookCall) HookOutcome {
 	k := c.Sandbox.ID

@@ -183,6 +183,9 @@ type HookNode interface {
 	// the hook's time is over, it is killed. Attempts of the same hook that
 	// were cut off with their daemon are ended before.
 	RunHook(ctx context.Context, c *HookCall) HookOutcome
+	// EndHook kills what an attempt that was cut off with its daemon has left.
+	// Nothing of it being there is no error.
+	EndHook(ctx context.Context, c *HookCall) error
 }
 
 // CollectNode is the part of a [Node] that keeps what members leave.

@@ -187,6 +187,10 @@ func (m *Manager) recoverBox(ctx context.Context, b *box) {
 		return
 	}
 	defer b.op.release()
+	m.endCutOff(ctx, subject{b: b})
+	for _, mb := range b.list() {
+		m.endCutOff(ctx, subject{b, mb})
+	}
 	if b.broken || !b.rec.Load().State.anchored() {
 		// Creating, Deleting, Unclean: all end in the same way. If that does
 		// not succeed the sandbox stays, unclean, for somebody to remove.

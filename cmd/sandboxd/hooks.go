@@ -116,13 +116,18 @@ func hookCgroup(c *sandbox.HookCall) string {
 	return fmt.Sprintf("%s/hook-%s-%d", c.Sandbox.Cgroup, c.Member.ID, c.Index)
 }
 
+// EndHook implements [sandbox.HookNode].
+func (n *node) EndHook(ctx context.Context, c *sandbox.HookCall) error {
+	return n.cg.Remove(ctx, hookCgroup(c))
+}
+
 func (n *node) runHook(ctx context.Context, c *sandbox.HookCall) (sandbox.HookOutcome, error) {
 	leaf := hookCgroup(c)
 	if c.Attempt > 1 {
 		// One that was cut off with its daemon may be at work. The cgroup goes too: Linux
 		// 6.18 kills what is cloned into a cgroup that was killed before (cgroup_post_fork
 		// compares its kill_seq with that of the parent's cgroup).
-		if err := n.cg.Remove(ctx, leaf); err != nil {
+		if err := n.EndHook(ctx, c); err != nil {
 			return sandbox.HookOutcome{}, err
 		}
 	}
