@@ -19,6 +19,39 @@ import (
 	"github.com/sandboxd/sandboxd/internal/procid"
 )
 
+// TestStateDirectoryByAnotherPath starts the next daemon on a link to the state
+// directory, as /var/run is one to /run: what is there is still its own.
+func TestStateDirectoryByAnotherPath(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.mustServe()
+	r.ok("create", "web")
+	r.ok(long(r, "run", "web", "m")...)
+	before, m := r.sandbox("web"), r.member("web/m")
+	r.kill()
+	state := r.d.state
+	r.d.state = filepath.Join(t.TempDir(), "link")
+	if err := os.Symlink(filepath.Dir(state), r.d.state); err != nil {
+		t.Fatal(err)
+	}
+	r.d.state += "/" + filepath.Base(state)
+	r.mustServe()
+	after := r.sandbox("web")
+	if after.PausePID != before.PausePID {
+		r.Errorf("the pause is %d, it was %d", after.PausePID, before.PausePID)
+	}
+	if now := r.member("web/m"); now.MonitorPID != m.MonitorPID || now.State != "Running" {
+		r.Errorf("the member is %+v, it was %+v", now, m)
+	}
+	if log := r.d.log.String(); strings.Contains(log, "level=WARN") {
+		r.Errorf("the daemon says:\n%s", log)
+	}
+	r.ok("rm", "-f", "web")
+	r.kill()
+	r.d.state = state
+	r.mustServe()
+}
+
 // TestUnreadableRecord starts a daemon on records that are not what they were.
 // What they named is collected, the record is kept for somebody to look at, and
 // everything else is as it was.

@@ -601,11 +601,7 @@ func (a *app) runJoined(ctx context.Context, j *joiner, o *processFlags, args []
 
 // argv is the launcher's, with the mark that everything of a sandbox bears.
 func (j *joiner) argv() []string {
-	state, err := filepath.Abs(j.src.stateDir())
-	if err != nil {
-		state = j.src.stateDir()
-	}
-	mark := installationMark(state) + "." + j.target.sandbox.ID
+	mark := installationMark(j.src.stateDir()) + "." + j.target.sandbox.ID
 	if m := j.target.member; m != nil {
 		mark += "/" + m.ID
 	}

@@ -1,10 +1,13 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"path/filepath"
 	"slices"
 	"strings"
 	"unicode/utf8"
@@ -302,15 +305,28 @@ func argsBetween(least, most int) cobra.PositionalArgs {
 	}
 }
 
-// stateDir returns the state directory that flags and environment name.
+// stateDir returns the state directory that flags and environment name, by the
+// one path that all its processes bear the mark of.
 func (a *app) stateDir() string {
-	if a.state != "" {
-		return a.state
+	env, _ := a.lookupEnv("SANDBOXD_STATE")
+	return realPath(cmp.Or(a.state, env, defaultState))
+}
+
+// realPath returns path without links, as far as it exists: /var/run/x and /run/x
+// are one directory.
+func realPath(path string) string {
+	path, err := filepath.Abs(path)
+	if err != nil || path == "/" {
+		return path
 	}
-	if s, ok := a.lookupEnv("SANDBOXD_STATE"); ok && s != "" {
-		return s
+	real, err := filepath.EvalSymlinks(path)
+	switch {
+	case err == nil:
+		return real
+	case errors.Is(err, fs.ErrNotExist):
+		return filepath.Join(realPath(filepath.Dir(path)), filepath.Base(path))
 	}
-	return defaultState
+	return path
 }
 
 // socketAddress returns the address that flags and environment name.

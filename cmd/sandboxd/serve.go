@@ -104,14 +104,7 @@ go on, and so do their logs.`,
 
 // serve runs the daemon until ctx ends.
 func (a *app) serve(ctx context.Context, o serveOptions) (err error) {
-	state, err := filepath.Abs(a.stateDir())
-	if err != nil {
-		return err
-	}
-	root, err := filepath.Abs(o.root)
-	if err != nil {
-		return err
-	}
+	state, root := a.stateDir(), realPath(o.root)
 	for i, dir := range o.hooksDirs {
 		if o.hooksDirs[i], err = filepath.Abs(dir); err != nil {
 			return err
