@@ -382,6 +382,21 @@ func TestWhatIsKept(t *testing.T) {
 	}
 }
 
+// A manifest names also those collectors that had nothing to do, and those that lost
+// what they took.
+func TestAllCollectorsAreNamed(t *testing.T) {
+	s := newStore(t, Options{})
+	m := newMember(t, "1", crashed, request.Collect{Path: "/f", On: request.OnOOM, Max: 100})
+	if got := s.mustCollect(t, &m.Subject); got.Archive != nil || len(got.Collectors) != 1 || got.Collectors[0].Applied || got.Collectors[0].Path != "/f" {
+		t.Errorf("%+v, archive %+v", got.Collectors, got.Archive)
+	}
+	m = newMember(t, "2", crashed, request.Collect{Path: "/f"}, request.Collect{Path: "/g"}, request.Collect{Path: "/h", On: request.OnOOM})
+	m.Root = func() (*os.File, error) { return nil, unix.EIO }
+	if got := s.mustCollect(t, &m.Subject); got.Archive.Err == "" || len(got.Collectors) != 3 || !got.Collectors[1].Applied || got.Collectors[2].Applied {
+		t.Errorf("%+v, archive %+v", got.Collectors, got.Archive)
+	}
+}
+
 func TestLimits(t *testing.T) {
 	m := newMember(t, "1", crashed,
 		request.Collect{Path: "/big/*", Max: 100 << 10},

@@ -133,11 +133,11 @@ func putCollected(p *markup.Page, m *Manifest) {
 		p.Put(`<div class="wide"><table><caption>Collectors</caption><thead><tr><th scope="col">Path</th><th scope="col">On</th><th scope="col">Taken</th><th scope="col">Content</th><th scope="col">Note</th></tr></thead>
 <tbody>`)
 		for _, c := range m.Collectors {
-			taken := "does not apply"
+			taken := "-"
 			if c.Applied {
 				taken = strconv.Itoa(c.Taken)
 			}
-			p.Put("<tr><th scope=\"row\"><code>%s</code></th><td>%s</td><td>%s</td><td>%s</td><td>%s</td></tr>\n", Plain(c.Path), c.On, taken, size(c.Bytes), Plain(c.Why))
+			p.Put("<tr><th scope=\"row\"><code>%s</code></th><td>%s</td><td>%s</td><td>%s</td><td>%s</td></tr>\n", Plain(c.Path), c.On, taken, size(c.Bytes), Plain(collectorNote(c)))
 		}
 		p.Put("</tbody></table></div>\n")
 	}

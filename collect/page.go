@@ -79,8 +79,8 @@ func (r *Report) WriteText(w io.Writer) error {
 		line("    and %d more", more)
 	}
 	for _, c := range m.Collectors {
-		if c.Why != "" {
-			line("    --collect %s: %s", c.Path, c.Why)
+		if why := collectorNote(c); why != "" {
+			line("    --collect %s: %s", c.Path, why)
 		}
 	}
 	line("")
@@ -100,6 +100,13 @@ func (r *Report) WriteText(w io.Writer) error {
 	}
 	_, err := w.Write(b.Bytes())
 	return err
+}
+
+func collectorNote(c Collector) string {
+	if !c.Applied {
+		return fmt.Sprintf("only on %s", c.On)
+	}
+	return c.Why
 }
 
 // pick chooses the files that a page names: what was left out or changed first,

@@ -65,7 +65,8 @@ func example() *Report {
 		Log: Log{Path: "/log", Lines: []LogLine{
 			{at.Add(-time.Second), "stdout", "fine\tso far"}, {at, "stderr", "</pre><script>alert(1)</script>\x1b]0;x\a"},
 		}},
-		Collectors: []Collector{{Collect: request.Collect{Path: "/t/*", On: request.OnAlways, Max: 1 << 20}, Applied: true, Taken: 2, Bytes: 3 << 20, Skipped: 1, Why: "the limit of 1.0 MiB is reached"}},
+		Collectors: []Collector{{Collect: request.Collect{Path: "/t/*", On: request.OnAlways, Max: 1 << 20}, Applied: true, Taken: 2, Bytes: 3 << 20, Skipped: 1, Why: "the limit of 1.0 MiB is reached"},
+			{Collect: request.Collect{Path: "/core", On: request.OnOOM, Max: 1 << 20}}},
 		Files: []File{
 			{Path: "/t/core", Type: "file", Bytes: 3 << 20, Taken: true}, {Path: "/t/\x1b[31m", Type: "fifo", Why: "it holds no data"},
 			{Path: "/t/l", Type: "link", Taken: true}, {Path: "/t/again", Type: "file", Taken: true, LinkOf: "/t/core"},

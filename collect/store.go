@@ -155,6 +155,9 @@ func (s *Store) Collect(ctx context.Context, sub *Subject) (name string, err err
 	}()
 	m := Gather(s.o.Host, sub, s.o.Now().Round(0).UTC())
 	m.State = ""
+	for _, c := range sub.Collect {
+		m.Collectors = append(m.Collectors, Collector{Collect: c, Applied: Applies(c.On, *sub.Exit)})
+	}
 	switch {
 	case tight:
 		if shrink(m); files {
@@ -338,7 +341,8 @@ func (s *Store) fill(ctx context.Context, tmp string, sub *Subject, m *Manifest,
 	}()
 	select {
 	case err := <-done:
-		m.Collectors, m.Files, m.FilesMore, m.Archive = part.Collectors, part.Files, part.FilesMore, part.Archive
+		copy(m.Collectors, part.Collectors) // those after an error had no turn
+		m.Files, m.FilesMore, m.Archive = part.Files, part.FilesMore, part.Archive
 		return err
 	case <-ctx.Done():
 		select {
@@ -347,9 +351,6 @@ func (s *Store) fill(ctx context.Context, tmp string, sub *Subject, m *Manifest,
 		}
 		return ctx.Err()
 	case <-time.After(s.limit + s.grace):
-		for _, c := range sub.Collect {
-			m.Collectors = append(m.Collectors, Collector{Collect: c, Applied: Applies(c.On, *sub.Exit)})
-		}
 		return fmt.Errorf("files could not be read to their end within %s", s.limit+s.grace)
 	}
 }
