@@ -13,6 +13,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/internal/testenv"
 )
 
 // tree makes files: a name that ends in a slash is a directory, content that
@@ -177,3 +179,36 @@ func TestArchiveOnAFullDisk(t *testing.T) {
 type failing struct{}
 
 func (failing) Write([]byte) (int, error) { return 0, unix.ENOSPC }
+
+// What does not answer any more, and cannot even be looked at, costs itself and nothing else.
+func TestAddWhatCannotBeRead(t *testing.T) {
+	testenv.Root(t)
+	testenv.Kernel(t, testenv.FUSE)
+	dir := tree(t, map[string]string{"gone/": "", "f": "1"})
+	dev, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0)
+	must(t, err)
+	must(t, testenv.MountFUSE(dev, filepath.Join(dir, "gone")))
+	t.Cleanup(func() { unix.Unmount(filepath.Join(dir, "gone"), unix.MNT_DETACH) })
+	dev.Close() // its server has died
+	root := openRoot(t, dir)
+	var b bytes.Buffer
+	a := NewArchive(&b)
+	var notes []string
+	o := Options{Note: func(name, what string) { notes = append(notes, name+": "+what) }}
+	for _, pattern := range []string{"/gone", "/gone/below", "/f"} {
+		paths, _, err := Glob(t.Context(), root, pattern, 10)
+		if err != nil || len(paths) != 1 {
+			t.Errorf("Glob(%q): %q, %v", pattern, paths, err)
+		}
+		if err := a.Add(t.Context(), root, pattern, o); err != nil {
+			t.Errorf("Add(%q): %v", pattern, err)
+		}
+	}
+	must(t, a.Close())
+	if d := cmp.Diff(map[string]string{"f": "1"}, list(t, &b)); d != "" {
+		t.Errorf("-want +got:\n%s", d)
+	}
+	if len(notes) != 2 || !strings.HasPrefix(notes[0], "gone: left out: ") || !strings.HasPrefix(notes[1], "gone/below: left out: ") {
+		t.Errorf("notes %q", notes)
+	}
+}

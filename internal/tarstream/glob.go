@@ -54,12 +54,14 @@ func Glob(ctx context.Context, root *os.File, pattern string, limit int) (paths 
 			return true
 		}
 		f, err := openIn(root, p, unix.O_PATH|unix.O_NOFOLLOW)
-		if err != nil {
+		switch {
+		case err == nil:
+			f.Close()
+		case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENOTDIR), errors.Is(err, unix.ELOOP):
 			pseudo = pseudo || inPseudo(root, p)
 			return true
 		}
-		f.Close()
-		return false
+		return false // who cannot open it will say why
 	})
 	if err := ctx.Err(); err != nil {
 		return nil, false, err

@@ -60,27 +60,30 @@ func NewArchive(w io.Writer) *Archive {
 }
 
 // Add writes the file or directory at name under root as [Write] does, but calls
-// entries by their whole path in root, without the slash at the beginning. It
-// fails if name does not exist, with [ErrEnough] if o.Admit did, with ctx's error,
+// entries by their whole path in root, without the slash at the beginning. What
+// cannot be read is left out, name itself too. It fails if name does not exist, with [ErrEnough] if o.Admit did, with ctx's error,
 // and with what the stream's writer returns; after the last two, the stream is of
 // no use any more.
 func (a *Archive) Add(ctx context.Context, root *os.File, name string, o Options) error {
 	t := a.t
-	top, err := openIn(root, name, unix.O_PATH|unix.O_NOFOLLOW)
-	if err != nil {
-		return err
-	}
 	t.ctx, t.o = ctx, o
 	as := strings.TrimPrefix(path.Clean("/"+name), "/")
 	if as == "" {
 		as = "."
 	}
+	top, err := openIn(root, name, unix.O_PATH|unix.O_NOFOLLOW)
+	if errors.Is(err, unix.ENOENT) {
+		return err
+	}
+	if err != nil {
+		return t.tolerate(as, err)
+	}
 	if pseudo, err := isPseudo(top); err != nil || pseudo {
 		top.Close()
 		if err == nil {
-			o.note(as, "left out: "+ErrPseudo.Error())
+			err = ErrPseudo
 		}
-		return err
+		return t.tolerate(as, err)
 	}
 	err = t.walk(top, as)
 	t.close()
