@@ -114,6 +114,13 @@ func (s *Store) made(a *archive) {
 // what became of them into m. An error means that the archive is of no use; ctx's is
 // returned as such.
 func pack(ctx context.Context, s *Subject, m *Manifest, w io.Writer, until time.Time) error {
+	if s.Keep != nil {
+		keep, err := s.Keep()
+		if err != nil {
+			return err
+		}
+		defer keep.Close()
+	}
 	root, err := s.Root()
 	if err != nil {
 		return err

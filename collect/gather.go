@@ -37,7 +37,10 @@ type Subject struct {
 	// interfaces; empty if the sandbox has none of its own.
 	NetDev string
 	// Root opens the member's root; the caller closes it.
-	Root     func() (*os.File, error)
+	Root func() (*os.File, error)
+	// Keep, if not nil, is called before Root while files are taken: until what it
+	// returns is closed, what is mounted in the root stays, whoever else goes.
+	Keep     func() (*os.File, error)
 	RootFrom string   // whose the root is; see [Mount]
 	Layer    string   // directory of its writable layer; empty if there is none
 	Targets  []Target // where something is mounted in the root

@@ -226,6 +226,46 @@ func TestCollectedByTheNextDaemon(t *testing.T) {
 	r.ok("rm", "-f", "web")
 }
 
+// Who kills a monitor ends custody, but takes nothing away from a collection that is
+// being made.
+func TestCollectAfterTheMonitorIsKilled(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	testenv.Program(t, "zstd")
+	testenv.Kernel(t, testenv.FUSE)
+	dir := t.TempDir()
+	dev, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dev.Close()
+	slow := filepath.Join(dir, "slow")
+	if err := errors.Join(os.Mkdir(slow, 0o700), testenv.MountFUSE(dev, slow)); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Unmount(slow, unix.MNT_DETACH)
+	r.mustServe()
+	r.ok("create", "web")
+	r.run("web", "m", "echo kept >/t/f; exit 5", "--tmpfs", "/t", "-v", dir+":/v", "--collect", "/v/slow", "--collect", "/t")
+	r.exited("web/m")
+	r.eventually("the archive has been begun", func() bool {
+		found, _ := filepath.Glob(filepath.Join(r.d.root, "collected/.tmp-*/files.tar.zst"))
+		return len(found) == 1
+	})
+	m := r.member("web/m")
+	r.sig(m.MonitorPID, unix.SIGKILL)
+	r.gone(m.MonitorPID)
+	dev.Close() // what waits gets an error now
+	if got := r.archive(r.collected("web/m")); got != "t/\nt/f\n" {
+		t.Errorf("archive: %q", got)
+	}
+	p := r.postmortem("web/m")
+	if f := p.Manifest.Files; p.Manifest.Exit.Code != 5 || len(f) != 3 || f[0].Path != "/v/slow" || f[0].Taken || f[0].Why == "" {
+		t.Errorf("%+v", p.Manifest)
+	}
+	r.ok("rm", "-f", "web")
+}
+
 // The kernel writes a core to where a process works.
 func TestCollectKernelCore(t *testing.T) {
 	t.Parallel()

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -9,6 +10,7 @@ import (
 
 	"github.com/sandboxd/sandboxd/collect"
 	"github.com/sandboxd/sandboxd/internal/namespace"
+	"github.com/sandboxd/sandboxd/internal/procid"
 	"github.com/sandboxd/sandboxd/internal/tarstream"
 	"github.com/sandboxd/sandboxd/member"
 	"github.com/sandboxd/sandboxd/sandbox"
@@ -41,6 +43,14 @@ func newSubject(r *sandbox.Record, m *sandbox.MemberRecord, dir, data string) *c
 		Command: m.Config.Args, Labels: m.Config.Labels, CreatedAt: m.CreatedAt, Exit: m.Exit, StartError: m.StartError,
 		Cgroup: m.Cgroup, LogPath: m.LogPath, Collect: m.Config.Collect,
 		Root: func() (*os.File, error) { return openRoot(m) },
+		// The kernel takes the mounts of a namespace apart that nobody holds.
+		Keep: func() (*os.File, error) {
+			f, err := member.OpenNamespace(m.Monitor, namespace.Mnt)
+			if errors.Is(err, procid.ErrGone) || errors.Is(err, os.ErrNotExist) {
+				return nil, notHeld(m)
+			}
+			return f, err
+		},
 	}
 	// If it cannot be read, what it would add is not known.
 	if st, err := (statusReader{}).MonitorStatus(m, dir); err == nil && st.StartedAt != 0 {
