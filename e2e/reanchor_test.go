@@ -177,3 +177,34 @@ func TestSharedPIDNamespaceDies(t *testing.T) {
 		})
 	}
 }
+
+// Pause and monitor are killed, and nobody is there to replace them: whoever is in
+// the sandbox can still be visited.
+func TestVisitWithoutKeepers(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.mustServe()
+	r.ok("create", "web")
+	r.run("web", "m", "echo here >/tmp/f; exec sleep 1000")
+	m := r.member("web/m")
+	r.kill()
+	r.killPause("web")
+	r.sig(m.MonitorPID, unix.SIGKILL)
+	r.gone(m.MonitorPID)
+	for _, args := range [][]string{
+		{"exec", "web/m", "--", "cat", "/tmp/f"},
+		{"join", "web/m", "--", "cat", "/tmp/f"},
+		{"join", "web", "--", "cat", fmt.Sprintf("/proc/%d/root/tmp/f", m.PID)},
+	} {
+		r.eventually(args[0]+" "+args[1], func() bool { return strings.TrimSpace(r.cli(args...).out) == "here" })
+	}
+	if got := strings.TrimSpace(r.ok("join", "web", "--", "hostname")); got != "web" {
+		r.Errorf("join is on the host %q", got)
+	}
+	r.ok("cp", "web/m:/tmp/f", filepath.Join(t.TempDir(), "f"))
+	r.mustServe()
+	if now := r.member("web/m"); now.PID != m.PID || now.State != "Running" {
+		r.Errorf("the member is %+v, it was %+v", now, m)
+	}
+	r.ok("rm", "-f", "web")
+}

@@ -162,6 +162,12 @@ func OpenRoot(monitor procid.ID) (*os.File, error) {
 	return openHeld(monitor, RootPath(monitor.PID), unix.O_PATH|unix.O_DIRECTORY)
 }
 
+// OpenInitRoot opens the root of a running member without its monitor, as O_PATH. It
+// fails with [procid.ErrGone] if init has ended. The caller closes the result.
+func OpenInitRoot(init procid.ID) (*os.File, error) {
+	return openHeld(init, fmt.Sprintf("/proc/%d/root", init.PID), unix.O_PATH|unix.O_DIRECTORY)
+}
+
 // RootHeld reports whether [OpenRoot] would open something.
 func RootHeld(monitor procid.ID) bool {
 	f, err := OpenRoot(monitor)
@@ -182,20 +188,20 @@ func OpenNamespace(monitor procid.ID, k namespace.Kind) (*os.File, error) {
 	return openHeld(monitor, NamespacePath(monitor.PID, k), unix.O_RDONLY)
 }
 
-// openHeld opens a path that leads through a monitor's descriptors, and makes
-// sure afterwards that they were that monitor's.
-func openHeld(monitor procid.ID, path string, flags int) (*os.File, error) {
-	pidfd, err := monitor.Open()
+// openHeld opens a path that leads through a process in /proc, and makes sure
+// afterwards that it was that process.
+func openHeld(by procid.ID, path string, flags int) (*os.File, error) {
+	pidfd, err := by.Open()
 	if err != nil {
 		return nil, err
 	}
 	defer pidfd.Close()
 	fd, err := unix.Open(path, flags|unix.O_CLOEXEC, 0)
-	if !monitor.Alive() {
+	if !by.Alive() {
 		if err == nil {
 			unix.Close(fd)
 		}
-		return nil, fmt.Errorf("monitor %v: %w", monitor, procid.ErrGone)
+		return nil, fmt.Errorf("process %v: %w", by, procid.ErrGone)
 	}
 	if err != nil {
 		return nil, &os.PathError{Op: "open", Path: path, Err: err}

@@ -407,13 +407,18 @@ func (j *joiner) proc() error {
 	return nil
 }
 
-// sibling finds a member of the target's sandbox.
-func (j *joiner) sibling(ref string) (*sandbox.MemberRecord, error) {
+// siblings returns all members of the target's sandbox.
+func (j *joiner) siblings() []*sandbox.MemberRecord {
 	all := j.target.siblings
 	if j.target.member != nil {
 		all = append(slices.Clone(all), j.target.member)
 	}
-	for _, m := range all {
+	return all
+}
+
+// sibling finds a member of the target's sandbox.
+func (j *joiner) sibling(ref string) (*sandbox.MemberRecord, error) {
+	for _, m := range j.siblings() {
 		if m.ID == ref || m.Config.Name == ref {
 			return m, nil
 		}
@@ -428,7 +433,16 @@ func (j *joiner) ofSandbox(k namespace.Kind) (*os.File, error) {
 	}
 	ns, err := member.OpenNamespaces(r.Pause, []namespace.Kind{k})
 	if errors.Is(err, procid.ErrGone) {
-		return nil, wrongState(fmt.Errorf("the pause of sandbox %s is gone", r.Config.Name))
+		// The daemon will start another pause in what members still hold.
+		for _, m := range j.siblings() {
+			if m.Namespaces[k].From != namespace.Sandbox {
+				continue
+			}
+			if f, err := j.ofMember(m, k); err == nil {
+				return f, nil
+			}
+		}
+		return nil, wrongState(fmt.Errorf("the pause of sandbox %s was killed, and no member holds its %s namespace", r.Config.Name, k))
 	}
 	return ns[k], err
 }
@@ -471,6 +485,9 @@ func (j *joiner) ofInit(m *sandbox.MemberRecord, k namespace.Kind) (*os.File, er
 
 func openRoot(m *sandbox.MemberRecord) (*os.File, error) {
 	root, err := member.OpenRoot(m.Monitor)
+	if errors.Is(err, procid.ErrGone) && m.Init.Alive() { // the daemon will start another monitor
+		root, err = member.OpenInitRoot(m.Init)
+	}
 	if errors.Is(err, procid.ErrGone) || errors.Is(err, os.ErrNotExist) {
 		return nil, notHeld(m)
 	}
