@@ -630,15 +630,18 @@ func TestSweep(t *testing.T) {
 	now = now.Add(2 * time.Hour)
 	fresh := newMember(t, "2", crashed)
 	s.mustCollect(t, &fresh.Subject)
-	unlock, err := s.begin(tempPrefix + "busy")
+	unlock, err := s.begin(tempPrefix + "00000000000000b0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer unlock()
-	for _, d := range []string{tempPrefix + "left", trashPrefix + "web-app-9", "web/app-7", "web/app-x", ".other"} {
+	for _, d := range []string{tempPrefix + "00000000000000a0", trashPrefix + "web-app-9", "web/app-7", "web/app-8", "web/app-x", ".other", tempPrefix + "mine"} {
 		if err := s.root.Mkdir(d, 0o700); err != nil {
 			t.Fatal(err)
 		}
+	}
+	if err := s.root.WriteFile("web/app-7/"+manifestFile, []byte("damaged"), 0o600); err != nil {
+		t.Fatal(err)
 	}
 	for _, dry := range []bool{true, false} {
 		found, err := s.Sweep(t.Context(), dry)
@@ -652,7 +655,7 @@ func TestSweep(t *testing.T) {
 				t.Errorf("finding %+v", f)
 			}
 		}
-		if d := cmp.Diff([]string{trashPrefix + "web-app-9", tempPrefix + "left", "web/app-7", "web/app-1"}, names); d != "" {
+		if d := cmp.Diff([]string{trashPrefix + "web-app-9", tempPrefix + "00000000000000a0", "web/app-7", "web/app-1"}, names); d != "" {
 			t.Errorf("dry %v: found (-want +got):\n%s", dry, d)
 		}
 	}
@@ -664,7 +667,7 @@ func TestSweep(t *testing.T) {
 		}
 	}
 	slices.Sort(left)
-	want := slices.Compact(slices.Sorted(slices.Values([]string{".other", ".reserve", tempPrefix + "busy", "web", "web/app-2", "web/app-x"})))
+	want := slices.Compact(slices.Sorted(slices.Values([]string{".other", ".reserve", tempPrefix + "00000000000000b0", tempPrefix + "mine", "web", "web/app-2", "web/app-8", "web/app-x"})))
 	if d := cmp.Diff(want, slices.Compact(left)); d != "" {
 		t.Errorf("left (-want +got):\n%s", d)
 	}
@@ -781,6 +784,39 @@ func TestNames(t *testing.T) {
 	}
 	if _, err := s.Latest("web", "app"); !errors.Is(err, ErrNotFound) {
 		t.Errorf("latest of another: %v", err)
+	}
+	// What somebody else has put there is none, and does no harm.
+	outside := t.TempDir()
+	for _, err := range []error{
+		os.MkdirAll(filepath.Join(s.path, "foreign/app-1"), 0o700),
+		os.WriteFile(filepath.Join(s.path, "foreign/app-1/readme"), nil, 0o600),
+		os.Mkdir(filepath.Join(outside, "app-1"), 0o700),
+		os.WriteFile(filepath.Join(outside, "app-1", manifestFile), []byte("{}"), 0o600),
+		os.Symlink(outside, filepath.Join(s.path, "away")),
+		os.Symlink(filepath.Join(outside, "app-1"), filepath.Join(s.path, "web/away-1")),
+		os.WriteFile(filepath.Join(s.path, "file"), nil, 0o600),
+	} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, name := range []string{"foreign/app", "away/app", "web/away", "file/app"} {
+		if err := s.Remove(name + "-1"); !errors.Is(err, ErrNotFound) {
+			t.Errorf("remove %s-1: %v", name, err)
+		}
+		box, member, _ := strings.Cut(name, "/")
+		if _, err := s.Latest(box, member); !errors.Is(err, ErrNotFound) {
+			t.Errorf("latest of %s: %v", name, err)
+		}
+	}
+	if _, err := s.Latest("..", "x"); !errors.Is(err, ErrNotFound) {
+		t.Errorf("latest of ..: %v", err)
+	}
+	if entries, err := s.List(); err != nil || len(entries) != 1 {
+		t.Errorf("%d collections, %v", len(entries), err)
+	}
+	if err := os.Remove(filepath.Join(s.path, "web/away-1")); err != nil {
+		t.Fatal(err)
 	}
 	var b bytes.Buffer
 	if err := s.Export("web/app-7-1", &b); err != nil {

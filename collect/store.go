@@ -431,8 +431,11 @@ func (s *Store) numbers(sandbox, member string) ([]int, error) {
 	return ns, nil
 }
 
-// readDir lists a directory; one that is not there is empty.
+// readDir lists a directory; one that is not there is empty, and so is what is none.
 func (s *Store) readDir(name string) ([]fs.DirEntry, error) {
+	if fi, err := s.root.Lstat(name); err == nil && !fi.IsDir() {
+		return nil, nil
+	}
 	ents, err := fs.ReadDir(s.root.FS(), name)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
@@ -478,7 +481,8 @@ type Entry struct {
 }
 
 // List returns all collections, the oldest first. One whose manifest cannot be
-// read has none, and comes first.
+// read has none, and comes first. A directory without a manifest is none: it is
+// somebody else's.
 func (s *Store) List() ([]Entry, error) {
 	entries := []Entry{}
 	boxes, err := s.readDir(".")
@@ -500,9 +504,7 @@ func (s *Store) List() ([]Entry, error) {
 			name := b.Name() + "/" + e.Name()
 			m, err := ReadManifest(s.root, name)
 			if errors.Is(err, fs.ErrNotExist) {
-				if _, serr := s.root.Lstat(name); serr != nil {
-					continue // it has just been removed
-				}
+				continue
 			}
 			entries = append(entries, Entry{Name: name, Size: s.size(name), Manifest: m})
 		}
@@ -625,11 +627,19 @@ func (s *Store) check(name string) error {
 	if !ok || box == "" || strings.HasPrefix(box, ".") || strings.Contains(rest, "/") || !numbered {
 		return fmt.Errorf("%.100q is not SANDBOX/MEMBER-N", name)
 	}
-	fi, err := s.root.Lstat(name)
-	if errors.Is(err, fs.ErrNotExist) || err == nil && !fi.IsDir() {
-		return fmt.Errorf("%w: %s", ErrNotFound, name)
+	for _, p := range []string{box, name} {
+		if fi, err := s.root.Lstat(p); errors.Is(err, fs.ErrNotExist) || err == nil && !fi.IsDir() {
+			return fmt.Errorf("%w: %s", ErrNotFound, name)
+		} else if err != nil {
+			return err
+		}
 	}
-	return err
+	if _, err := s.root.Lstat(name + "/" + manifestFile); errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("%w: %s is a directory without a manifest", ErrNotFound, name)
+	} else if err != nil {
+		return err
+	}
+	return nil
 }
 
 // Manifest returns the manifest of a collection.
@@ -648,12 +658,18 @@ func (s *Store) Manifest(name string) (*Manifest, error) {
 // Latest returns the newest collection of a member, by the names of sandbox and
 // member, or the ids. It fails with [ErrNotFound].
 func (s *Store) Latest(sandbox, member string) (*Manifest, error) {
-	ns, err := s.numbers(filepath.Base(sandbox), member)
+	if strings.HasPrefix(sandbox, ".") || strings.Contains(sandbox+member, "/") {
+		return nil, fmt.Errorf("%w: nothing was collected of %.100q", ErrNotFound, sandbox+"/"+member)
+	}
+	ns, err := s.numbers(sandbox, member)
 	if err != nil {
 		return nil, err
 	}
-	if len(ns) > 0 {
-		return s.Manifest(sandbox + "/" + member + "-" + strconv.Itoa(ns[len(ns)-1]))
+	for _, n := range slices.Backward(ns) {
+		m, err := s.Manifest(sandbox + "/" + member + "-" + strconv.Itoa(n))
+		if !errors.Is(err, ErrNotFound) {
+			return m, err
+		}
 	}
 	entries, err := s.List()
 	if err != nil {
@@ -690,7 +706,7 @@ func (s *Store) Sweep(_ context.Context, dry bool) ([]garbage.Finding, error) {
 		return nil, err
 	}
 	for _, e := range ents {
-		temp := strings.HasPrefix(e.Name(), tempPrefix)
+		temp := isTemp(e.Name())
 		if !e.IsDir() || !temp && !strings.HasPrefix(e.Name(), trashPrefix) || s.locked(e.Name()) {
 			continue
 		}
@@ -725,6 +741,12 @@ func (s *Store) Sweep(_ context.Context, dry bool) ([]garbage.Finding, error) {
 		}
 	}
 	return found, nil
+}
+
+// isTemp reports whether a directory of that name is one in which a collection is made.
+func isTemp(name string) bool {
+	id, ok := strings.CutPrefix(name, tempPrefix)
+	return ok && len(id) == 16 && strings.Trim(id, "0123456789abcdef") == ""
 }
 
 // locked reports whether somebody is at work in a directory.

@@ -180,6 +180,8 @@ func TestStoryCollect(t *testing.T) {
 	r.fails(125, "no such collection: web/fails-1", "collected", "show", "web/fails-1")
 	r.fails(125, "SANDBOX/MEMBER-N", "collected", "export", "../etc/passwd-1", file+"2")
 	r.fails(125, "nothing was collected of it", "postmortem", "web/never")
+	r.fails(125, "nothing was collected of it", "postmortem", "../web")
+	r.fails(125, "there is no collection directory /nonexistent", "collected", "ls", "--collect-dir", "/nonexistent")
 	// Of what has been removed by hand, much is still known.
 	if p := r.postmortem("web/fails"); p.Manifest.Exit.Code != 3 || p.Manifest.Name != "" {
 		t.Errorf("postmortem without its collection: %+v", p)

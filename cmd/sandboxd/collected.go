@@ -66,7 +66,7 @@ collection on disk.`,
 			entries, err = s.List()
 			return err
 		})
-		if err != nil && !errors.Is(err, collect.ErrNotFound) {
+		if err != nil && (*dir != "" || !errors.Is(err, collect.ErrNotFound)) {
 			return err
 		}
 		if *isJSON {
