@@ -29,6 +29,39 @@ var hookScenes = []scene{
 		},
 	},
 	{
+		name:   "OCI hooks of a member's beginning",
+		before: func(r *rig) { r.mustServe(); r.ok("create", "box") },
+		act: func(r *rig) {
+			hooks := r.hooked("oci-prestart", "startContainer") // this one is run in the member
+			for _, file := range []string{r.hookProgram(), r.hookFile()} {
+				hooks = append(hooks, "-v", file+":"+file)
+			}
+			r.cli(long(r, "run", "box", "m", hooks...)...)
+		},
+		after: hookedOnce,
+		points: []string{
+			"hook oci-prestart before", "hook oci-prestart after", "hook oci-prestart result after",
+			"hook startContainer before", "hook startContainer after", "hook startContainer result after", "start execve before",
+		},
+	},
+	{
+		name:   "a hook of a member's beginning that fails",
+		before: func(r *rig) { r.mustServe(); r.ok("create", "box") },
+		act: func(r *rig) {
+			hooks := r.hooked("predelete")
+			fails := filepath.Join(r.TempDir(), "fails")
+			if err := os.WriteFile(fails, []byte("#!/bin/sh\n"+r.hookProgram()+"\nexit 1\n"), 0o755); err != nil {
+				r.Fatal(err)
+			}
+			r.cli(long(r, "run", "box", "m", append(hooks, hookFlags(fails, "postcreate")...)...)...)
+		},
+		after: hookedOnce,
+		points: []string{
+			"hook postcreate before", "hook postcreate result after", "hook predelete before", "hook predelete after", "hook predelete result after",
+			"add-undo monitor before", "add-undo member record after",
+		},
+	},
+	{
 		name: "hooks of a member's end",
 		before: func(r *rig) {
 			r.mustServe()
@@ -65,14 +98,20 @@ var hookScenes = []scene{
 // hookFile is what the hooks of a scene append to.
 func (r *rig) hookFile() string { return r.d.root + ".hooked" }
 
+// hookProgram is what they are.
+func (r *rig) hookProgram() string { return r.d.root + ".hook" }
+
 // hooked asks for hooks of a scene at these stages.
 func (r *rig) hooked(stages ...string) []string {
 	r.Helper()
 	script := fmt.Sprintf("#!/bin/sh\nin=$(cat)\nprintf '%%s\\n' \"$in\" >> %s\n", r.hookFile())
-	if err := os.WriteFile(r.d.root+".hook", []byte(script), 0o755); err != nil {
+	if err := os.WriteFile(r.hookProgram(), []byte(script), 0o755); err != nil {
 		r.Fatal(err)
 	}
-	return hookFlags(r.d.root+".hook", stages...)
+	if err := os.WriteFile(r.hookFile(), nil, 0o600); err != nil {
+		r.Fatal(err)
+	}
+	return hookFlags(r.hookProgram(), stages...)
 }
 
 // hookedOnce checks that no hook was run again after it had succeeded, and that
@@ -96,7 +135,7 @@ func hookedOnce(r *rig) {
 				}
 				for _, h := range m.Hooks {
 					// Those of a start or stop that was cut off wait for the next one.
-					if h.State == "running" && h.Stage != "prestart" && h.Stage != "prestop" {
+					if h.State == "running" && h.Stage != "prestart" && h.Stage != "startContainer" && h.Stage != "prestop" {
 						return false
 					}
 				}

@@ -326,6 +326,19 @@ var scenes = []scene{
 		},
 	},
 	{
+		name: "journal that is full",
+		before: func(r *rig) {
+			r.d.flags = append(r.d.flags, "--events-max", "3m")
+			r.pastEvents(2, 1<<20)
+			r.pastEvents(1, 1<<20-300) // the next one begins in the middle of act
+		},
+		act: func(r *rig) {
+			r.cli("create", "box")
+			r.cli("rm", "box")
+		},
+		points: []string{"journal segment before", "journal segment after", "journal drop after"},
+	},
+	{
 		name:   "garbage collection",
 		before: lostRecord,
 		act: func(r *rig) {

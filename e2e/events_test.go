@@ -252,33 +252,52 @@ func TestEventsOverKills(t *testing.T) {
 	t.Logf("%d events, %d kills", len(es), kills)
 }
 
+// pastEvents adds segments of so many bytes to the journal, as if a year had passed, and
+// returns the number of the last event.
+func (r *rig) pastEvents(segments, bytes int) uint64 {
+	r.Helper()
+	dir := filepath.Join(r.d.root, "events")
+	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+		r.Fatal(err)
+	}
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		r.Fatal(err)
+	}
+	seq := uint64(1000)
+	if es := r.cli("events", "-o", "json").out; es != "" {
+		var last sandbox.Event
+		lines := strings.Split(strings.TrimSpace(es), "\n")
+		if err := json.Unmarshal([]byte(lines[len(lines)-1]), &last); err != nil {
+			r.Fatal(err)
+		}
+		seq = last.Seq
+	}
+	for range segments {
+		var b strings.Builder
+		fmt.Fprintf(&b, "{\"journal\":1,\"first\":%d,\"prev\":%d,\"boot\":%q}\n", seq+1, seq, strings.TrimSpace(string(boot)))
+		name := fmt.Sprintf("%020d.jsonl", seq+1)
+		for b.Len() < bytes-1100 {
+			seq++
+			fmt.Fprintf(&b, "{\"seq\":%d,\"time\":\"2026-01-01T00:00:00Z\",\"type\":\"network\",\"reason\":%q}\n", seq, strings.Repeat("x", 1000))
+		}
+		seq++
+		end := fmt.Sprintf("{\"seq\":%d,\"time\":\"2026-01-01T00:00:00Z\",\"type\":\"network\",\"reason\":\"\"}\n", seq)
+		end = strings.Replace(end, `""`, `"`+strings.Repeat("x", bytes-b.Len()-len(end))+`"`, 1)
+		b.WriteString(end)
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(b.String()), 0o600); err != nil {
+			r.Fatal(err)
+		}
+	}
+	return seq
+}
+
 // TestEventsAreBounded has a small journal and much to tell.
 func TestEventsAreBounded(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
 	r.d.flags = append(r.d.flags, "--events-max", "2m")
-	// An earlier journal, as it would be after a year.
-	dir := filepath.Join(r.d.root, "events")
-	if err := os.Mkdir(dir, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		t.Fatal(err)
-	}
-	seq := uint64(1000)
-	for range 3 {
-		var b strings.Builder
-		fmt.Fprintf(&b, "{\"journal\":1,\"first\":%d,\"prev\":%d,\"boot\":%q}\n", seq+1, seq, strings.TrimSpace(string(boot)))
-		name := fmt.Sprintf("%020d.jsonl", seq+1)
-		for b.Len() < 1<<20 {
-			seq++
-			fmt.Fprintf(&b, "{\"seq\":%d,\"time\":\"2026-01-01T00:00:00Z\",\"type\":\"network\",\"reason\":%q}\n", seq, strings.Repeat("x", 1000))
-		}
-		if err := os.WriteFile(filepath.Join(dir, name), []byte(b.String()), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
+	seq := r.pastEvents(3, 1<<20)
 	r.mustServe()
 	es := r.events()
 	first := es[0].Seq

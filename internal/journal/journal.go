@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/internal/crash"
 )
 
 const (
@@ -450,6 +452,7 @@ func (j *Journal) begin() error {
 		return err
 	}
 	if _, err = f.WriteAt(line, 0); err == nil {
+		crash.Point("journal segment before")
 		err = j.dir.Rename(tempName, segmentName(h.First))
 	}
 	if err != nil {
@@ -463,6 +466,7 @@ func (j *Journal) begin() error {
 	j.f, j.first, j.last, j.off = f, h.First, h.First-1, int64(len(line))
 	j.jump = false
 	j.full.Store(false)
+	crash.Point("journal segment after")
 	total := j.o.segment // the new one will have that
 	for _, s := range j.sizes {
 		total += s.bytes
@@ -483,6 +487,7 @@ func (j *Journal) drop() error {
 		return err
 	}
 	j.sizes = j.sizes[1:]
+	crash.Point("journal drop after")
 	return nil
 }
 
