@@ -79,11 +79,8 @@ func (m *Manager) Create(ctx context.Context, c Config) (_ Info, err error) {
 func (m *Manager) claim(id string, c Config, hooks []request.Hook) (b *box, mine bool, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	for _, b := range m.boxes {
+	if b := m.names[c.Name]; b != nil {
 		r := b.rec.Load()
-		if r.Config.Name != c.Name {
-			continue
-		}
 		if r.State == Creating && reflect.DeepEqual(r.Config, c) {
 			return b, false, nil
 		}
@@ -100,7 +97,7 @@ func (m *Manager) claim(id string, c Config, hooks []request.Hook) (b *box, mine
 	}
 	b = newBox(m.ctx, r)
 	b.op <- struct{}{} // nobody else knows it yet
-	m.boxes[id] = b
+	m.enter(b)
 	return b, true, nil
 }
 

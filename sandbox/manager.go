@@ -77,6 +77,7 @@ type Manager struct {
 
 	mu    sync.Mutex
 	boxes map[string]*box // by id; guarded by mu
+	names map[string]*box // the same, by name; guarded by mu
 	past  past            // guarded by mu
 
 	gc          lock                     // held for a whole garbage collection
@@ -224,7 +225,7 @@ func Open(ctx context.Context, state string, node Node, o Options) (*Manager, er
 	if err != nil {
 		return nil, fmt.Errorf("state directory: %w", err)
 	}
-	m := &Manager{node: node, o: o, path: path, root: root, boxes: map[string]*box{}, gc: newLock(), custody: make(chan struct{}, 1)}
+	m := &Manager{node: node, o: o, path: path, root: root, boxes: map[string]*box{}, names: map[string]*box{}, gc: newLock(), custody: make(chan struct{}, 1)}
 	m.ctx, m.cancel = context.WithCancel(context.Background())
 	m.lock, err = Lock(root, "state directory "+path)
 	if err == nil {
@@ -330,7 +331,33 @@ func (m *Manager) all() []*box {
 	return slices.SortedFunc(maps.Values(m.boxes), func(x, y *box) int { return strings.Compare(x.id(), y.id()) })
 }
 
-func (m *Manager) box(ref string) (*box, error) { return find("sandbox", ref, m.all(), "") }
+// enter makes b one of the Manager's. Preconditions: m.mu is held.
+func (m *Manager) enter(b *box) {
+	m.boxes[b.id()] = b
+	m.names[b.name()] = b
+}
+
+// leave is the inverse of enter. Preconditions: m.mu is held.
+func (m *Manager) leave(b *box) {
+	delete(m.boxes, b.id())
+	if m.names[b.name()] == b { // of records that could not be read, several may have no name
+		delete(m.names, b.name())
+	}
+}
+
+// box finds a sandbox by its name, its id, or the beginning of its id.
+func (m *Manager) box(ref string) (*box, error) {
+	m.mu.Lock()
+	b := m.names[ref]
+	if b == nil {
+		b = m.boxes[ref]
+	}
+	m.mu.Unlock()
+	if b != nil {
+		return b, nil
+	}
+	return find("sandbox", ref, m.all(), "")
+}
 
 // member finds "SANDBOX/MEMBER".
 func (m *Manager) member(ref string) (*box, *memb, error) {

@@ -43,7 +43,7 @@ func (m *Manager) recover(ctx context.Context) error {
 	for _, e := range ents {
 		if b := m.load(e); b != nil {
 			boxes = append(boxes, b)
-			m.boxes[b.id()] = b
+			m.enter(b)
 		}
 	}
 	told, err := m.recallRemoved()

@@ -204,3 +204,25 @@ func asJSON(t *testing.T, v any) string {
 	}
 	return string(b)
 }
+
+// There may be thousands of sandboxes, and nearly every request names one.
+func TestNoneButTheNamedIsLookedAt(t *testing.T) {
+	m := open(t, t.TempDir(), newFakeNode())
+	web := must[Info](t)(m.Create(t.Context(), Config{Name: "web"}))
+	must[Info](t)(m.Create(t.Context(), Config{Name: "db"}))
+	for _, ref := range []string{"web", web.ID} {
+		n := testing.AllocsPerRun(10, func() {
+			if b, err := m.box(ref); err != nil || b.id() != web.ID {
+				t.Fatalf("box(%q) = %v, %v", ref, b, err)
+			}
+		})
+		if n != 0 {
+			t.Errorf("box(%q) makes %v allocations, as for a list", ref, n)
+		}
+	}
+	check(t, m.Remove(t.Context(), "web", true))
+	again := must[Info](t)(m.Create(t.Context(), Config{Name: "web"}))
+	if b, err := m.box("web"); err != nil || b.id() != again.ID {
+		t.Errorf("the name stands for %v (%v), want its second owner %s", b, err, again.ID)
+	}
+}

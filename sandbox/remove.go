@@ -170,7 +170,7 @@ func (m *Manager) takeDown(ctx context.Context, b *box, op string) error {
 	b.gone = true
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	delete(m.boxes, r.ID)
+	m.leave(b)
 	return nil
 }
 
