@@ -308,8 +308,11 @@ func argsBetween(least, most int) cobra.PositionalArgs {
 // stateDir returns the state directory that flags and environment name, by the
 // one path that all its processes bear the mark of.
 func (a *app) stateDir() string {
+	if a.state != "" {
+		return realPath(a.state)
+	}
 	env, _ := a.lookupEnv("SANDBOXD_STATE")
-	return realPath(cmp.Or(a.state, env, defaultState))
+	return realPath(cmp.Or(env, defaultState))
 }
 
 // realPath returns path without links, as far as it exists: /var/run/x and /run/x
