@@ -62,5 +62,29 @@ func TestStoryShape(t *testing.T) {
 	for _, shell := range []string{"bash", "zsh", "fish"} {
 		s.contains("completion for "+shell, s.ok("completion", shell), "sandboxd")
 	}
-	s.contains("completion of names", s.ok("__complete", "join", "w"), "web", "web/m")
+	complete := func(args ...string) string { return s.ok(append([]string{"__complete"}, args...)...) }
+	s.contains("completion of names", complete("join", "w"), "web\tReady\n", "web/m\tExited\n")
+	s.contains("completion of flags", complete("run", "web", "--cu"), "--custody\t", "--custody-ttl\t")
+	for _, c := range []struct {
+		args []string
+		want string // the whole
+	}{
+		{[]string{"run", ""}, "web\tReady\n:4\n"},
+		{[]string{"logs", ""}, "web/m\tExited\n:4\n"},
+		{[]string{"exec", ""}, ":4\n"},  // none is running,
+		{[]string{"start", ""}, ":4\n"}, // and none is still to be started
+		{[]string{"cp", ""}, "web/m:\n:2\n"},
+		{[]string{"kill", "web/m", "T"}, "HUP\nINT\nKILL\nQUIT\nTERM\nUSR1\nUSR2\n:4\n"},
+		{[]string{"run", "--custody", ""}, "always\nfailure\nnever\n:4\n"},
+		{[]string{"create", "--share", "net,"}, "net,ipc\nnet,uts\nnet,pid\nnet,user\nnet,cgroup\nnet,time\n:6\n"},
+		{[]string{"ls", "-o", ""}, "json\ntable\n:4\n"},
+		{[]string{"run", "web", "--rootfs", ""}, ":16\n"},
+		{[]string{"create", "--mac"}, "--mac\tMAC address of its own choice\n:4\n"},
+	} {
+		if got := complete(c.args...); got != strings.TrimSpace(c.want) && got != c.want {
+			t.Errorf("completion of %q is %q, want %q", c.args, got, c.want)
+		}
+	}
+	s.contains("completion of namespaces", complete("join", "web", "--ns", "net=host,"), "net=host,pid=private\n", "net=host,mnt=member:\n")
+	s.contains("completion of capabilities", complete("run", "--cap-add", "NET_"), "NET_ADMIN\n", "ALL\n")
 }

@@ -326,6 +326,9 @@ var capNames = []string{
 	"CAP_WAKE_ALARM", "CAP_BLOCK_SUSPEND", "CAP_AUDIT_READ", "CAP_PERFMON", "CAP_BPF", "CAP_CHECKPOINT_RESTORE",
 }
 
+// CapabilityNames returns the names of all capabilities.
+func CapabilityNames() []string { return slices.Clone(capNames) }
+
 // rlimits are the resources of getrlimit(2).
 var rlimits = map[string]int{
 	"RLIMIT_CPU": unix.RLIMIT_CPU, "RLIMIT_FSIZE": unix.RLIMIT_FSIZE, "RLIMIT_DATA": unix.RLIMIT_DATA, "RLIMIT_STACK": unix.RLIMIT_STACK,

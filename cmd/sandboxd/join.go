@@ -50,7 +50,7 @@ To look into a member that has exited use join.`,
 		Example: `  sandboxd exec web/redis -- redis-cli ping
   sandboxd exec -i -t -u 1000 -e TERM web/shell -- sh`,
 		Args:              argsBetween(2, -1),
-		ValidArgsFunction: a.completeRunning(),
+		ValidArgsFunction: a.completeIn(sandbox.MemberRunning),
 	}
 	var o processFlags
 	o.declare(cmd)
@@ -138,8 +138,9 @@ then below /proc/PID/root.`,
 		rootfs string
 	)
 	o.declare(cmd)
-	nsFlag(cmd.Flags(), &sel, "default: see above")
+	nsFlag(cmd, &sel, "default: see above")
 	cmd.Flags().StringVar(&rootfs, "rootfs", "", "root: a `directory` of the host, or the word host for the host's own")
+	cmd.MarkFlagDirname("rootfs")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		_, mntNamed := sel[namespace.Mnt]
 		if rootfs != "" && mntNamed {

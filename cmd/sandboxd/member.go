@@ -9,7 +9,6 @@ import (
 	"unicode/utf8"
 
 	"github.com/spf13/cobra"
-	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/api"
@@ -36,7 +35,7 @@ func (a *app) memberFlags(cmd *cobra.Command) func(command []string) (sandbox.Me
 	f.BoolVarP(&c.Stdin, "interactive", "i", false, "keep stdin open")
 	f.BoolVarP(&c.TTY, "tty", "t", false, "give it a terminal")
 	f.BoolVar(&c.AutoRemove, "rm", false, "remove it once it has exited")
-	nsFlag(f, &c.Namespaces, "default: what the sandbox holds; private mnt, cgroup, and pid if it is not held")
+	nsFlag(cmd, &c.Namespaces, "default: what the sandbox holds; private mnt, cgroup, and pid if it is not held")
 	f.StringArrayVarP(&env, "env", "e", nil, "environment variable, `K=V`; K alone takes this program's")
 	f.VarP(&list[request.Volume]{p: &c.Volumes, typ: "src:dst[:ro]", parse: parseVolume}, "volume", "v", "bind mount from the host")
 	f.Var(&list[request.Tmpfs]{p: &c.Tmpfs, typ: "dst[:size=16m]", parse: parseTmpfs}, "tmpfs", "empty file system in memory")
@@ -50,14 +49,17 @@ func (a *app) memberFlags(cmd *cobra.Command) func(command []string) (sandbox.Me
 	f.StringArrayVar(&c.CapDrop, "cap-drop", nil, "drop a `capability`; ALL for all of them")
 	f.BoolVar(&c.Privileged, "privileged", false, "all capabilities and devices, nothing masked, no seccomp filter")
 	f.StringVar(&c.StopSignal, "stop-signal", "", "`signal` that stop sends (default TERM)")
-	f.StringVar(&custody, "custody", "", "when root and namespaces stay held after exit: always|failure|never (default always)")
+	f.StringVar(&custody, "custody", "", "when root and namespaces stay held after exit: `always|failure|never` (default always)")
 	f.Var(&value[time.Duration]{p: &c.CustodyTTL, typ: "duration", parse: parseTTL}, "custody-ttl", "end custody this long after the exit, such as 1h (default 0: when it is removed)")
 	f.Var(&list[request.Collect]{p: &c.Collect, typ: "path[,on=always|failure|oom|signal][,max=64m]", parse: parseCollect}, "collect", "file, directory or glob of its root that is put into the collection directory once it has exited")
 	f.StringArrayVar(&labels, "label", nil, "label, `KEY=VALUE`")
 	f.Var(&value[string]{p: &log, typ: "file", parse: parsePath}, "log", "log file (default under the daemon's root directory)")
 	f.Var(&value[int64]{p: &c.LogMax, typ: "size", parse: parseSize}, "log-max-size", "drop what would make the log longer, until it is reopened, such as 64m (default 0: no limit)")
 	hookFlag(cmd, &c.Hooks)
-	cmd.RegisterFlagCompletionFunc("custody", cobra.FixedCompletions([]string{"always", "failure", "never"}, cobra.ShellCompDirectiveNoFileComp))
+	cmd.RegisterFlagCompletionFunc("custody", oneOf("always", "failure", "never"))
+	cmd.RegisterFlagCompletionFunc("stop-signal", oneOf(signalNames...))
+	cmd.RegisterFlagCompletionFunc("cap-add", oneOf(capabilityNames()...))
+	cmd.RegisterFlagCompletionFunc("cap-drop", oneOf(capabilityNames()...))
 	cmd.MarkFlagDirname("rootfs")
 	cmd.MarkFlagDirname("bundle")
 	return func(command []string) (sandbox.MemberConfig, error) {
@@ -84,9 +86,10 @@ func (a *app) memberFlags(cmd *cobra.Command) func(command []string) (sandbox.Me
 }
 
 // nsFlag declares --ns.
-func nsFlag(f *pflag.FlagSet, p *namespace.Selection, def string) {
-	f.Var(&value[namespace.Selection]{p: p, typ: "type=source,…", parse: namespace.ParseSelection}, "ns",
+func nsFlag(cmd *cobra.Command, p *namespace.Selection, def string) {
+	cmd.Flags().Var(&value[namespace.Selection]{p: p, typ: "type=source,…", parse: namespace.ParseSelection}, "ns",
 		"where namespaces come from: TYPE is net, ipc, uts, pid, mnt, user, cgroup, time or all; SOURCE is sandbox, private, host or member:NAME ("+def+")")
+	cmd.RegisterFlagCompletionFunc("ns", completeKinds("sandbox", "private", "host", "member:"))
 }
 
 // environment resolves the arguments of -e.
@@ -142,7 +145,7 @@ func (a *app) startCommand() *cobra.Command {
 		Long:              "Start a member that add has created. It returns when its command has been executed.",
 		Example:           "  sandboxd start web/job",
 		Args:              argsBetween(1, 1),
-		ValidArgsFunction: a.completeRefs(1, false, true),
+		ValidArgsFunction: a.completeIn(sandbox.MemberCreated),
 	}
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if err := wantMember(cmd, args[0]); err != nil {
@@ -243,7 +246,7 @@ own, ignores signals that it has no handler for, except KILL and STOP (pid_names
 		Args:    argsBetween(1, 2),
 		ValidArgsFunction: func(cmd *cobra.Command, args []string, s string) ([]string, cobra.ShellCompDirective) {
 			if len(args) == 1 {
-				return []string{"HUP", "INT", "KILL", "QUIT", "TERM", "USR1", "USR2"}, cobra.ShellCompDirectiveNoFileComp
+				return signalNames, cobra.ShellCompDirectiveNoFileComp
 			}
 			return a.completeRefs(1, false, true)(cmd, args, s)
 		},

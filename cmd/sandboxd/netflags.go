@@ -37,7 +37,7 @@ func networkRequestFlags(cmd *cobra.Command) *networkRequest {
 	f.StringArrayVar(&q.DNS.Options, "dns-option", nil, "resolver `option`, such as ndots:2")
 	f.Var(&list[network.Host]{p: &q.Hosts, typ: "name:address", parse: parseHost}, "add-host", "line for its /etc/hosts")
 	f.Var(&list[[2]string]{p: &q.CNIArgs, typ: "KEY=VALUE", parse: parseCNIArg}, "cni-arg", "argument for CNI plugins, in CNI_ARGS")
-	cmd.RegisterFlagCompletionFunc("net", cobra.FixedCompletions([]string{"builtin", "cni", "host", "none"}, cobra.ShellCompDirectiveNoFileComp))
+	cmd.RegisterFlagCompletionFunc("net", oneOf("builtin", "cni", "host", "none"))
 	return q
 }
 

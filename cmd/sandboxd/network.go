@@ -44,7 +44,7 @@ func networkFlags(cmd *cobra.Command, o *networkOptions) {
 	f.Var(&value[netip.Prefix]{p: &o.subnet6, typ: "prefix", parse: parseSubnet6}, "subnet6", "IPv6 addresses of the builtin network, such as fd00:88::/64 (default none)")
 	f.StringVar(&o.confDir, "cni-conf-dir", "/etc/cni/net.d", "`directory` with CNI configurations; it is watched")
 	f.StringSliceVar(&o.binDirs, "cni-bin-dir", []string{"/opt/cni/bin", "/usr/lib/cni"}, "`directories` with CNI plugins")
-	cmd.RegisterFlagCompletionFunc("network-default", cobra.FixedCompletions([]string{"builtin", "cni", "none", "host"}, cobra.ShellCompDirectiveNoFileComp))
+	cmd.RegisterFlagCompletionFunc("network-default", oneOf("builtin", "cni", "none", "host"))
 }
 
 func parseMode(s string) (string, error) {

@@ -30,7 +30,7 @@ func outputFlag(cmd *cobra.Command) *bool {
 		}
 		return false, fmt.Errorf("unknown output format %q (one of table, json)", s)
 	}}, "output", "o", "output format (default table)")
-	cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"json", "table"}, cobra.ShellCompDirectiveNoFileComp))
+	cmd.RegisterFlagCompletionFunc("output", oneOf("json", "table"))
 	return isJSON
 }
 

@@ -26,7 +26,7 @@ func formatFlag(cmd *cobra.Command, formats ...string) *string {
 		}
 		return "", fmt.Errorf("unknown output format %q (one of %s)", s, strings.Join(formats, ", "))
 	}}, "output", "o", "output format (default "+formats[0]+")")
-	cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions(formats, cobra.ShellCompDirectiveNoFileComp))
+	cmd.RegisterFlagCompletionFunc("output", oneOf(formats...))
 	return format
 }
 

@@ -8,7 +8,6 @@ import (
 	"io"
 	"io/fs"
 	"path/filepath"
-	"slices"
 	"strings"
 	"unicode/utf8"
 
@@ -416,48 +415,4 @@ func wantMember(cmd *cobra.Command, ref string) error {
 		return usageError(cmd, "%q is not SANDBOX/MEMBER", ref)
 	}
 	return nil
-}
-
-// completion of references. Errors are not shown: there is just nothing to
-// complete then.
-type completion func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective)
-
-// completeRefs completes names of sandboxes, of members, or both; for the first
-// n arguments, n < 0 for all.
-func (a *app) completeRefs(n int, sandboxes, members bool) completion {
-	return a.complete(n, sandboxes, func(sandbox.MemberInfo) bool { return members })
-}
-
-// completeRunning completes names of members that run, for the first argument.
-func (a *app) completeRunning() completion {
-	return a.complete(1, false, func(m sandbox.MemberInfo) bool { return m.State == sandbox.MemberRunning.String() })
-}
-
-func (a *app) complete(n int, sandboxes bool, member func(sandbox.MemberInfo) bool) completion {
-	return func(_ *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
-		if n >= 0 && len(args) >= n {
-			return nil, cobra.ShellCompDirectiveDefault
-		}
-		d, err := a.dir()
-		if err != nil {
-			return nil, cobra.ShellCompDirectiveNoFileComp
-		}
-		infos, err := d.List()
-		if err != nil {
-			return nil, cobra.ShellCompDirectiveNoFileComp
-		}
-		var out []string
-		for _, i := range infos {
-			if sandboxes {
-				out = append(out, cobra.CompletionWithDesc(i.Name, i.State))
-			}
-			for _, m := range i.Members {
-				if member(m) {
-					out = append(out, cobra.CompletionWithDesc(i.Name+"/"+m.Name, m.State))
-				}
-			}
-		}
-		slices.Sort(out)
-		return out, cobra.ShellCompDirectiveNoFileComp
-	}
 }

@@ -159,7 +159,7 @@ It exits with the member's exit code. Works without the daemon, from the state
 directory.`,
 		Example:           "  sandboxd attach web/shell\n  sandboxd attach --no-stdin web/redis",
 		Args:              argsBetween(1, 1),
-		ValidArgsFunction: a.completeRunning(),
+		ValidArgsFunction: a.completeIn(sandbox.MemberRunning),
 	}
 	noStdin := cmd.Flags().Bool("no-stdin", false, "only show output")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {

@@ -43,6 +43,7 @@ cgroup, and a /dev/shm. It lives until rm, whether or not anything runs in it.`,
 	f.StringArrayVar(&annotations, "annotation", nil, "annotation, `KEY=VALUE`")
 	f.Var(&value[int64]{p: &c.ShmSize, typ: "size", parse: parseSize}, "shm-size", "size of /dev/shm, such as 128m (default 64m)")
 	hookFlag(cmd, &c.Hooks)
+	cmd.RegisterFlagCompletionFunc("share", completeKinds())
 	cmd.RunE = func(cmd *cobra.Command, args []string) (err error) {
 		if len(args) > 0 {
 			if args[0] == "" {

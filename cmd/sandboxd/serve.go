@@ -80,8 +80,8 @@ go on, and so do their logs.`,
 	f.BoolVar(&o.web.pprof, "debug-pprof", false, "Go's profiles under /debug/pprof at the metrics address")
 	f.Var(&value[slog.Level]{p: &o.level, typ: "level", parse: parseLevel}, "log-level", "one of debug, info, warn, error (default info)")
 	f.Var(&value[bool]{p: &o.json, typ: "text|json", parse: parseLogFormat}, "log-format", "form of the log on stderr (default text)")
-	cmd.RegisterFlagCompletionFunc("log-level", cobra.FixedCompletions([]string{"debug", "info", "warn", "error"}, cobra.ShellCompDirectiveNoFileComp))
-	cmd.RegisterFlagCompletionFunc("log-format", cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp))
+	cmd.RegisterFlagCompletionFunc("log-level", oneOf("debug", "info", "warn", "error"))
+	cmd.RegisterFlagCompletionFunc("log-format", oneOf("text", "json"))
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		if os.Geteuid() != 0 {
 			return errors.New("serve must be run as root")
