@@ -197,14 +197,15 @@ func openHeld(by procid.ID, path string, flags int) (*os.File, error) {
 	}
 	defer pidfd.Close()
 	fd, err := unix.Open(path, flags|unix.O_CLOEXEC, 0)
-	if !by.Alive() {
-		if err == nil {
-			unix.Close(fd)
-		}
-		return nil, fmt.Errorf("process %v: %w", by, procid.ErrGone)
-	}
 	if err != nil {
+		if !by.Alive() { // a zombie has none
+			return nil, fmt.Errorf("process %v: %w", by, procid.ErrGone)
+		}
 		return nil, &os.PathError{Op: "open", Path: path, Err: err}
+	}
+	if err := unix.PidfdSendSignal(int(pidfd.Fd()), 0, nil, 0); errors.Is(err, unix.ESRCH) {
+		unix.Close(fd)
+		return nil, fmt.Errorf("process %v: %w", by, procid.ErrGone)
 	}
 	return os.NewFile(uintptr(fd), path), nil
 }

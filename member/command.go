@@ -6,12 +6,14 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strings"
 	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/internal/launch"
+	"github.com/sandboxd/sandboxd/internal/procid"
 )
 
 // The exit codes that are not the command's own.
@@ -258,6 +260,8 @@ func explainStart(err error) (int, error) {
 	case !errors.As(err, &step):
 	case step.Step == enterPID && step.Errno == unix.ENOMEM:
 		err = fmt.Errorf("%w: its first process has exited", ErrDeadPID)
+	case strings.HasPrefix(step.Step, joinStep) && step.Errno == unix.ESRCH:
+		err = procid.ErrGone
 	case step.Command && (step.Errno == unix.ENOENT || step.Errno == unix.ENOTDIR):
 		return ExitNotFound, err
 	case step.Command:

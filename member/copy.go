@@ -16,7 +16,7 @@ import (
 type CopyOptions = tarstream.Options
 
 // CopyOut writes a tar stream of the file or directory at path in a member,
-// exited or not, whose root is given ([OpenCustody]). See [tarstream.Write].
+// exited or not, whose root is given ([OpenRoot]). See [tarstream.Write].
 func CopyOut(ctx context.Context, root *os.File, path string, w io.Writer, o CopyOptions) error {
 	return tarstream.Write(ctx, root, path, w, o)
 }

@@ -26,8 +26,9 @@ var ErrDeadPID = errors.New("pid namespace is dead")
 // under which root it runs, and what it is there. It serves exec and join, with
 // members that run and with members that have exited.
 type JoinSpec struct {
-	// Namespaces are joined. They are lent until the program has been started.
-	// Kinds that are neither here nor in Private stay the caller's own.
+	// Namespaces are joined: of each kind the namespace, or a pidfd of a process in
+	// it. They are lent until the program has been started. Kinds that are neither
+	// here nor in Private stay the caller's own.
 	Namespaces map[namespace.Kind]*os.File
 	// Private are made anew. A user namespace cannot be.
 	Private []namespace.Kind
@@ -67,8 +68,13 @@ type ProcMount struct {
 	Masked, ReadOnly []string
 }
 
-// enterPID is the step that fails with ENOMEM if the pid namespace is dead.
-const enterPID = "enter the pid namespace"
+// enterPID is the step that fails with ENOMEM if the pid namespace is dead, and
+// joinStep begins those that fail with ESRCH if a process is gone whose pidfd was
+// given.
+const (
+	enterPID = "enter the pid namespace"
+	joinStep = "join the "
+)
 
 // CompileJoin makes the launch program of s. It changes nothing.
 //
@@ -118,10 +124,20 @@ func CompileJoin(s *JoinSpec) (*launch.Program, error) {
 	}
 
 	// mnt last: it changes the root, and what is left needs no path of ours.
-	for _, k := range []namespace.Kind{namespace.Net, namespace.IPC, namespace.UTS, namespace.Time, namespace.Cgroup, namespace.PID, namespace.Mnt} {
-		if f := s.Namespaces[k]; f != nil {
-			p.Call(fmt.Sprintf("join the %s namespace", k), unix.SYS_SETNS, p.File(f), launch.Int(k.Flag()))
+	kinds := []namespace.Kind{namespace.Net, namespace.IPC, namespace.UTS, namespace.Time, namespace.Cgroup, namespace.PID, namespace.Mnt}
+	for i, k := range kinds {
+		f := s.Namespaces[k]
+		if f == nil || slices.ContainsFunc(kinds[:i], func(k namespace.Kind) bool { return s.Namespaces[k] == f }) {
+			continue
 		}
+		step, flags := "", uintptr(0)
+		for _, k := range kinds[i:] {
+			if s.Namespaces[k] == f { // a pidfd can be that of several
+				step += "," + string(k)
+				flags |= k.Flag()
+			}
+		}
+		p.Call(joinStep+step[1:]+" namespace", unix.SYS_SETNS, p.File(f), launch.Int(flags))
 	}
 	if s.Root != nil {
 		p.Call("change to the root", unix.SYS_FCHDIR, p.File(s.Root))
@@ -344,92 +360,36 @@ func openHow(p *launch.Program, flags, resolve uint64) launch.Arg {
 	return p.Bytes(binary.NativeEndian.AppendUint64(b, resolve))
 }
 
-// OpenNamespaces opens the namespaces of these kinds of the process id; the
-// caller closes them. It fails with [procid.ErrGone] if the process is gone,
-// whether or not another has its pid, or is a zombie, which is in no namespace
-// any more; and with [os.ErrNotExist] only if the kernel has no namespaces of one
-// of the kinds.
-func OpenNamespaces(id procid.ID, kinds []namespace.Kind) (map[namespace.Kind]*os.File, error) {
-	files := make(map[namespace.Kind]*os.File)
-	err := whileAlive(id, func(proc string) error {
-		for _, k := range kinds {
-			f, err := os.Open(proc + "/ns/" + string(k))
-			if errors.Is(err, os.ErrNotExist) && k.Supported() {
-				return procid.ErrGone
-			}
-			if err != nil {
-				return err
-			}
-			files[k] = f
-		}
-		if !id.Alive() { // of a zombie some can be opened, and be as dead
-			return procid.ErrGone
-		}
-		return nil
-	})
-	if err != nil {
-		closeAll(files)
-		return nil, err
-	}
-	return files, nil
-}
-
-// OpenCustody opens what the monitor holds of a member, exited or not: its root
-// (O_PATH) and those of its namespaces that it holds. The caller closes them. It
-// fails with [procid.ErrGone] if the monitor is gone, and with [os.ErrNotExist]
-// if it holds nothing.
-func OpenCustody(monitor procid.ID) (root *os.File, ns map[namespace.Kind]*os.File, err error) {
-	const rootFD, firstNS = 16, 17 // docs/ARCHITECTURE.md
-	ns = make(map[namespace.Kind]*os.File)
-	err = whileAlive(monitor, func(proc string) error {
-		var err error
-		root, err = os.OpenFile(proc+"/fd/"+strconv.Itoa(rootFD), unix.O_PATH|unix.O_DIRECTORY, 0)
-		if err != nil {
-			return err
-		}
-		for i, k := range namespace.Kinds() {
-			f, err := os.Open(proc + "/fd/" + strconv.Itoa(firstNS+i))
-			if errors.Is(err, os.ErrNotExist) {
-				continue
-			}
-			if err != nil {
-				return err
-			}
-			ns[k] = f
-			if t, err := unix.IoctlRetInt(int(f.Fd()), unix.NS_GET_NSTYPE); err != nil || uintptr(t) != k.Flag() {
-				return fmt.Errorf("%s is not a %s namespace", f.Name(), k)
-			}
-		}
-		return nil
-	})
-	if err != nil {
-		if root != nil {
-			root.Close()
-		}
-		closeAll(ns)
+// OpenNamespaces opens the process id, as what its namespaces are joined by: for
+// setns(2) its pidfd stands for all of them (Linux 5.8). It returns their inodes
+// too, of all kinds that the kernel has. The caller closes the pidfd. It fails with
+// [procid.ErrGone] if the process is gone, whether or not another has its pid, or
+// is a zombie, which is in no namespace any more.
+func OpenNamespaces(id procid.ID) (pidfd *os.File, inodes map[namespace.Kind]uint64, err error) {
+	if pidfd, err = id.Open(); err != nil {
 		return nil, nil, err
 	}
-	return root, ns, nil
-}
-
-// whileAlive calls open with the /proc directory of id. A process that is
-// reaped meanwhile may be followed by another with its pid; what was opened is
-// of id only if id is still there afterwards.
-func whileAlive(id procid.ID, open func(proc string) error) error {
-	pidfd, err := id.Open()
-	if err != nil {
-		return err
+	inodes = make(map[namespace.Kind]uint64)
+	dir := "/proc/" + strconv.Itoa(id.PID) + "/ns/"
+	for _, k := range namespace.Kinds() {
+		var st unix.Stat_t
+		err = unix.Stat(dir+string(k), &st)
+		if errors.Is(err, os.ErrNotExist) {
+			if !k.Supported() {
+				continue
+			}
+			err = procid.ErrGone // some of a zombie are still shown, not all
+		}
+		if err != nil {
+			pidfd.Close()
+			return nil, nil, err
+		}
+		inodes[k] = st.Ino
 	}
-	defer pidfd.Close()
-	err = open("/proc/" + strconv.Itoa(id.PID))
-	if serr := unix.PidfdSendSignal(int(pidfd.Fd()), 0, nil, 0); errors.Is(serr, unix.ESRCH) {
-		return procid.ErrGone
+	// Those were of this process only if it has not been reaped meanwhile.
+	if err := unix.PidfdSendSignal(int(pidfd.Fd()), 0, nil, 0); errors.Is(err, unix.ESRCH) {
+		pidfd.Close()
+		return nil, nil, procid.ErrGone
 	}
-	return err
-}
-
-func closeAll(files map[namespace.Kind]*os.File) {
-	for _, f := range files {
-		f.Close()
-	}
+	return pidfd, inodes, nil
 }

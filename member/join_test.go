@@ -206,10 +206,13 @@ exec /bin/busybox sleep 1000`
 	if firstID != 0 {
 		kinds = append(kinds, namespace.User)
 	}
-	if tg.ns, err = OpenNamespaces(tg.id, kinds); err != nil {
-		t.Fatal(err)
+	tg.ns = make(map[namespace.Kind]*os.File)
+	for _, k := range kinds {
+		if tg.ns[k], err = os.Open(fmt.Sprintf("/proc/%d/ns/%s", tg.id.PID, k)); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { tg.ns[k].Close() })
 	}
-	t.Cleanup(func() { closeAll(tg.ns) })
 	if tg.root, err = os.OpenFile(fmt.Sprintf("/proc/%d/root", tg.id.PID), unix.O_PATH, 0); err != nil {
 		t.Fatal(err)
 	}
@@ -263,6 +266,55 @@ func TestExecIntoTheLiving(t *testing.T) {
 	}
 	if _, code, err := run(nil, "/tmp/kept"); code != ExitNotExecutable || !errors.Is(err, unix.EACCES) {
 		t.Errorf("a file that is not executable: %d, %v, want 126", code, err)
+	}
+}
+
+// One call joins all namespaces of a process that lives, by its pidfd.
+func TestExecByPidfd(t *testing.T) {
+	testenv.Root(t)
+	testenv.NoFDLeak(t)
+	for name, tt := range map[string]struct{ users, calls int }{
+		"user namespace of the host":   {0, 1},
+		"user namespace of the target": {700000, 2}, // that one comes last
+	} {
+		t.Run(name, func(t *testing.T) {
+			tg := startTargetWith(t, tt.users)
+			pidfd, inodes, err := OpenNamespaces(tg.id)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer pidfd.Close()
+			s := &JoinSpec{Namespaces: map[namespace.Kind]*os.File{}, Root: tg.root}
+			for k, f := range tg.ns {
+				s.Namespaces[k] = pidfd
+				if got, err := os.Readlink(f.Name()); got != fmt.Sprintf("%s:[%d]", k, inodes[k]) || err != nil {
+					t.Errorf("inode of the %s namespace is %d, the link says %q, %v", k, inodes[k], got, err)
+				}
+			}
+			s.Process = process("sh", "-c", "for k; do readlink /proc/self/ns/$k; done; ls /proc/self/fd | wc -l", "sh", "mnt", "pid", "uts", "net", "ipc", "user")
+			p, err := CompileJoin(s)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var dump strings.Builder
+			if err := p.Dump(&dump); err != nil {
+				t.Fatal(err)
+			}
+			if n := strings.Count(dump.String(), " setns("); n != tt.calls {
+				t.Errorf("%d calls of setns, want %d:\n%s", n, tt.calls, dump.String())
+			}
+			var want string
+			for _, k := range []namespace.Kind{namespace.Mnt, namespace.PID, namespace.UTS, namespace.Net, namespace.IPC, namespace.User} {
+				want += fmt.Sprintf("%s:[%d]\n", k, inodes[k])
+			}
+			if out, code, err := runJoin(t, s, nil); out != want+"4\n" || code != 0 || err != nil {
+				t.Errorf("exec = %q, %d, %v, want %q", out, code, err, want)
+			}
+			tg.kill()
+			if _, code, err := runJoin(t, s, nil); code != ExitFailed || !errors.Is(err, procid.ErrGone) {
+				t.Errorf("exec when the target has gone = %d, %v, want ErrGone", code, err)
+			}
+		})
 	}
 }
 
@@ -419,7 +471,7 @@ func TestJoinTheDead(t *testing.T) {
 	if want := "content\n1\n/proc/sys\n"; out != want || err != nil {
 		t.Errorf("join without a new /proc = %q, %v, want %q", out, err, want)
 	}
-	if _, err := OpenNamespaces(tg.id, []namespace.Kind{namespace.Mnt}); !errors.Is(err, procid.ErrGone) {
+	if _, _, err := OpenNamespaces(tg.id); !errors.Is(err, procid.ErrGone) {
 		t.Errorf("OpenNamespaces of the dead = %v, want ErrGone", err)
 	}
 }
@@ -438,12 +490,8 @@ func TestOpenNamespacesOfZombie(t *testing.T) {
 		}
 		time.Sleep(time.Millisecond)
 	}
-	for _, k := range namespace.Kinds() {
-		files, err := OpenNamespaces(tg.id, []namespace.Kind{k})
-		closeAll(files)
-		if want := procid.ErrGone; k.Supported() && !errors.Is(err, want) {
-			t.Errorf("OpenNamespaces(%s) of a zombie = %v, want %v", k, err, want)
-		}
+	if _, _, err := OpenNamespaces(tg.id); !errors.Is(err, procid.ErrGone) {
+		t.Errorf("OpenNamespaces of a zombie = %v, want %v", err, procid.ErrGone)
 	}
 }
 

@@ -3,10 +3,12 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/sandboxd/sandboxd/internal/cgroup"
 	"github.com/sandboxd/sandboxd/internal/launch"
+	"github.com/sandboxd/sandboxd/internal/procid"
 	"github.com/sandboxd/sandboxd/member"
 	"github.com/sandboxd/sandboxd/sandbox"
 )
@@ -82,6 +84,9 @@ func (x *execer) Exec(ctx context.Context, ref string, r sandbox.ExecRequest) (s
 		c.Stdin = bytes.NewReader(r.Stdin)
 	}
 	code, err := c.Run(ctx)
+	if errors.Is(err, procid.ErrGone) {
+		err = errNotRunning
+	}
 	if err != nil {
 		return sandbox.ExecResult{}, fmt.Errorf("exec %s: %w", ref, startError(err))
 	}

@@ -228,24 +228,16 @@ func (n *node) runInside(ctx context.Context, c *sandbox.HookCall, leaf string, 
 // host's.
 func (j *joiner) enterMaking(init procid.ID) error {
 	j.spec.Namespaces = map[namespace.Kind]*os.File{}
-	var kinds []namespace.Kind
-	for _, k := range namespace.Kinds() {
-		if k != namespace.User && k.Supported() {
-			kinds = append(kinds, k)
-		}
-	}
-	ns, err := member.OpenNamespaces(init, kinds)
+	p, err := j.living(init)
 	if err != nil {
 		return err
 	}
-	for k, f := range ns {
-		j.opened = append(j.opened, f)
-		own, err := isOwn(f, k)
-		if err != nil {
-			return err
+	for k, ino := range p.inodes {
+		if k == namespace.User {
+			continue
 		}
-		if !own {
-			j.spec.Namespaces[k] = f
+		if err := j.use(k, p.pidfd, ino); err != nil {
+			return err
 		}
 	}
 	return j.hostProcess("")

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/spf13/cobra"
@@ -63,10 +64,16 @@ To look into a member that has exited use join.`,
 			return err
 		}
 		defer j.close()
-		return a.runJoined(cmd.Context(), j, &o, args[1:])
+		err = a.runJoined(cmd.Context(), j, &o, args[1:])
+		if errors.Is(err, procid.ErrGone) {
+			err = fmt.Errorf("exec %s: %w", args[0], errNotRunning)
+		}
+		return err
 	}
 	return cmd
 }
+
+var errNotRunning = wrongState(errors.New("it does not run (join can enter what it left)"))
 
 // execJoiner prepares the running of commands in the member ref. The caller
 // closes it.
@@ -78,9 +85,6 @@ func execJoiner(src joinSource, ref string) (_ *joiner, err error) {
 	if t.member == nil {
 		return nil, invalid(fmt.Errorf("exec %s: not a member (want SANDBOX/MEMBER)", ref))
 	}
-	if !t.member.Init.Alive() {
-		return nil, wrongState(fmt.Errorf("exec %s: it does not run (join can enter what it left)", ref))
-	}
 	j := &joiner{src: src, target: t}
 	defer func() {
 		if err != nil {
@@ -88,6 +92,9 @@ func execJoiner(src joinSource, ref string) (_ *joiner, err error) {
 			err = fmt.Errorf("exec %s: %w", ref, err)
 		}
 	}()
+	if _, err := j.living(t.member.Init); errors.Is(err, procid.ErrGone) {
+		return nil, errNotRunning
+	}
 	if err := j.enter(nil, false); err != nil {
 		return nil, err
 	}
@@ -202,7 +209,14 @@ type joiner struct {
 	spec   member.JoinSpec
 	root   *sandbox.MemberRecord // whose mnt namespace is entered; nil if it is not a member's
 	opened []*os.File
-	living map[string]map[namespace.Kind]*os.File // of members that run, by id; what is in use is in opened too
+	alive  map[procid.ID]*livingProcess
+	pid    uint64 // inode of the pid namespace that is joined; 0: none is
+}
+
+// livingProcess is a process whose namespaces are joined.
+type livingProcess struct {
+	pidfd  *os.File
+	inodes map[namespace.Kind]uint64
 }
 
 // joinSource is where a joiner learns about what it joins: the state directory,
@@ -229,11 +243,6 @@ func (a *app) cgroups() (*cgroup.Host, error) { return cgroup.Detect() }
 func (j *joiner) close() {
 	for _, f := range j.opened {
 		f.Close()
-	}
-	for _, ns := range j.living {
-		for _, f := range ns {
-			f.Close() // a second time does nothing
-		}
 	}
 }
 
@@ -285,6 +294,7 @@ func (j *joiner) enter(sel namespace.Selection, pidNamed bool) error {
 	}
 	for _, k := range namespace.Kinds() {
 		var f *os.File
+		var ino uint64
 		var err error
 		switch src := full[k]; src.From {
 		case namespace.Host:
@@ -296,11 +306,11 @@ func (j *joiner) enter(sel namespace.Selection, pidNamed bool) error {
 			j.spec.Private = append(j.spec.Private, k)
 			continue
 		case namespace.Sandbox:
-			f, err = j.ofSandbox(k)
+			f, ino, err = j.ofSandbox(k)
 		case namespace.Member:
 			var m *sandbox.MemberRecord
 			if m, err = j.sibling(src.Member); err == nil {
-				f, err = j.ofMember(m, k)
+				f, ino, err = j.ofMember(m, k)
 			}
 		}
 		if k == namespace.PID && errors.Is(err, member.ErrDeadPID) && !pidNamed {
@@ -315,16 +325,10 @@ func (j *joiner) enter(sel namespace.Selection, pidNamed bool) error {
 		if err != nil {
 			return err
 		}
-		j.opened = append(j.opened, f)
-		own, err := isOwn(f, k)
-		if err != nil {
+		if err := j.use(k, f, ino); err != nil {
 			return err
 		}
-		if own { // one's own user namespace cannot be joined (setns(2))
-			continue
-		}
-		j.spec.Namespaces[k] = f
-		if ids := j.target.sandbox.IDs; k == namespace.User && ids != nil { // there is no other
+		if ids := j.target.sandbox.IDs; k == namespace.User && j.spec.Namespaces[k] != nil && ids != nil { // there is no other
 			j.spec.UIDs = []specs.LinuxIDMapping{{HostID: ids.Start, Size: ids.Size}}
 		}
 	}
@@ -346,19 +350,13 @@ func (j *joiner) enter(sel namespace.Selection, pidNamed bool) error {
 // proc asks for a new /proc if the one under the root shows another pid namespace
 // than that of the process.
 func (j *joiner) proc() error {
-	var own, is, shown uint64 // inodes; 0 is a new namespace
-	var st unix.Stat_t
-	if err := unix.Stat("/proc/self/ns/pid", &st); err != nil {
-		return &os.PathError{Op: "stat", Path: "/proc/self/ns/pid", Err: err}
+	var is, shown uint64 // inodes; 0 is a new namespace
+	all, err := ownNamespaces()
+	if err != nil {
+		return err
 	}
-	own = st.Ino
-	switch f := j.spec.Namespaces[namespace.PID]; {
-	case f != nil:
-		var err error
-		if is, err = inode(f); err != nil {
-			return err
-		}
-	case !slices.Contains(j.spec.Private, namespace.PID):
+	own := all[namespace.PID]
+	if is = j.pid; is == 0 && !slices.Contains(j.spec.Private, namespace.PID) {
 		is = own
 	}
 	if shown = own; j.root != nil {
@@ -427,61 +425,94 @@ func (j *joiner) sibling(ref string) (*sandbox.MemberRecord, error) {
 	return nil, notFound(fmt.Errorf("no member %q in sandbox %s", ref, j.target.sandbox.Config.Name))
 }
 
-func (j *joiner) ofSandbox(k namespace.Kind) (*os.File, error) {
+func (j *joiner) ofSandbox(k namespace.Kind) (*os.File, uint64, error) {
 	r := j.target.sandbox
 	if !r.Holds(k) {
-		return nil, invalid(fmt.Errorf("%[2]s=sandbox: sandbox %[1]s holds no %[2]s namespace: create it with --share %[2]s, or use %[2]s=host", r.Config.Name, k))
+		return nil, 0, invalid(fmt.Errorf("%[2]s=sandbox: sandbox %[1]s holds no %[2]s namespace: create it with --share %[2]s, or use %[2]s=host", r.Config.Name, k))
 	}
-	ns, err := member.OpenNamespaces(r.Pause, []namespace.Kind{k})
+	p, err := j.living(r.Pause)
 	if errors.Is(err, procid.ErrGone) {
 		// The daemon will start another pause in what members still hold.
 		for _, m := range j.siblings() {
 			if m.Namespaces[k].From != namespace.Sandbox {
 				continue
 			}
-			if f, err := j.ofMember(m, k); err == nil {
-				return f, nil
+			if f, ino, err := j.ofMember(m, k); err == nil {
+				return f, ino, nil
 			}
 		}
-		return nil, wrongState(fmt.Errorf("the pause of sandbox %s was killed, and no member holds its %s namespace", r.Config.Name, k))
+		return nil, 0, wrongState(fmt.Errorf("the pause of sandbox %s was killed, and no member holds its %s namespace", r.Config.Name, k))
 	}
-	return ns[k], err
+	if err != nil {
+		return nil, 0, err
+	}
+	return p.namespace(k)
 }
 
 // ofMember opens a namespace of m: init's while it lives, and what the monitor
 // holds afterwards.
-func (j *joiner) ofMember(m *sandbox.MemberRecord, k namespace.Kind) (*os.File, error) {
-	ns, err := j.ofInit(m, k)
+func (j *joiner) ofMember(m *sandbox.MemberRecord, k namespace.Kind) (*os.File, uint64, error) {
+	p, err := j.living(m.Init)
+	if err == nil {
+		return p.namespace(k)
+	}
 	if !errors.Is(err, procid.ErrGone) {
-		return ns, err
+		return nil, 0, err
 	}
 	if k == namespace.PID && m.Namespaces[k].From == namespace.Private {
-		return nil, fmt.Errorf("%w: that of member %s, which has exited; use pid=private", member.ErrDeadPID, m.Config.Name)
+		return nil, 0, fmt.Errorf("%w: that of member %s, which has exited; use pid=private", member.ErrDeadPID, m.Config.Name)
 	}
 	f, err := member.OpenNamespace(m.Monitor, k)
 	if errors.Is(err, procid.ErrGone) || errors.Is(err, os.ErrNotExist) && k.Supported() {
-		return nil, notHeld(m)
+		return nil, 0, notHeld(m)
 	}
-	return f, err
+	if err != nil {
+		return nil, 0, err
+	}
+	j.opened = append(j.opened, f)
+	ino, err := inode(f)
+	return f, ino, err
 }
 
-// ofInit opens a namespace of a living init: all of them at once, since it is
-// being certain whose they are that takes time.
-func (j *joiner) ofInit(m *sandbox.MemberRecord, k namespace.Kind) (*os.File, error) {
-	if !k.Supported() {
-		return nil, os.ErrNotExist
+// living opens a process, once: it is being certain which it is that takes time.
+func (j *joiner) living(id procid.ID) (*livingProcess, error) {
+	if p := j.alive[id]; p != nil {
+		return p, nil
 	}
-	if _, ok := j.living[m.ID]; !ok {
-		ns, err := member.OpenNamespaces(m.Init, slices.DeleteFunc(namespace.Kinds(), func(k namespace.Kind) bool { return !k.Supported() }))
-		if err != nil {
-			return nil, err
-		}
-		if j.living == nil {
-			j.living = map[string]map[namespace.Kind]*os.File{}
-		}
-		j.living[m.ID] = ns
+	pidfd, inodes, err := member.OpenNamespaces(id)
+	if err != nil {
+		return nil, err
 	}
-	return j.living[m.ID][k], nil
+	j.opened = append(j.opened, pidfd)
+	if j.alive == nil {
+		j.alive = make(map[procid.ID]*livingProcess)
+	}
+	p := &livingProcess{pidfd, inodes}
+	j.alive[id] = p
+	return p, nil
+}
+
+// namespace returns what one of the process's is joined by.
+func (p *livingProcess) namespace(k namespace.Kind) (*os.File, uint64, error) {
+	ino, ok := p.inodes[k]
+	if !ok {
+		return nil, 0, os.ErrNotExist
+	}
+	return p.pidfd, ino, nil
+}
+
+// use has the namespace joined that f stands for, unless it is this process's own:
+// one's own user namespace cannot be joined (setns(2)).
+func (j *joiner) use(k namespace.Kind, f *os.File, ino uint64) error {
+	own, err := ownNamespaces()
+	if err != nil || own[k] == ino {
+		return err
+	}
+	j.spec.Namespaces[k] = f
+	if k == namespace.PID {
+		j.pid = ino
+	}
+	return nil
 }
 
 func openRoot(m *sandbox.MemberRecord) (*os.File, error) {
@@ -503,18 +534,20 @@ func notHeld(m *sandbox.MemberRecord) error {
 	return wrongState(fmt.Errorf("member %s has exited and nothing of it is held (%s)", m.Config.Name, why))
 }
 
-// isOwn reports whether f is this process's own namespace of kind k.
-func isOwn(f *os.File, k namespace.Kind) (bool, error) {
-	theirs, err := f.Stat()
-	if err != nil {
-		return false, err
+// ownNamespaces returns the inodes of this process's own, which stay the same.
+var ownNamespaces = sync.OnceValues(func() (map[namespace.Kind]uint64, error) {
+	own := make(map[namespace.Kind]uint64)
+	for _, k := range namespace.Kinds() {
+		var st unix.Stat_t
+		path := "/proc/self/ns/" + string(k)
+		if err := unix.Stat(path, &st); err == nil {
+			own[k] = st.Ino
+		} else if k.Supported() {
+			return nil, &os.PathError{Op: "stat", Path: path, Err: err}
+		}
 	}
-	ours, err := os.Stat("/proc/self/ns/" + string(k))
-	if err != nil {
-		return false, err
-	}
-	return os.SameFile(theirs, ours), nil
-}
+	return own, nil
+})
 
 // memberProcess makes the process one of m's kind.
 func (j *joiner) memberProcess(m *sandbox.MemberRecord) error {
