@@ -200,10 +200,17 @@ func output(to io.Writer, theirs, ours *[]*os.File, copying *sync.WaitGroup) (*o
 	if f, ok := to.(*os.File); ok || to == nil {
 		return f, nil
 	}
-	r, w, err := os.Pipe()
-	if err != nil {
-		return nil, err
+	// Only our end is for the runtime's poller.
+	var fds [2]int
+	if err := unix.Pipe2(fds[:], unix.O_CLOEXEC); err != nil {
+		return nil, os.NewSyscallError("pipe2", err)
 	}
+	if _, err := unix.FcntlInt(uintptr(fds[0]), unix.F_SETFL, unix.O_NONBLOCK); err != nil {
+		unix.Close(fds[0])
+		unix.Close(fds[1])
+		return nil, os.NewSyscallError("fcntl F_SETFL", err)
+	}
+	r, w := os.NewFile(uintptr(fds[0]), "|0"), os.NewFile(uintptr(fds[1]), "|1")
 	*theirs, *ours = append(*theirs, w), append(*ours, r)
 	copying.Go(func() {
 		defer r.Close()

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 
 	"github.com/sandboxd/sandboxd/internal/cgroup"
 	"github.com/sandboxd/sandboxd/internal/launch"
@@ -100,6 +101,25 @@ func (x *execer) Exec(ctx context.Context, ref string, r sandbox.ExecRequest) (s
 type cappedBuffer struct {
 	b    []byte
 	more bool
+}
+
+// ReadFrom is for [io.Copy], whose buffer is 32 KiB at once: most commands say
+// little.
+func (c *cappedBuffer) ReadFrom(r io.Reader) (n int64, err error) {
+	for buf := make([]byte, 512); ; {
+		m, err := r.Read(buf)
+		c.Write(buf[:m])
+		n += int64(m)
+		if err == io.EOF {
+			return n, nil
+		}
+		if err != nil {
+			return n, err
+		}
+		if m == len(buf) && m < 32<<10 {
+			buf = make([]byte, 4*m)
+		}
+	}
 }
 
 func (c *cappedBuffer) Write(p []byte) (int, error) {

@@ -62,7 +62,8 @@ type Program struct {
 	data     []byte
 	interned map[string]Arg
 	files    []*os.File
-	created  int // where Created was called
+	created  int  // where Created was called
+	waits    bool // it was
 }
 
 type op struct {

@@ -30,7 +30,7 @@ const ReportSize = 12
 // for one byte or more (an eventfd's eight) on [StartFD]. It is how a member is
 // created now and started later.
 func (p *Program) Created() {
-	p.created = len(p.ops)
+	p.created, p.waits = len(p.ops), true
 	b := make([]byte, 16)
 	binary.LittleEndian.PutUint32(b, ReportCreated)
 	buf := p.Bytes(b)
@@ -77,7 +77,10 @@ type Options struct {
 }
 
 // Launcher is the program that runs launch programs, kept ready for many starts.
-type Launcher struct{ exe *memexec.Program }
+type Launcher struct {
+	exe  *memexec.Program
+	null *os.File
+}
 
 // Open makes a Launcher. dir is where an executable file is put if memfds cannot
 // be executed. The caller closes it.
@@ -86,11 +89,26 @@ func Open(dir string) (*Launcher, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Launcher{exe}, nil
+	null, err := os.OpenFile("/dev/null", os.O_RDWR, 0)
+	if err != nil {
+		exe.Close()
+		return nil, err
+	}
+	return &Launcher{exe, null}, nil
 }
 
 // Close releases the program. Processes that run it are not affected.
-func (l *Launcher) Close() error { return l.exe.Close() }
+func (l *Launcher) Close() error { return errors.Join(l.exe.Close(), l.null.Close()) }
+
+// pipe is [os.Pipe] without what it takes to wait for either end in the runtime's
+// poller: what is read here comes at once.
+func pipe() (r, w *os.File, err error) {
+	var fds [2]int
+	if err := unix.Pipe2(fds[:], unix.O_CLOEXEC); err != nil {
+		return nil, nil, os.NewSyscallError("pipe2", err)
+	}
+	return os.NewFile(uintptr(fds[0]), "|0"), os.NewFile(uintptr(fds[1]), "|1"), nil
+}
 
 // Start runs p and returns when its execve has succeeded. If a call fails, the
 // error is a [*StepError] and no process is left.
@@ -108,28 +126,25 @@ func Start(p *Program, o Options) (*Process, error) {
 		return nil, err
 	}
 	defer prog.Close()
-	statusR, statusW, err := os.Pipe()
+	statusR, statusW, err := pipe()
 	if err != nil {
 		return nil, err
 	}
 	defer statusR.Close()
 	defer statusW.Close()
-	startR, startW, err := os.Pipe()
-	if err != nil {
-		return nil, err
+	files := memexec.Files{StatusFD: statusW, 5: prog}
+	var startR, startW *os.File
+	if p.waits {
+		if startR, startW, err = pipe(); err != nil {
+			return nil, err
+		}
+		defer startR.Close()
+		defer startW.Close()
+		files[StartFD] = startR
 	}
-	defer startR.Close()
-	defer startW.Close()
-	null, err := os.OpenFile("/dev/null", os.O_RDWR, 0)
-	if err != nil {
-		return nil, err
-	}
-	defer null.Close()
-
-	files := memexec.Files{0: null, 1: null, 2: null, StatusFD: statusW, StartFD: startR, 5: prog}
 	for i, f := range []*os.File{o.Stdin, o.Stdout, o.Stderr} {
-		if f != nil {
-			files[i] = f
+		if files[i] = f; f == nil {
+			files[i] = l.null
 		}
 	}
 	for i, f := range p.files {
@@ -148,7 +163,6 @@ func Start(p *Program, o Options) (*Process, error) {
 
 	first := pid
 	fail := func(err error) (*Process, error) {
-		startW.Close()
 		for _, n := range []int{first, pid} {
 			unix.Kill(n, unix.SIGKILL) // not reaped yet, so it is still ours
 			if n == pid && first == pid {
