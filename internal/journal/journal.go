@@ -51,14 +51,15 @@ type Journal struct {
 	held sync.RWMutex // for reading by those in Hold; before mu
 
 	mu      sync.Mutex
-	f       *os.File // the last segment; nil if one has to be begun; guarded by mu, as is all that follows
-	off     int64    // where its next line goes
-	last    uint64   // number of the last event
-	sizes   []size   // of the other segments, the oldest first
-	first   uint64   // of the last segment
-	jump    bool     // numbers may have been given out that the files do not show
-	pending []Event  // that could not be written
-	lost    int      // events that there was no room for in pending
+	f       *os.File      // the last segment; nil if one has to be begun; guarded by mu, as is all that follows
+	off     int64         // where its next line goes
+	last    atomic.Uint64 // number of the last event; written with mu
+	sizes   []size        // of the other segments, the oldest first
+	first   uint64        // of the last segment
+	jump    bool          // numbers may have been given out that the files do not show
+	pending []Event       // that could not be written
+	behind  atomic.Bool   // there are such; written with mu
+	lost    int           // events that there was no room for in pending
 	retry   *time.Timer
 	closed  bool
 	changed chan struct{} // closed when there is a new event; nil if nobody waits
@@ -135,7 +136,8 @@ func (j *Journal) load() error {
 			return err
 		}
 		if sc.end == 0 { // damaged from the first line to the last
-			j.jump, j.last = true, s.first-1
+			j.jump = true
+			j.last.Store(s.first - 1)
 			f.Close()
 			if err := j.dir.Remove(segmentName(s.first)); err != nil {
 				return err
@@ -146,7 +148,8 @@ func (j *Journal) load() error {
 			f.Close()
 			return err
 		}
-		j.first, j.last, j.off = s.first, sc.last, sc.end
+		j.first, j.off = s.first, sc.end
+		j.last.Store(sc.last)
 		j.tailFirst = s.first
 		if sc.header.Boot != j.o.Boot || !j.begun && j.firstOfBoot() {
 			// What was there before the boot may be there no longer, and has not been told of.
@@ -252,14 +255,15 @@ func (j *Journal) Written(id string, rev, after uint64) bool {
 	}
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	if after > j.last {
+	if after > j.last.Load() {
 		// The journal's end is lost, or all of it. Its numbers were given out.
 		if j.f != nil {
 			j.sizes = append(j.sizes, size{j.first, j.off})
 			j.f.Close()
 			j.f = nil
 		}
-		j.last, j.jump = after, true
+		j.jump = true
+		j.last.Store(after)
 	}
 	return after+1 < j.tailFirst || j.tail[id].Rev >= rev
 }
@@ -336,19 +340,15 @@ func (j *Journal) Append(events ...Event) error {
 	return nil
 }
 
-// Behind reports whether events wait for being written.
+// Behind reports whether events wait for being written, of those whose Append has returned.
 func (j *Journal) Behind() bool {
-	if j == nil {
-		return false
-	}
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	return len(j.pending) > 0
+	return j != nil && j.behind.Load() // not waiting for somebody who writes
 }
 
 // flush writes what is pending, now or later. Preconditions: j.mu is held.
 func (j *Journal) flush() error {
 	last, err := j.write(j.pending)
+	j.behind.Store(err != nil && len(j.pending) > 0)
 	if err != nil {
 		if j.retry == nil {
 			j.retry = time.AfterFunc(retryAfter, j.tryAgain)
@@ -357,7 +357,8 @@ func (j *Journal) flush() error {
 		}
 		return err
 	}
-	j.last, j.pending = last, nil
+	j.pending = nil
+	j.last.Store(last)
 	if j.changed != nil {
 		close(j.changed)
 		j.changed = nil
@@ -381,7 +382,7 @@ func (j *Journal) write(events []Event) (last uint64, err error) {
 		}
 	}
 	var b bytes.Buffer
-	last = j.last
+	last = j.last.Load()
 	for i := range events {
 		last++
 		events[i].Seq = last
@@ -438,7 +439,7 @@ func encode(e *Event) ([]byte, error) {
 // Preconditions: j.mu is held; nobody holds the journal, or there is no segment
 // that anybody could hold.
 func (j *Journal) begin() error {
-	h := header{Version: formatVersion, First: j.last + 1, Prev: j.last, Boot: j.o.Boot}
+	h := header{Version: formatVersion, First: j.last.Load() + 1, Prev: j.last.Load(), Boot: j.o.Boot}
 	if j.jump {
 		h.First += bootGap
 	}
@@ -463,7 +464,8 @@ func (j *Journal) begin() error {
 		j.sizes = append(j.sizes, size{j.first, j.off})
 		j.f.Close() // nothing is in it that could still be lost
 	}
-	j.f, j.first, j.last, j.off = f, h.First, h.First-1, int64(len(line))
+	j.f, j.first, j.off = f, h.First, int64(len(line))
+	j.last.Store(h.First - 1)
 	j.jump = false
 	j.full.Store(false)
 	crash.Point("journal segment after")
@@ -496,16 +498,14 @@ func (j *Journal) Last() uint64 {
 	if j == nil {
 		return 0
 	}
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	return j.last
+	return j.last.Load() // not waiting for somebody who writes
 }
 
 // Wait waits until there is an event with a number above after, or ctx ends.
 func (j *Journal) Wait(ctx context.Context, after uint64) error {
 	for {
 		j.mu.Lock()
-		if j.last > after {
+		if j.last.Load() > after {
 			j.mu.Unlock()
 			return nil
 		}
