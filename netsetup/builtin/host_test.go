@@ -425,6 +425,23 @@ func TestRestart(t *testing.T) {
 	}
 }
 
+// TestQueues: both ends have one queue. With more than are used the kernel waits for RCU grace
+// periods when it makes them, and so does everybody else who makes one.
+func TestQueues(t *testing.T) {
+	testenv.Root(t)
+	d := newDriver(t)
+	ns, _, _ := attach(t, d, idA, &network.Request{})
+	check := func(name string) error {
+		link, err := netlink.LinkByName(name)
+		if err == nil && (link.Attrs().NumTxQueues != 1 || link.Attrs().NumRxQueues != 1) {
+			err = fmt.Errorf("%s has %d queues to send and %d to receive", name, link.Attrs().NumTxQueues, link.Attrs().NumRxQueues)
+		}
+		return err
+	}
+	inside(t, nil, func() error { return check(hostName(idA)) })
+	inside(t, ns, func() error { return check("eth0") })
+}
+
 func TestVerify(t *testing.T) {
 	testenv.Root(t)
 	d := newDriver(t)
