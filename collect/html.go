@@ -116,7 +116,7 @@ func putWords(p *markup.Page, l *Log) {
 	} else {
 		p.Put(`<pre>`)
 		for _, x := range l.Lines {
-			p.Put("<span class=\"dim\">%s</span> <span class=\"%s\">%s</span>\n", x.Time.Format("15:04:05.000"), x.Stream, Plain(x.Text))
+			p.Put("<span class=\"dim\">%s %s</span> <span class=\"%s\">%s</span>\n", x.Time.Format("15:04:05.000"), x.Stream, x.Stream, Plain(x.Text))
 		}
 		p.Put(`</pre>`)
 	}
@@ -250,6 +250,7 @@ h2 { font-size: 1.05rem; margin: 2rem 0 .5rem; border-bottom: 1px solid var(--li
 .bad { color: var(--bad) }
 .dim { color: var(--dim) }
 code, pre, td, .mono { font-family: ui-monospace, monospace; font-size: .875rem; overflow-wrap: anywhere }
+td { overflow-wrap: break-word }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; margin: 0 }
 dt { color: var(--dim) }
 dd { margin: 0 }
