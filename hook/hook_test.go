@@ -166,7 +166,7 @@ func TestRunCannot(t *testing.T) {
 func TestRunTimeout(t *testing.T) {
 	pids := filepath.Join(t.TempDir(), "pids")
 	r := run(t.Context(), 300*time.Millisecond, "sleep 1000 & echo $! > "+pids+"; echo waiting; wait")
-	if r.Code != -1 || r.Err == nil || !strings.Contains(r.Err.Error(), "timeout of 300ms") || string(r.Output) != "waiting\n" {
+	if r.Code != -1 || r.Err == nil || !errors.Is(r.Err, context.DeadlineExceeded) || !strings.Contains(r.Err.Error(), "timeout of 300ms") || string(r.Output) != "waiting\n" {
 		t.Errorf("%+v %v", r, r.Err)
 	}
 	gone(t, pids)

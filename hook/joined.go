@@ -22,7 +22,7 @@ type Joined struct {
 // Do is [Run] for such a program.
 func (j *Joined) Do(ctx context.Context) Result {
 	begin := time.Now()
-	ctx, cancel := context.WithTimeoutCause(ctx, j.Timeout, fmt.Errorf("killed after its timeout of %s", j.Timeout))
+	ctx, cancel := context.WithTimeoutCause(ctx, j.Timeout, timeoutError(j.Timeout))
 	defer cancel()
 	in, err := inputFile(j.Stdin)
 	if err != nil {

@@ -53,8 +53,7 @@ type Result struct {
 // process group.
 func Run(ctx context.Context, c *Command) Result {
 	begin := time.Now()
-	timeout := fmt.Errorf("killed after its timeout of %s", c.Timeout)
-	ctx, cancel := context.WithTimeoutCause(ctx, c.Timeout, timeout)
+	ctx, cancel := context.WithTimeoutCause(ctx, c.Timeout, timeoutError(c.Timeout))
 	defer cancel()
 	var out Tail
 	cmd := exec.CommandContext(ctx, c.Path)
@@ -102,6 +101,15 @@ func Run(ctx context.Context, c *Command) Result {
 	// Else it has ended well: that its output or input was left open is no failure.
 	return r
 }
+
+// timeoutError is why a hook that has not ended in time was killed. It matches
+// [context.DeadlineExceeded].
+type timeoutError time.Duration
+
+func (e timeoutError) Error() string {
+	return fmt.Sprintf("killed after its timeout of %s", time.Duration(e))
+}
+func (e timeoutError) Is(target error) bool { return target == context.DeadlineExceeded }
 
 // inputFile returns a file in memory with what a hook reads from its stdin. A pipe
 // would be empty if this process were killed before it had written to it, and the

@@ -137,6 +137,7 @@ func TestOutcomes(t *testing.T) {
 		{fmt.Errorf("step: %w", context.DeadlineExceeded), "timeout"},
 		{os.ErrDeadlineExceeded, "timeout"},
 		{errors.New("disk on fire"), "error"},
+		{&sandbox.OpError{Err: &sandbox.HookError{Err: errors.New("exit code 1")}}, "error"},
 	} {
 		before := value(t, m, "sandboxd_operations_total", "operation=create", "outcome="+tt.want)
 		m.Operation("create")(tt.err)

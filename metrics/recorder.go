@@ -36,6 +36,7 @@ var outcomes = []string{outcomeOK, outcomeRefused, outcomeCanceled, outcomeTimeo
 // outcome puts an error into its class.
 func outcome(err error) string {
 	var start *sandbox.StartError
+	var hook *sandbox.HookError
 	switch {
 	case err == nil:
 		return outcomeOK
@@ -43,6 +44,8 @@ func outcome(err error) string {
 		return outcomeTimeout
 	case errors.Is(err, context.Canceled):
 		return outcomeCanceled
+	case errors.As(err, &hook): // which is an ErrState too
+		return outcomeError
 	case errors.Is(err, sandbox.ErrInvalid), errors.Is(err, sandbox.ErrNotFound), errors.Is(err, sandbox.ErrExists),
 		errors.Is(err, sandbox.ErrState), errors.As(err, &start):
 		return outcomeRefused

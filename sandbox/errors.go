@@ -72,3 +72,11 @@ type kindError struct {
 
 func (e *kindError) Error() string        { return e.text }
 func (e *kindError) Is(target error) bool { return target == e.kind }
+
+// HookError is why a hook, or what the host configures of hooks, keeps an operation
+// from succeeding. It matches [ErrState]; the request is not to blame.
+type HookError struct{ Err error }
+
+func (e *HookError) Error() string        { return e.Err.Error() }
+func (e *HookError) Unwrap() error        { return e.Err }
+func (e *HookError) Is(target error) bool { return target == ErrState }

@@ -368,7 +368,7 @@ func (m *Manager) hookDone(s subject, run HookRun) {
 
 // hookError makes an error of a hook that failed.
 func hookError(run HookRun) error {
-	return &kindError{fmt.Sprintf("%s hook %s: %s", run.Stage, quotePath(run.Path), run.Error), ErrState}
+	return &HookError{fmt.Errorf("%s hook %s: %s", run.Stage, quotePath(run.Path), run.Error)}
 }
 
 // failure is why a hook failed, with the last line that it wrote.

@@ -174,7 +174,7 @@ type HookNode interface {
 	// SandboxHooks returns the hooks of a sandbox in the order in which they are
 	// run: those that the host is configured for, then those of the request. It
 	// refuses what could not be run; errors wrap [ErrInvalid] if it is the
-	// request's, and [ErrState] if it is the host's configuration.
+	// request's, and are a [HookError] if it is the host's configuration.
 	SandboxHooks(c *Config) ([]request.Hook, error)
 	// MemberHooks is SandboxHooks for a member that will be run with spec, the
 	// hooks of which come between the two.

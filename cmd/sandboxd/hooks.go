@@ -34,7 +34,7 @@ func (n *node) SandboxHooks(c *sandbox.Config) ([]request.Hook, error) {
 	}
 	host, err := n.HooksDirs.Hooks(hook.Target{Sandbox: true, Annotations: c.Annotations})
 	if err != nil {
-		return nil, wrongState(err) // the request is not to blame
+		return nil, &sandbox.HookError{Err: err}
 	}
 	return slices.Concat(host, c.Hooks), nil
 }
@@ -52,7 +52,7 @@ func (n *node) MemberHooks(r *sandbox.Record, m *sandbox.MemberRecord, spec *spe
 	}
 	host, err := n.HooksDirs.Hooks(t)
 	if err != nil {
-		return nil, wrongState(err) // the request is not to blame
+		return nil, &sandbox.HookError{Err: err}
 	}
 	bundle, err := hook.FromSpec(spec.Hooks)
 	if err != nil {
