@@ -81,7 +81,9 @@ struct client {
 /* What is large comes last in memory, so that all the rest is one page. */
 #define LARGE __attribute__((section(".bss.large")))
 
-static char log_path[LOG_PATH_MAX] LARGE;
+/* Of a path there are the first bytes: as the first variable it is, with this
+ * compiler, the last one in memory before what is large. */
+static char log_path[LOG_PATH_MAX];
 static char lines[2][LINE_MAX] LARGE;
 static struct stream streams[2] = {{-1, 0, 0, 0, lines[0], " stdout "}, {-1, 0, 0, 0, lines[1], " stderr "}};
 static struct client clients[CLIENTS_MAX];
