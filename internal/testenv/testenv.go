@@ -3,7 +3,7 @@
 // A test that lacks something is skipped on a developer's machine and failed
 // where SANDBOXD_TEST_REQUIRE names it: a suite that skips everything is green,
 // and worth nothing. The variable is a comma-separated list of the names that
-// the functions below give to what they need: "root", "cgroup2", "busybox",
+// the functions below give to what they need: "root", "cgroup1", "cgroup2", "busybox",
 // "cap_sys_resource", "kernel:pidfd_info", "program:runc", "cni-plugins". "all" stands for
 // every one of them, and "-NAME" takes one out of it again.
 package testenv
@@ -43,6 +43,16 @@ func Cgroup2(tb testing.TB) {
 		err = errors.New("the unified hierarchy has only these controllers: " + strings.Join(has, " "))
 	}
 	need(tb, "cgroup2", err)
+}
+
+// Cgroup1 needs a hierarchy of cgroup v1.
+func Cgroup1(tb testing.TB) {
+	tb.Helper()
+	b, err := os.ReadFile("/proc/self/mounts")
+	if err == nil && !strings.Contains(string(b), " cgroup rw,") {
+		err = errors.New("no file system of type cgroup is mounted")
+	}
+	need(tb, "cgroup1", err)
 }
 
 // Program needs an executable in PATH, and returns where it is. The requirement
