@@ -281,6 +281,17 @@ func TestNames(t *testing.T) {
 	if hosts := r.ok("exec", "box/two", "--", "cat", "/etc/hosts"); !strings.Contains(hosts, "three two") || strings.Contains(hosts, "evil") {
 		t.Errorf("after another has joined: %s", hosts)
 	}
+	// Who is gone is known no more, also if another daemon has taken its place.
+	r.ok("rm", "-f", "box/three")
+	if hosts := r.ok("exec", "box/two", "--", "cat", "/etc/hosts"); strings.Contains(hosts, "three") || !strings.HasSuffix(hosts, "127.0.0.1\tone two") {
+		t.Errorf("after one has gone: %s", hosts)
+	}
+	r.kill()
+	r.mustServe()
+	r.ok("rm", "-f", "box/one")
+	if hosts := r.ok("exec", "box/two", "--", "cat", "/etc/hosts"); !strings.HasSuffix(hosts, "127.0.0.1\ttwo") {
+		t.Errorf("after another has gone: %s", hosts)
+	}
 	// A root of a bundle, a read-only one, and one with a file of its own.
 	if got := r.ok("run", "box", "--rootfs", r.rootfs, "--read-only", "--", "sh", "-c", "cat /etc/hosts 2>/dev/null; ls /etc"); strings.Contains(got, "db") {
 		t.Errorf("a read-only root without the files: %q", got)

@@ -49,22 +49,35 @@ func newHosted(root string) *hosted { return &hosted{root: root, all: map[string
 
 func (h *hosted) dir(id string) string { return filepath.Join(h.root, "sandboxes", id, "etc") }
 
-// forget drops a member, or with an empty member a whole sandbox. The files change
-// with the next member.
-func (h *hosted) forget(id, member string) {
+// forget drops a sandbox.
+func (h *hosted) forget(id string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if member == "" {
-		delete(h.all, id)
-		return
+	delete(h.all, id)
+}
+
+// drop drops a member, and its name from hosts. What cannot be changed is with the next
+// member that joins.
+func (h *hosted) drop(m *sandbox.MemberRecord) {
+	f := h.of(m.Sandbox)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if i, found := f.find(m.ID); found {
+		f.names = slices.Delete(f.names, i, i+1)
 	}
-	if f := h.all[id]; f != nil {
-		f.mu.Lock()
-		if i, found := f.find(member); found {
-			f.names = slices.Delete(f.names, i, i+1)
-		}
-		f.mu.Unlock()
+	etc.Drop(h.dir(m.Sandbox), m.Config.Name)
+}
+
+// of returns what is known of a sandbox.
+func (h *hosted) of(id string) *etcFiles {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	f := h.all[id]
+	if f == nil {
+		f = new(etcFiles)
+		h.all[id] = f
 	}
+	return f
 }
 
 // update makes the files of r what they should be once m is a member, and returns
@@ -74,13 +87,7 @@ func (h *hosted) update(r *sandbox.Record, m *sandbox.MemberRecord, siblings []*
 	if !sharesNetwork(r, m.Namespaces) {
 		return nil, nil
 	}
-	h.mu.Lock()
-	f := h.all[r.ID]
-	if f == nil {
-		f = new(etcFiles)
-		h.all[r.ID] = f
-	}
-	h.mu.Unlock()
+	f := h.of(r.ID)
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, s := range siblings {

@@ -423,7 +423,7 @@ func (n *node) KillPause(ctx context.Context, r *sandbox.Record) error {
 
 // RemoveSandboxData implements [sandbox.PauseNode].
 func (n *node) RemoveSandboxData(_ context.Context, r *sandbox.Record) error {
-	n.hosted.forget(r.ID, "")
+	n.hosted.forget(r.ID)
 	return removeData(filepath.Join(n.Root, "sandboxes", r.ID))
 }
 
@@ -533,7 +533,7 @@ func copyAttributes(from, to string) error {
 
 // RemoveMemberData implements [sandbox.MemberNode].
 func (n *node) RemoveMemberData(_ context.Context, m *sandbox.MemberRecord) error {
-	n.hosted.forget(m.Sandbox, m.ID)
+	n.hosted.drop(m)
 	return removeData(n.dataDir(m))
 }
 

@@ -5,6 +5,7 @@ package etc
 import (
 	"bufio"
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"net/netip"
@@ -125,10 +126,41 @@ func Hosts(hostname string, addrs []netip.Addr, asked []network.Host, local []st
 		}
 	}
 	if names := free(local...); len(names) > 0 {
-		fmt.Fprintf(&b, "127.0.0.1\t%s\n", strings.Join(names, " "))
+		fmt.Fprintf(&b, "%s%s\n", localPrefix, strings.Join(names, " "))
 	}
 	return b.Bytes()
 }
+
+// Drop removes a name from the last line of the file hosts below dir, if that is the line
+// of local names that [Hosts] ends with and has it. Like [Update] it changes the file in place.
+func Drop(dir, name string) error {
+	f, err := os.OpenFile(filepath.Join(dir, "hosts"), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	old, err := io.ReadAll(io.LimitReader(f, 1<<20)) // members may have written to it
+	if err := errors.Join(err, f.Close()); err != nil {
+		return err
+	}
+	rest := strings.TrimSuffix(string(old), "\n")
+	i := strings.LastIndexByte(rest, '\n') + 1
+	list, ok := strings.CutPrefix(rest[i:], localPrefix)
+	names := strings.Fields(list)
+	n := slices.Index(names, name)
+	if !ok || n < 0 || i == 0 { // the first line is that of localhost
+		return nil
+	}
+	rest = rest[:i]
+	if names = slices.Delete(names, n, n+1); len(names) > 0 {
+		rest += localPrefix + strings.Join(names, " ") + "\n"
+	}
+	return Update(dir, "hosts", []byte(rest))
+}
+
+const localPrefix = "127.0.0.1\t"
 
 // Update makes content the contents of a file below dir. A file that is there
 // with other contents is changed in place: who has it mounted sees it. It follows

@@ -140,3 +140,31 @@ func TestUpdate(t *testing.T) {
 		t.Errorf("the target has %q", b)
 	}
 }
+
+func TestDrop(t *testing.T) {
+	const head = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost\n"
+	for _, tt := range []struct{ name, hosts, drop, want string }{
+		{"one of three", head + "127.0.0.1\ta b c\n", "b", head + "127.0.0.1\ta c\n"},
+		{"the last one", head + "127.0.0.1\ta\n", "a", head},
+		{"not there", head + "127.0.0.1\tab\n", "a", head + "127.0.0.1\tab\n"},
+		{"not in the last line", head + "192.0.2.1\ta\n", "a", head + "192.0.2.1\ta\n"},
+		{"localhost", "127.0.0.1\tlocalhost\n", "localhost", "127.0.0.1\tlocalhost\n"},
+		{"empty", "", "a", ""},
+		{"of somebody else", "garbage \x00", "a", "garbage \x00"},
+	} {
+		dir := t.TempDir()
+		file := filepath.Join(dir, "hosts")
+		if err := os.WriteFile(file, []byte(tt.hosts), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if err := Drop(dir, tt.drop); err != nil {
+			t.Errorf("%s: %v", tt.name, err)
+		}
+		if got, err := os.ReadFile(file); err != nil || string(got) != tt.want {
+			t.Errorf("%s: %q, %v, want %q", tt.name, got, err, tt.want)
+		}
+	}
+	if err := Drop(t.TempDir(), "a"); err != nil {
+		t.Errorf("without a file: %v", err)
+	}
+}
