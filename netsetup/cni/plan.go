@@ -104,13 +104,9 @@ func newPlan(c *config, req *network.Request) (*plan, error) {
 	if err != nil {
 		return nil, err
 	}
-	asked := req.Attach
+	asked := slices.Clone(req.Attach)
 	if len(asked) == 0 {
 		asked = []network.Attach{{}}
-	}
-	names, err := interfaces(asked)
-	if err != nil {
-		return nil, err
 	}
 	p := &plan{}
 	var lists []*libcni.NetworkConfigList
@@ -123,11 +119,21 @@ func newPlan(c *config, req *network.Request) (*plan, error) {
 		if err != nil {
 			return nil, invalid("network %s: %w", n.Name, err)
 		}
-		if names[i] == "lo" && l.Plugins[0].Network.Type != "loopback" {
+		switch loopback := l.Plugins[0].Network.Type == "loopback"; {
+		case loopback && a.Interface == "":
+			asked[i].Interface = "lo" // the only one that it sets up
+		case !loopback && a.Interface == "lo":
 			return nil, invalid("interface \"lo\": the sandbox has one of that name already")
 		}
 		lists = append(lists, l)
-		p.Networks = append(p.Networks, attachment{Network: n.Name, Interface: names[i], Config: n.raw, Args: args, Capabilities: map[string]any{}})
+		p.Networks = append(p.Networks, attachment{Network: n.Name, Config: n.raw, Args: args, Capabilities: map[string]any{}})
+	}
+	names, err := interfaces(asked)
+	if err != nil {
+		return nil, err
+	}
+	for i, name := range names {
+		p.Networks[i].Interface = name
 	}
 	return p, p.addCapabilities(lists, req)
 }

@@ -257,8 +257,8 @@ func TestPlugins(t *testing.T) {
 					t.Errorf("%+v", n)
 				}
 			}},
-		{"loopback", `{"type":"loopback"}`, false, network.Request{Attach: []network.Attach{{Network: "a", Interface: "lo"}}}, func(t *testing.T, n network.Attachment, ns, beyond *os.File) {
-			if !slices.Contains(n.Addresses, netip.MustParsePrefix("127.0.0.1/8")) {
+		{"loopback", `{"type":"loopback"}`, false, network.Request{}, func(t *testing.T, n network.Attachment, ns, beyond *os.File) {
+			if n.Interface != "lo" || !slices.Contains(n.Addresses, netip.MustParsePrefix("127.0.0.1/8")) {
 				t.Errorf("%+v", n)
 			}
 		}},
