@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"iter"
 	"net"
 	"path/filepath"
@@ -94,6 +95,9 @@ func (c *Client) err(err error) error {
 		return err
 	}
 	if d := c.dialErr.Load(); d != nil && *d != nil {
+		if errors.Is(*d, fs.ErrPermission) {
+			return *d // there may be one
+		}
 		return fmt.Errorf("%w: %w", ErrUnavailable, *d)
 	}
 	if !strings.HasPrefix(err.Error(), ErrUnavailable.Error()) { // it is gRPC's, of the connection

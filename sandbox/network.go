@@ -257,13 +257,13 @@ func completeDNS(d network.DNS) (network.DNS, error) {
 		}
 	}
 	for _, s := range d.Search {
-		if s == "" || len(s) > 255 || strings.ContainsFunc(s, func(r rune) bool { return r <= ' ' || r > '~' || r == '#' || r == ';' }) {
-			return d, invalidf("dns search domain %s: want letters, digits, '-', '_' and '.'", quote(s))
+		if s == "" || len(s) > maxDomain || strings.ContainsFunc(s, noNameRune) {
+			return d, invalidf("dns search domain %s: want letters, digits, '-', '_' and '.', at most %d", quote(s), maxDomain)
 		}
 	}
 	for _, s := range d.Options {
-		if s == "" || strings.ContainsFunc(s, func(r rune) bool { return r <= ' ' || r > '~' || r == '#' }) {
-			return d, invalidf("dns option %s: want one word such as ndots:2 (resolv.conf(5))", quote(s))
+		if s == "" || len(s) > maxDomain || strings.ContainsFunc(s, func(r rune) bool { return r <= ' ' || r > '~' || r == '#' }) {
+			return d, invalidf("dns option %s: want one word of at most %d bytes, such as ndots:2 (resolv.conf(5))", quote(s), maxDomain)
 		}
 	}
 	return network.DNS{Servers: slices.Clone(d.Servers), Search: slices.Clone(d.Search), Options: slices.Clone(d.Options)}, nil
@@ -284,12 +284,18 @@ func completeHosts(in []network.Host) ([]network.Host, error) {
 	return slices.Clone(in), nil
 }
 
-// checkHostsName accepts what hosts(5) can have as a name. Some names in use have
+// maxDomain is the length of the longest name (RFC 1035, section 2.3.4).
+const maxDomain = 255
+
+// noNameRune reports whether r is in no name of a host or domain. Some in use have
 // an underscore.
+func noNameRune(r rune) bool {
+	return r > '~' || !isAlnum(byte(r)) && r != '-' && r != '.' && r != '_'
+}
+
+// checkHostsName accepts what hosts(5) can have as a name.
 func checkHostsName(s string) error {
-	if s == "" || len(s) > 253 || strings.ContainsFunc(s, func(r rune) bool {
-		return r > '~' || !isAlnum(byte(r)) && r != '-' && r != '.' && r != '_'
-	}) {
+	if s == "" || len(s) > 253 || strings.ContainsFunc(s, noNameRune) {
 		return invalidf("additional host %s: want letters, digits, '-', '_' and '.'", quote(s))
 	}
 	return nil

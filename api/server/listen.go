@@ -49,14 +49,17 @@ func Listen(ctx context.Context, path string) (net.Listener, error) {
 }
 
 // Free reports why [Listen] would not take path, and changes nothing. It is for
-// those who have much to do before they can listen; will says which directories
-// they make before.
-func Free(path string, will ...string) error {
+// those who have much to do before they can listen, such as to make the directories
+// that made names.
+func Free(path string, made ...string) error {
 	if _, err := look(path); err != nil {
 		return err
 	}
 	dir := filepath.Dir(path)
-	if err := unix.Access(dir, unix.W_OK); err != nil && !(err == unix.ENOENT && slices.Contains(will, dir)) {
+	if slices.Contains(made, dir) {
+		return nil
+	}
+	if err := unix.Access(dir, unix.W_OK); err != nil {
 		return fmt.Errorf("socket %s: directory %s: %w", path, dir, err)
 	}
 	return nil
