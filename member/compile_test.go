@@ -601,6 +601,12 @@ func TestFailuresNameTheThing(t *testing.T) {
 		{"command", func(in *Input) { in.Spec.Process.Args = []string{"nosuch"} }, `command "nosuch" not found in $PATH: no such file or directory`, true},
 		{"command with a path", func(in *Input) { in.Spec.Process.Args = []string{"/bin/nosuch"} }, `command "/bin/nosuch": no such file or directory`, true},
 		{"not executable", func(in *Input) { in.Spec.Process.Args = []string{"/proc/self/status"} }, `command "/proc/self/status": permission denied`, true},
+		{"neither a program nor a script", func(in *Input) {
+			if err := os.WriteFile(filepath.Join(in.Root.Path, "bin/words"), []byte("words\n"), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			in.Spec.Process.Args = []string{"words"}
+		}, "execute words from $PATH: exec format error", true},
 		{"cwd", func(in *Input) { in.Spec.Process.Cwd, in.Root.ReadOnly = "/nowhere", true }, "change to working directory /nowhere: no such file or directory", false},
 		{"tmpfs size", func(in *Input) {
 			in.Spec.Mounts = append(in.Spec.Mounts, specs.Mount{Destination: "/tmp", Type: "tmpfs", Options: []string{"size=many"}})

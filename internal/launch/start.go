@@ -47,7 +47,7 @@ func (p *Program) Exec(paths, argv, env []string) {
 		if i < len(paths)-1 {
 			o.Ignore(unix.ENOENT, unix.ENOTDIR, unix.EACCES)
 		} else if len(paths) > 1 {
-			p.ops[o.i].step = fmt.Sprintf("execute %s (not in $PATH)", argv[0])
+			p.ops[o.i].step = fmt.Sprintf("execute %s from $PATH", argv[0])
 		}
 	}
 }
