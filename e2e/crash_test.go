@@ -101,6 +101,28 @@ var scenes = []scene{
 		points: []string{"add record before", "add cgroup after", "add data after", "add monitor after", "add created after"},
 	},
 	{
+		name:   "run",
+		before: func(r *rig) { r.mustServe(); r.ok("create", "box") },
+		act:    func(r *rig) { r.cli(long(r, "run", "box", "m")...) },
+		points: []string{"add record before", "add monitor before", "add monitor after", "add created after"},
+	},
+	{
+		// What has begun to run is not taken down because nobody could write that down.
+		name: "recovery from half a run",
+		before: func(r *rig) {
+			r.mustServe("SANDBOXD_CRASH_AT=add monitor after")
+			r.ok("create", "box")
+			r.cli(long(r, "run", "box", "m")...)
+			r.d.waitExit(r.T)
+		},
+		after: func(r *rig) {
+			if m := r.member("box/m"); m.State != "Running" || m.PID == 0 || m.MonitorPID == 0 {
+				r.Errorf("it is %s, pid %d, monitor %d", m.State, m.PID, m.MonitorPID)
+			}
+		},
+		points: []string{"recover member before", "recover member after"},
+	},
+	{
 		name:   "add that fails",
 		before: func(r *rig) { r.mustServe(); r.ok("create", "box") },
 		// A directory on a file cannot be mounted, which only init's program finds.

@@ -295,6 +295,14 @@ static void set_phase(uint32_t phase) {
 	broadcast('p', &phase, sizeof phase);
 }
 
+/* init_start lets a created init execute its command. */
+static long init_start(void) {
+	uint64_t one = 1;
+	long n = SYS3(write, FD_START, &one, sizeof one);
+	started = n == sizeof one;
+	return n;
+}
+
 static void client_accept(void) {
 	long fd = SYS4(accept4, FD_LISTEN, 0, 0, O_CLOEXEC);
 	if (IS_ERR(fd))
@@ -335,7 +343,6 @@ static void client_read(struct client *c) {
 		return;
 	}
 	uint32_t phase = st->phase;
-	uint64_t one = 1;
 	switch (n == 1 ? buf[0] : 0) {
 	case 'a':
 		c->attached = 1;
@@ -343,7 +350,7 @@ static void client_read(struct client *c) {
 		__attribute__((fallthrough));
 	case 'w':
 		c->told = 1;
-		if (c->fd)
+		if (c->fd && phase != PHASE_NONE) /* who started the monitor is here before it is told anything */
 			client_send(c, 'p', &phase, sizeof phase);
 		break;
 	case 's':
@@ -351,9 +358,7 @@ static void client_read(struct client *c) {
 			client_answer(c, phase == PHASE_CREATED || phase == PHASE_RUNNING ? -EALREADY : -ESRCH);
 			break;
 		}
-		n = SYS3(write, FD_START, &one, sizeof one);
-		started = n == sizeof one;
-		client_answer(c, n);
+		client_answer(c, init_start());
 		break;
 	case 'c':
 		/* The flag first: whoever opens the FIFO looks at it afterwards. */
@@ -632,7 +637,13 @@ static void init_created(void) {
 		fail(FAIL_CUSTODY, -r);
 	stream_open();
 	st->created_ns = now(REALTIME);
-	set_phase(PHASE_CREATED);
+	if (!(flags & FLAG_RUN)) {
+		set_phase(PHASE_CREATED);
+		return;
+	}
+	/* Nobody waits for this phase. */
+	__atomic_store_n(&st->phase, PHASE_CREATED, __ATOMIC_RELEASE);
+	init_start();
 }
 
 /* reports_read takes what the child has said so far. The end of the pipe means

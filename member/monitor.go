@@ -78,6 +78,7 @@ type MonitorSpec struct {
 	LogPath     string // absolute
 	LogMaxBytes int64  // output beyond it is read and dropped; 0 means no limit
 	TTY, Stdin  bool
+	Run         bool            // init executes its command as soon as it is created; else it waits for [Monitor.Start]
 	Custody     request.Custody // "" means always
 	OOMFile     string          // memory.events or memory.oom_control of the member's cgroup, or ""
 
@@ -104,7 +105,7 @@ type AdoptSpec struct {
 }
 
 // Start starts a monitor and returns when its init is created: all of its
-// program is done but the execve.
+// program is done but the execve. With Run it returns when that has succeeded.
 //
 // The error is a [*launch.StepError] if a call of the program failed. On error
 // no process is left that the program had not moved into a session of its own
@@ -141,19 +142,23 @@ func (m *Monitors) Start(ctx context.Context, spec MonitorSpec) (*Monitor, error
 	if err != nil {
 		return nil, err
 	}
-	mon.mu.Lock()
-	mon.explain = prog.ExplainStart()
-	mon.mu.Unlock()
-	err = mon.await(ctx, func(p Phase) bool { return p != PhaseNone })
+	until := PhaseRunning
+	if !spec.Run {
+		until = PhaseCreated
+		mon.mu.Lock()
+		mon.explain = prog.ExplainStart()
+		mon.mu.Unlock()
+	}
+	err = mon.await(ctx, func(p Phase) bool { return p >= until })
 	if err == nil || errors.Is(err, procid.ErrGone) {
 		var st Status
-		if st, err = ReadStatus(spec.Dir); err == nil && st.Phase != PhaseNone && st.Phase != PhaseFailed {
+		if st, err = ReadStatus(spec.Dir); err == nil {
+			err = explainFailure(st, prog, &spec)
+		}
+		if err == nil {
 			// It may have ended already: that is the caller's to find.
 			mon.init = st.Init
 			return mon, nil
-		}
-		if err == nil {
-			err = explainFailure(st, prog, &spec)
 		}
 	}
 	mon.kill()
@@ -295,10 +300,19 @@ func (m *Monitors) start(ctx context.Context, spec *MonitorSpec, fs *files, fres
 	return mon, nil
 }
 
-// explainFailure makes an error of why init could not be created.
+// explainFailure makes an error of why init could not be created, or if it is to
+// run why it does not; nil if that is so, or was.
 func explainFailure(st Status, prog *launch.Program, spec *MonitorSpec) error {
-	if st.Phase != PhaseFailed {
+	switch {
+	case st.Phase == PhaseNone:
 		return fmt.Errorf("%w: monitor ended in phase %v", launch.ErrLaunch, st.Phase)
+	case st.Phase == PhaseFailed:
+	case spec.Run && st.ExecFailed:
+		return prog.Explain(st.FailOp, st.FailErrno)
+	case spec.Run && st.StartedAt.IsZero():
+		return fmt.Errorf("%w: init or its monitor was killed before it could execute its command", launch.ErrLaunch)
+	default:
+		return nil
 	}
 	switch st.FailOp {
 	case failKilled:
@@ -419,6 +433,7 @@ const (
 	configTTY     = 1
 	configAdopt   = 2
 	configStdin   = 4
+	configRun     = 8
 	logPathMax    = 4096
 )
 
@@ -435,6 +450,9 @@ func (s *MonitorSpec) config(flags uint32, init procid.ID, programLen int) ([]by
 	}
 	if s.Stdin {
 		flags |= configStdin
+	}
+	if s.Run {
+		flags |= configRun
 	}
 	var custody uint32
 	switch s.Custody {

@@ -11,7 +11,7 @@
 #define CONFIG_VERSION 1u
 #define LOG_PATH_MAX 4096u /* PATH_MAX, the NUL counted */
 
-enum { FLAG_TTY = 1, FLAG_ADOPT = 2, FLAG_STDIN = 4 };
+enum { FLAG_TTY = 1, FLAG_ADOPT = 2, FLAG_STDIN = 4, FLAG_RUN = 8 };
 enum { CUSTODY_ALWAYS = 0, CUSTODY_FAILURE = 1, CUSTODY_NEVER = 2 };
 
 struct config {
@@ -31,7 +31,7 @@ static int config_check(const struct config *c, uint64_t len) {
 		return 1;
 	if (c->magic != CONFIG_MAGIC || c->version != CONFIG_VERSION)
 		return 2;
-	if (c->flags > (FLAG_TTY | FLAG_ADOPT | FLAG_STDIN) || c->custody > CUSTODY_NEVER)
+	if (c->flags > (FLAG_TTY | FLAG_ADOPT | FLAG_STDIN | FLAG_RUN) || c->custody > CUSTODY_NEVER)
 		return 3;
 	if (c->log_path_len < 2 || c->log_path_len > LOG_PATH_MAX || c->log_path_len > len - sizeof *c)
 		return 4;

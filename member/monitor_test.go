@@ -213,6 +213,53 @@ func TestMonitorWaitsForTheStart(t *testing.T) {
 	}
 }
 
+func TestMonitorRunsAtOnce(t *testing.T) {
+	m := newMonitored(t, "echo ran; sleep 100")
+	m.spec.Run = true
+	m.create()
+	st, err := ReadStatus(m.spec.Dir)
+	if err != nil || st.Phase != PhaseRunning || st.Init != m.mon.Init() || st.StartedAt.IsZero() || !st.Custody {
+		t.Errorf("status = %+v, %v", st, err)
+	}
+	if cmdline, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", st.Init.PID)); err != nil || !strings.HasPrefix(string(cmdline), "sh\x00") {
+		t.Errorf("init is %q, %v", cmdline, err)
+	}
+	if err := m.mon.Init().Signal(unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	if r := m.exit(); r.Signal != 9 {
+		t.Errorf("exit = %+v", r)
+	}
+}
+
+func TestMonitorCannotRunAtOnce(t *testing.T) {
+	m := newMonitored(t, "")
+	m.spec.Run = true
+	m.spec.Program = func(_, _, _ *os.File) (*launch.Program, error) {
+		p := &launch.Program{}
+		p.Call("begin a session", unix.SYS_SETSID)
+		p.Created()
+		p.Exec([]string{"/nowhere/at/all"}, []string{"all"}, nil)
+		return p, nil
+	}
+	mon, err := m.ms.Start(m.ctx, m.spec)
+	if err == nil {
+		m.watch(mon)
+		t.Fatal("Start succeeded")
+	}
+	var se *launch.StepError
+	if !errors.As(err, &se) || !se.Exec || !errors.Is(err, unix.ENOENT) || !strings.Contains(err.Error(), "/nowhere/at/all") {
+		t.Errorf("Start = %v", err)
+	}
+	st, err := ReadStatus(m.spec.Dir)
+	if err != nil || st.Init.IsZero() || st.Init.Alive() {
+		t.Errorf("status = %+v, %v, want a dead init", st, err)
+	}
+	if _, err := procid.Of(st.MonitorPID); !errors.Is(err, procid.ErrGone) {
+		t.Errorf("monitor %d is left: %v", st.MonitorPID, err)
+	}
+}
+
 func TestMonitorKilledBeforeTheStart(t *testing.T) {
 	m := newMonitored(t, "").create()
 	if err := m.mon.Init().Signal(unix.SIGKILL); err != nil {

@@ -218,11 +218,15 @@ func (m *Manager) Add(ctx context.Context, sandboxRef string, c MemberConfig) (M
 // Run is Add and Start in one. If the start fails, the member is removed again:
 // its command has not run, and whoever asked for it wants its name back.
 func (m *Manager) Run(ctx context.Context, sandboxRef string, c MemberConfig) (MemberInfo, error) {
-	b, mb, err := m.addMember(ctx, sandboxRef, c, MemberStarting) // one record for the two
+	b, mb, err := m.addMember(ctx, sandboxRef, c, MemberRunning)
 	if err != nil {
 		return MemberInfo{}, err
 	}
 	defer mb.op.release()
+	if mb.rec.Load().State == MemberRunning {
+		m.o.Log.Info("Member started", "sandbox", b.id(), "member", mb.id(), "name", mb.name())
+		return m.memberInfo(b, mb), nil
+	}
 	ref := sandboxRef + "/" + mb.name()
 	err = func() (err error) {
 		defer m.operation("start", &err)()
@@ -238,7 +242,8 @@ func (m *Manager) Run(ctx context.Context, sandboxRef string, c MemberConfig) (M
 }
 
 // addMember is Add. The member that it returns has its op lock held, and is in
-// the state that is asked for, [MemberCreated] or [MemberStarting].
+// the state that is asked for, [MemberCreated] or [MemberRunning]. In place of the
+// latter it may be [MemberStarting], if there is something to do between the two.
 func (m *Manager) addMember(ctx context.Context, sandboxRef string, c MemberConfig, state MemberState) (_ *box, _ *memb, err error) {
 	defer m.operation("add", &err)()
 	id := m.o.NewID()
@@ -280,6 +285,9 @@ func (m *Manager) addMember(ctx context.Context, sandboxRef string, c MemberConf
 		above()
 		m.forgetMember(b, mb) // nothing of it has been made yet
 		return nil, nil, &OpError{Op: "add", Ref: ref, Err: err}
+	}
+	if state == MemberRunning && len(hooks)+len(c.Collect) > 0 {
+		state = MemberStarting // one record for it and for Created
 	}
 	if err := m.add(ctx, b, mb, siblings, spec, sel, hooks, above, state); err != nil {
 		undo := m.takeDownMember(ctx, b, mb, "add-undo")
@@ -371,7 +379,7 @@ func (m *Manager) add(ctx context.Context, b *box, mb *memb, siblings []*MemberR
 	}
 	var mon Monitor
 	err = m.run("add", "monitor", func() (err error) {
-		mon, err = m.node.StartMonitor(ctx, b.rec.Load(), mb.rec.Load(), siblings, spec, m.memberPath(mb), limited, m.madeHooks(ctx, b, mb))
+		mon, err = m.node.StartMonitor(ctx, b.rec.Load(), mb.rec.Load(), siblings, spec, m.memberPath(mb), limited, m.madeHooks(ctx, b, mb), state == MemberRunning)
 		return err
 	})
 	if err != nil {

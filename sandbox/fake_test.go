@@ -516,7 +516,7 @@ func (n *fakeNode) RemoveMemberData(ctx context.Context, m *MemberRecord) error 
 	})
 }
 
-func (n *fakeNode) StartMonitor(ctx context.Context, r *Record, m *MemberRecord, _ []*MemberRecord, _ *specs.Spec, dir string, limited func() error, made func(procid.ID) error) (Monitor, error) {
+func (n *fakeNode) StartMonitor(ctx context.Context, r *Record, m *MemberRecord, _ []*MemberRecord, _ *specs.Spec, dir string, limited func() error, made func(procid.ID) error, run bool) (Monitor, error) {
 	if err := limited(); err != nil {
 		return nil, err
 	}
@@ -535,6 +535,11 @@ func (n *fakeNode) StartMonitor(ctx context.Context, r *Record, m *MemberRecord,
 	})
 	if err == nil && made != nil {
 		if err = made(c.f.Init); err != nil {
+			n.KillMonitor(context.Background(), m)
+		}
+	}
+	if err == nil && run {
+		if err = c.Start(ctx); err != nil {
 			n.KillMonitor(context.Background(), m)
 		}
 	}
@@ -635,6 +640,9 @@ func (n *fakeNode) MonitorStatus(m *MemberRecord, _ string) (st MonitorStatus, e
 	err = n.call(context.Background(), "MonitorStatus", func() error {
 		if mon := n.monitors[key(m)]; mon != nil {
 			st = MonitorStatus{Phase: mon.phase, Init: mon.init, StartErr: mon.startErr, Exit: mon.exit, Custody: mon.exit == nil || holds(mon.policy, *mon.exit)}
+			if n.started[key(m)] {
+				st.StartedAt = 1
+			}
 		}
 		return nil
 	})

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/internal/namespace"
+	"github.com/sandboxd/sandboxd/internal/procid"
 )
 
 func must[T any](t *testing.T) func(T, error) T {
@@ -270,6 +271,53 @@ func TestRun(t *testing.T) {
 	}
 	if _, err := m.InspectMember("web/bad"); !errors.Is(err, ErrNotFound) {
 		t.Errorf("what could not be started is there: %v", err)
+	}
+}
+
+// A daemon that is killed before it could record that a member runs finds it
+// running, or what became of it; one that only waits for its start is taken down.
+func TestRunThatWasCutOff(t *testing.T) {
+	tests := []struct {
+		name  string
+		begin func(*Manager, context.Context, string, MemberConfig) (MemberInfo, error)
+		then  func(*fakeNode, string)
+		want  string // "": there is no such member
+	}{
+		{"it runs", (*Manager).Run, func(*fakeNode, string) {}, "Running"},
+		{"it has exited", (*Manager).Run, func(n *fakeNode, k string) { n.exitInit(k, Exit{Known: true, Code: 3, Reason: "Error"}) }, "Exited"},
+		{"it was only added", (*Manager).Add, func(*fakeNode, string) {}, ""},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			n, state := newFakeNode(), t.TempDir()
+			m := open(t, state, n)
+			ctx := t.Context()
+			must[Info](t)(m.Create(ctx, Config{Name: "web"}))
+			before := must[MemberInfo](t)(tt.begin(m, ctx, "web", member("app")))
+			check(t, m.Close())
+			file := filepath.Join(state, sandboxesDir, before.Sandbox, membersDir, before.ID, memberFile)
+			var r MemberRecord
+			check(t, json.Unmarshal(must[[]byte](t)(os.ReadFile(file)), &r))
+			r.State, r.Monitor, r.Init, r.Inodes, r.Complete = MemberCreating, procid.ID{}, procid.ID{}, nil, false
+			check(t, os.WriteFile(file, must[[]byte](t)(json.Marshal(r)), 0o600))
+			n.with(func() { tt.then(n, before.Sandbox+"/"+before.ID) })
+
+			m = open(t, state, n)
+			mi, err := m.InspectMember("web/app")
+			if tt.want == "" {
+				if !errors.Is(err, ErrNotFound) {
+					t.Errorf("the member is there: %v, %v", mi, err)
+				}
+				return
+			}
+			check(t, err)
+			if mi.State != tt.want || mi.MonitorPID != before.MonitorPID || mi.State == "Running" && mi.PID != before.PID {
+				t.Errorf("the member is %s, pid %d, monitor %d; want %s, %d, %d", mi.State, mi.PID, mi.MonitorPID, tt.want, before.PID, before.MonitorPID)
+			}
+			if mi.Exit != nil && mi.Exit.Code != 3 {
+				t.Errorf("it exited with %+v", mi.Exit)
+			}
+		})
 	}
 }
 

@@ -145,7 +145,10 @@ type MemberNode interface {
 	// Unless made is nil, it is called when init's namespaces and mounts are
 	// there and its root is not entered yet; init waits for it. Its error is
 	// StartMonitor's.
-	StartMonitor(ctx context.Context, r *Record, m *MemberRecord, siblings []*MemberRecord, spec *specs.Spec, dir string, limited func() error, made func(init procid.ID) error) (Monitor, error)
+	//
+	// With run, init executes its command at once, and StartMonitor returns when
+	// that has succeeded. A [*StartError] says why it did not.
+	StartMonitor(ctx context.Context, r *Record, m *MemberRecord, siblings []*MemberRecord, spec *specs.Spec, dir string, limited func() error, made func(init procid.ID) error, run bool) (Monitor, error)
 	// AdoptMonitor connects to a monitor that an earlier daemon started. It
 	// fails with [procid.ErrGone] if that monitor is gone.
 	AdoptMonitor(ctx context.Context, m *MemberRecord, dir string) (Monitor, error)

@@ -267,6 +267,7 @@ func (m *Manager) recoverMember(ctx context.Context, b *box, mb *memb) {
 	}
 	defer mb.op.release()
 	crash.Point("recover member before")
+	m.findRunning(mb)
 	switch s := mb.rec.Load().State; {
 	case mb.broken, s == MemberCreating, s == MemberDeleting, s == MemberUnclean:
 		if len(mb.rec.Load().Hooks) > 0 {
@@ -290,6 +291,20 @@ func (m *Manager) recoverMember(ctx context.Context, b *box, mb *memb) {
 		m.finishRelease(ctx, mb)
 	}
 	crash.Point("recover member after")
+}
+
+// findRunning notes that a member that was to run as soon as it was created has
+// come to it, though the daemon that wanted that did not live to see it.
+// Preconditions: mb.op is held.
+func (m *Manager) findRunning(mb *memb) {
+	if mb.broken || mb.rec.Load().State != MemberCreating {
+		return
+	}
+	st, err := m.node.MonitorStatus(mb.rec.Load(), m.memberPath(mb))
+	if err != nil || st.StartedAt == 0 {
+		return
+	}
+	m.noteMember(mb, func(r *MemberRecord) { r.State, r.Init, r.Complete = MemberStarting, st.Init, true })
 }
 
 // checkRecord reports what makes a record that was decoded unusable.

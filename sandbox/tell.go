@@ -145,7 +145,11 @@ func sandboxEvents(t *told, old, r *Record) []Event {
 
 // memberEvents is sandboxEvents for a member.
 func memberEvents(t *told, old, r *MemberRecord) []Event {
-	es := t.changed(r.State.String(), r.Reason)
+	var es []Event
+	if old.State == MemberCreating && r.State == MemberRunning { // in one step; it has been created all the same
+		es = t.changed(MemberCreated.String(), "")
+	}
+	es = append(es, t.changed(r.State.String(), r.Reason)...)
 	// An exit that could not be recorded has been told of all the same.
 	if len(es) == 1 && old.Exit == nil && r.Exit != nil {
 		es[0].Type, es[0].Exit, es[0].Reason = journal.Exit, r.Exit, r.Exit.Reason

@@ -20,7 +20,7 @@ import (
 )
 
 // StartMonitor implements [sandbox.MemberNode].
-func (n *node) StartMonitor(ctx context.Context, r *sandbox.Record, m *sandbox.MemberRecord, siblings []*sandbox.MemberRecord, spec *specs.Spec, dir string, limited func() error, made func(init procid.ID) error) (sandbox.Monitor, error) {
+func (n *node) StartMonitor(ctx context.Context, r *sandbox.Record, m *sandbox.MemberRecord, siblings []*sandbox.MemberRecord, spec *specs.Spec, dir string, limited func() error, made func(init procid.ID) error, run bool) (sandbox.Monitor, error) {
 	in, closeInput, err := n.compilerInput(r, m, siblings, spec)
 	defer closeInput()
 	if err != nil {
@@ -35,7 +35,7 @@ func (n *node) StartMonitor(ctx context.Context, r *sandbox.Record, m *sandbox.M
 		in.Stdin, in.Stdout, in.Stderr = stdin, stdout, stderr
 		return member.Compile(in)
 	}
-	ms.Ready = limited
+	ms.Ready, ms.Run = limited, run
 	if made == nil {
 		mon, err := n.monitors.Start(ctx, *ms)
 		if err != nil {
