@@ -304,11 +304,49 @@ func openCached(root int, target string) (fd int, err error) {
 			break
 		}
 	}
-	if errors.Is(err, unix.EINVAL) { // before Linux 5.12
+	switch {
+	case errors.Is(err, unix.EAGAIN):
+		return openStepwise(root, target)
+	case errors.Is(err, unix.EINVAL): // before Linux 5.12
 		how.Resolve &^= resolveCached
-		fd, err = unix.Openat2(root, target, &how)
+		return unix.Openat2(root, target, &how)
 	}
 	return fd, err
+}
+
+// openStepwise does the same where the kernel has to ask: an overlay whose layers are
+// idmapped never has in memory who may search a directory (ovl_get_acl), nor has any file
+// system as long as nobody asked. So that is asked of the root's own file system and of
+// those in memory; it goes through no other, nor links.
+func openStepwise(root int, target string) (fd int, err error) {
+	home, err := device(root)
+	if err != nil {
+		return -1, err
+	}
+	how := unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC | unix.O_NOFOLLOW, Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS}
+	fd = root
+	for name := range strings.SplitSeq(strings.Trim(target, "/"), "/") {
+		if dev, err := device(fd); fd != root && (err != nil || dev != home) && !isTmpfs(fd) {
+			unix.Close(fd)
+			return -1, errors.New("there is another file system on the way")
+		}
+		next, err := unix.Openat2(fd, name, &how)
+		if fd != root {
+			unix.Close(fd)
+		}
+		if err != nil {
+			return -1, err
+		}
+		fd = next
+	}
+	return fd, nil
+}
+
+// device returns what file system fd is in, without asking that.
+func device(fd int) ([2]uint32, error) {
+	var st unix.Statx_t
+	err := unix.Statx(fd, "", unix.AT_EMPTY_PATH|unix.AT_STATX_DONT_SYNC, 0, &st)
+	return [2]uint32{st.Dev_major, st.Dev_minor}, err
 }
 
 // isTmpfs reports whether fd is in a tmpfs, by the form of its file handles

@@ -376,6 +376,17 @@ func TestCustodyIsEnded(t *testing.T) {
 	if m := r.member("web/e"); !m.Custody.Held || m.Custody.TmpfsBytes != 2<<20 {
 		t.Errorf("e: %+v", m.Custody)
 	}
+	// In a user namespace too, and there as well what the sandbox holds counts for nobody.
+	r.ok("create", "users", "--share", "net,ipc,uts,user")
+	r.run("users", "m", "head -c 1048576 /dev/zero >/t/f; echo >/dev/shm/f; exit 1", "--tmpfs", "/t", "--tmpfs", "/home/a/b")
+	r.collected("users/m")
+	if m := r.member("users/m"); m.Custody.TmpfsBytes != 1<<20 {
+		t.Errorf("in a user namespace: %+v", m.Custody)
+	}
+	if ms := r.postmortem("users/m").Custody.Mounts; len(ms) != 5 || ms[4].Target != "/home/a/b" {
+		t.Errorf("in a user namespace: %+v", ms)
+	}
+	r.ok("rm", "-f", "users")
 	var events []string
 	for line := range strings.Lines(r.ok("events", "-o", "json", "--filter", "type=custody")) {
 		var e struct {
