@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/sandboxd/sandboxd/internal/procid"
 )
 
 // Kill kills every process in the cgroup at path and below, and returns when
@@ -185,8 +187,8 @@ func signalAll(dir string) error {
 		}
 	}()
 	for _, pid := range pids {
-		fd, err := unix.PidfdOpen(pid, 0)
-		if errors.Is(err, unix.ESRCH) {
+		fd, err := procid.Pidfd(pid)
+		if errors.Is(err, procid.ErrGone) {
 			continue
 		}
 		if errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE) {

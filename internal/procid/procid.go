@@ -47,12 +47,9 @@ func (id ID) Open() (*os.File, error) {
 	if id.PID <= 0 {
 		return nil, ErrGone
 	}
-	fd, err := unix.PidfdOpen(id.PID, 0)
-	if errors.Is(err, unix.ESRCH) || errors.Is(err, unix.EINVAL) {
-		return nil, ErrGone
-	}
+	fd, err := Pidfd(id.PID)
 	if err != nil {
-		return nil, os.NewSyscallError("pidfd_open", err)
+		return nil, err
 	}
 	f := os.NewFile(uintptr(fd), "pidfd:"+id.String())
 	// The pid may have been recycled before pidfd_open; it cannot be while the
@@ -66,6 +63,20 @@ func (id ID) Open() (*os.File, error) {
 		return nil, err
 	}
 	return f, nil
+}
+
+// Pidfd returns a pidfd of the process that has pid now, for the caller to close. It
+// fails with [ErrGone] if none has: the pid may be that of a thread by now, which
+// pidfd_open answers with EINVAL, and newer kernels with ENOENT.
+func Pidfd(pid int) (int, error) {
+	fd, err := unix.PidfdOpen(pid, 0)
+	switch err {
+	case nil:
+		return fd, nil
+	case unix.ESRCH, unix.EINVAL, unix.ENOENT:
+		return -1, ErrGone
+	}
+	return -1, os.NewSyscallError("pidfd_open", err)
 }
 
 // Alive reports whether the process runs: it has neither been reaped nor is it

@@ -4,7 +4,10 @@ import (
 	"errors"
 	"os"
 	"os/exec"
+	"runtime"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 func TestParseStat(t *testing.T) {
@@ -52,6 +55,29 @@ func TestAlive(t *testing.T) {
 	}
 	if _, err := id.Parent(); !errors.Is(err, ErrGone) {
 		t.Errorf("Parent = %v, want ErrGone", err)
+	}
+}
+
+// The pid of a process that has been reaped may be a thread's of another one.
+func TestPIDOfAThread(t *testing.T) {
+	tids, done := make(chan int), make(chan struct{})
+	defer close(done)
+	for range 2 { // one of them may have the first thread, which is a process too
+		go func() {
+			runtime.LockOSThread()
+			tids <- unix.Gettid()
+			<-done
+		}()
+	}
+	thread := <-tids
+	if other := <-tids; thread == os.Getpid() {
+		thread = other
+	}
+	if _, err := (ID{thread, 1}).Open(); !errors.Is(err, ErrGone) {
+		t.Errorf("Open = %v, want ErrGone", err)
+	}
+	if _, err := Pidfd(thread); !errors.Is(err, ErrGone) {
+		t.Errorf("Pidfd = %v, want ErrGone", err)
 	}
 }
 
