@@ -190,11 +190,24 @@ func (d *Driver) Detach(ctx context.Context, id string, plan json.RawMessage, ns
 		}
 	}
 	if len(errs) > 0 {
-		return errors.Join(errs...)
+		return joined(errs)
 	}
 	d.o.Ports.Release(id)
 	return nil
 }
+
+// joined is what errors.Join makes, in one line: it is shown in tables and events.
+type joined []error
+
+func (errs joined) Error() string {
+	var texts []string
+	for _, err := range errs {
+		texts = append(texts, err.Error())
+	}
+	return strings.Join(texts, "; ")
+}
+
+func (errs joined) Unwrap() []error { return errs }
 
 // Forget runs DEL a last time, also of plugins that wait for others, removes the cached
 // results, for which GC would run it again, and lets the ports go.
@@ -271,9 +284,11 @@ func (d *Driver) del(ctx context.Context, id string, a attachment, ns *os.File, 
 	}
 	if len(errs) > 0 {
 		if prev != nil && !cached {
-			errs = append(errs, d.keep(list, rt, prev)) // the namespace will be gone
+			if err := d.keep(list, rt, prev); err != nil { // the namespace will be gone
+				errs = append(errs, err)
+			}
 		}
-		return errors.Join(errs...)
+		return joined(errs)
 	}
 	err = os.Remove(d.cacheFile(list.Name, id, a.Interface))
 	if errors.Is(err, os.ErrNotExist) {
