@@ -1,12 +1,12 @@
 package sandbox
 
 import (
+	"bytes"
 	"errors"
 	"io/fs"
 	"os"
 	"path/filepath"
-
-	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"strings"
 
 	"github.com/sandboxd/sandboxd/internal/procid"
 	"github.com/sandboxd/sandboxd/internal/statefile"
@@ -60,9 +60,18 @@ func (m dirMember) name() string { return m.rec.Config.Name }
 
 // sandboxes reads the record of every sandbox. What cannot be read is shown as
 // unclean, as the daemon would show it; what goes away meanwhile is not there.
-func sandboxes(root *os.Root) []dirBox {
+// With a ref, those that it cannot mean are left out, without what most of the time
+// goes into: their records are not decoded.
+func sandboxes(root *os.Root, ref string) []dirBox {
 	var boxes []dirBox
 	for _, id := range ids(root, sandboxesDir) {
+		if ref != "" && !strings.HasPrefix(id, ref) {
+			// A name is in the file as it is: it has nothing that JSON would escape.
+			data, err := statefile.Bytes(root, sandboxesDir+"/"+id+"/"+sandboxFile)
+			if err == nil && !bytes.Contains(data, []byte(`"`+ref+`"`)) {
+				continue
+			}
+		}
 		r, err := readRecord(root, sandboxesDir+"/"+id)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
@@ -103,7 +112,7 @@ func (d *Dir) box(ref string) (dirBox, error) {
 		b.rec, _ = readRecord(root, sandboxesDir+"/"+ref)
 	}
 	if b.rec == nil {
-		if b, err = find("sandbox", ref, sandboxes(root), ""); err != nil {
+		if b, err = find("sandbox", ref, sandboxes(root, ref), ""); err != nil {
 			return dirBox{}, err
 		}
 	}
@@ -150,7 +159,7 @@ func (d *Dir) List() ([]Info, error) {
 	}
 	defer root.Close()
 	infos := []Info{}
-	for _, b := range sandboxes(root) {
+	for _, b := range sandboxes(root, "") {
 		d.readMembers(root, &b)
 		infos = append(infos, brief(d.info(b)))
 	}
@@ -199,13 +208,16 @@ func (d *Dir) MemberDir(ref string) (string, error) {
 	return m.dir, err
 }
 
-// MemberConfigFile returns the OCI configuration that a member was made from.
-func (d *Dir) MemberConfigFile(ref string) (*specs.Spec, error) {
-	_, m, err := d.member(ref)
+// MemberConfig reads the OCI configuration that m was made from into part, which
+// may have only some of its fields: to read all of them takes longer than to start
+// a process.
+func (d *Dir) MemberConfig(m *MemberRecord, part any) error {
+	root, err := os.OpenRoot(filepath.Join(d.path, sandboxesDir, m.Sandbox, membersDir, m.ID))
 	if err != nil {
-		return nil, err
+		return err
 	}
-	return readSpec(m.dir)
+	defer root.Close()
+	return statefile.ReadPart(root, specFile, part)
 }
 
 // Records returns the records behind ref, a sandbox or SANDBOX/MEMBER, for what

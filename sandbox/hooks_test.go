@@ -99,7 +99,7 @@ func (n *fakeNode) begin(state string) {
 		return // none has been there
 	}
 	defer root.Close()
-	for _, b := range sandboxes(root) {
+	for _, b := range sandboxes(root, "") {
 		note(b.id(), b.rec.HookRuns)
 		(&Dir{path: state}).readMembers(root, &b)
 		for _, m := range b.members {

@@ -510,8 +510,9 @@ func TestDirShowsTheSame(t *testing.T) {
 	if err != nil || r.ID != i.ID || mr.Config.Name != "app" || dir == "" || len(sib) != 0 {
 		t.Errorf("Records = %v %v %q %v %v", r, mr, dir, sib, err)
 	}
-	if s, err := d.MemberConfigFile("web/app"); err != nil || s.Process.Args[0] != "true" {
-		t.Errorf("MemberConfigFile = %v, %v", s, err)
+	var part struct{ Process struct{ Args []string } }
+	if err := d.MemberConfig(mr, &part); err != nil || !slices.Equal(part.Process.Args, []string{"true"}) {
+		t.Errorf("MemberConfig = %v, %v", part, err)
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -224,5 +225,45 @@ func TestNoneButTheNamedIsLookedAt(t *testing.T) {
 	again := must[Info](t)(m.Create(t.Context(), Config{Name: "web"}))
 	if b, err := m.box("web"); err != nil || b.id() != again.ID {
 		t.Errorf("the name stands for %v (%v), want its second owner %s", b, err, again.ID)
+	}
+}
+
+// Who looks for one sandbox in the state directory does not decode the records of
+// all others.
+func TestSandboxesOfRef(t *testing.T) {
+	state := t.TempDir()
+	m := open(t, state, newFakeNode())
+	ids := map[string]string{}
+	for _, name := range []string{"web", "web-2", "db"} {
+		ids[name] = must[Info](t)(m.Create(t.Context(), Config{Name: name})).ID
+	}
+	root, err := os.OpenRoot(state)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	if err := root.WriteFile(sandboxesDir+"/"+ids["db"]+"/"+sandboxFile, []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		ref  string
+		want []string
+	}{
+		{"web", []string{"web"}},
+		{"web-2", []string{"web-2"}},
+		{"nothing", nil},
+		{ids["web"], []string{"web"}},
+		{ids["db"][:8], []string{ids["db"]}}, // not to be read, and shown by its id
+		{"", []string{"web", "web-2", ids["db"]}},
+	} {
+		var got []string
+		for _, b := range sandboxes(root, tt.ref) {
+			got = append(got, b.name())
+		}
+		slices.Sort(got)
+		slices.Sort(tt.want)
+		if !slices.Equal(got, tt.want) {
+			t.Errorf("sandboxes(%q) = %v, want %v", tt.ref, got, tt.want)
+		}
 	}
 }

@@ -394,15 +394,12 @@ func (j *joiner) proc() error {
 	if err != nil {
 		return err
 	}
-	s := p.spec
-	for _, mnt := range s.Mounts {
+	for _, mnt := range p.Mounts {
 		if filepath.Clean(mnt.Destination) == "/proc" && mnt.Type == "proc" {
 			pm.Options = mnt.Options
 		}
 	}
-	if s.Linux != nil {
-		pm.Masked, pm.ReadOnly = s.Linux.MaskedPaths, s.Linux.ReadonlyPaths
-	}
+	pm.Masked, pm.ReadOnly = p.Linux.MaskedPaths, p.Linux.ReadonlyPaths
 	return nil
 }
 
@@ -555,7 +552,7 @@ func (j *joiner) memberProcess(m *sandbox.MemberRecord) error {
 	if err != nil {
 		return err
 	}
-	p := *of.spec.Process
+	p := *of.Process
 	p.Env = slices.Clone(p.Env)
 	j.spec.Process, j.spec.Seccomp, j.spec.SeccompFlag = &p, of.filter, of.flags
 	return nil

@@ -13,39 +13,54 @@ import (
 // memberProcess is what of a member's configuration its other processes have too.
 // It never changes: whoever needs something else copies it.
 type memberProcess struct {
-	spec   *specs.Spec       // without the seccomp profile
-	filter []unix.SockFilter // made of that; nil: none
+	processConfig
+	filter []unix.SockFilter // made of the seccomp profile, which is let go; nil: none
 	flags  uintptr
+}
+
+// processConfig is the part of a [specs.Spec] that it is made of.
+type processConfig struct {
+	Process *specs.Process `json:"process"`
+	Mounts  []specs.Mount  `json:"mounts"`
+	Linux   struct {
+		Seccomp       *specs.LinuxSeccomp `json:"seccomp"`
+		MaskedPaths   []string            `json:"maskedPaths"`
+		ReadonlyPaths []string            `json:"readonlyPaths"`
+	} `json:"linux"`
 }
 
 // newMemberProcess takes it from a resolved configuration, which stays as it is.
 func newMemberProcess(s *specs.Spec) (*memberProcess, error) {
-	p := new(memberProcess)
-	kept := *s
-	p.spec = &kept
-	if s.Linux == nil || s.Linux.Seccomp == nil {
+	c := processConfig{Process: s.Process, Mounts: s.Mounts}
+	if l := s.Linux; l != nil {
+		c.Linux.Seccomp, c.Linux.MaskedPaths, c.Linux.ReadonlyPaths = l.Seccomp, l.MaskedPaths, l.ReadonlyPaths
+	}
+	return c.compile()
+}
+
+func (c processConfig) compile() (*memberProcess, error) {
+	p := &memberProcess{processConfig: c}
+	if c.Linux.Seccomp == nil {
 		return p, nil
 	}
 	var err error
-	if p.filter, err = seccomp.Compile(s.Linux.Seccomp); err != nil {
+	if p.filter, err = seccomp.Compile(c.Linux.Seccomp); err != nil {
 		return nil, err
 	}
-	if p.flags, err = seccomp.Flags(s.Linux.Seccomp); err != nil {
+	if p.flags, err = seccomp.Flags(c.Linux.Seccomp); err != nil {
 		return nil, err
 	}
-	l := *s.Linux
-	l.Seccomp = nil // it is large
-	kept.Linux = &l
+	p.Linux.Seccomp = nil // it is large
 	return p, nil
 }
 
 // readProcess reads it from the state directory.
 func readProcess(d *sandbox.Dir, m *sandbox.MemberRecord) (*memberProcess, error) {
-	s, err := d.MemberConfigFile(m.Sandbox + "/" + m.ID)
-	if err != nil {
+	var c processConfig
+	if err := d.MemberConfig(m, &c); err != nil {
 		return nil, err
 	}
-	return newMemberProcess(s)
+	return c.compile()
 }
 
 // recentProcesses keeps those of the members that were made, or that commands

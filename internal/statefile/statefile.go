@@ -84,20 +84,48 @@ func fill(f *os.File, data []byte, sync bool) error {
 // Read decodes the file name under dir into v. A field that v does not have and
 // anything after the value are errors: nobody else writes these files, so that
 // either comes from a newer daemon or from a damaged disk.
-func Read(dir *os.Root, name string, v any) error {
+func Read(dir *os.Root, name string, v any) error { return read(dir, name, v, false) }
+
+// ReadPart is [Read] into a v that has only those fields that are wanted.
+func ReadPart(dir *os.Root, name string, v any) error { return read(dir, name, v, true) }
+
+// Bytes returns what is in the file name under dir.
+func Bytes(dir *os.Root, name string) ([]byte, error) {
+	f, err := openRegular(dir, name)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return io.ReadAll(f)
+}
+
+func openRegular(dir *os.Root, name string) (*os.File, error) {
 	// A FIFO in its place must not block the daemon.
 	f, err := dir.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	fi, err := f.Stat()
+	if err == nil && !fi.Mode().IsRegular() {
+		err = fmt.Errorf("%s is not a regular file", name)
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+func read(dir *os.Root, name string, v any, part bool) error {
+	f, err := openRegular(dir, name)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	if fi, err := f.Stat(); err != nil {
-		return err
-	} else if !fi.Mode().IsRegular() {
-		return fmt.Errorf("%s is not a regular file", name)
-	}
 	d := json.NewDecoder(f)
-	d.DisallowUnknownFields()
+	if !part {
+		d.DisallowUnknownFields()
+	}
 	if err := d.Decode(v); err != nil {
 		return fmt.Errorf("decode %s: %w", name, err)
 	}

@@ -117,6 +117,30 @@ func TestRead(t *testing.T) {
 	}
 }
 
+func TestReadPart(t *testing.T) {
+	dir, err := os.OpenRoot(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	for content, want := range map[string]string{
+		`{"A":1,"B":{"C":2}}`: "",
+		`{"A":1,"B":}`:        "decode f: ",
+		`{"A":1} {}`:          "decode f: data after the value",
+	} {
+		if err := dir.WriteFile("f", []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		var v struct{ A int }
+		switch err := ReadPart(dir, "f", &v); {
+		case want == "" && (err != nil || v.A != 1):
+			t.Errorf("ReadPart of %s = %v, %v", content, v, err)
+		case want != "" && (err == nil || !strings.HasPrefix(err.Error(), want)):
+			t.Errorf("ReadPart of %s = %v, want %q", content, err, want)
+		}
+	}
+}
+
 func TestReadDoesNotWaitForAWriter(t *testing.T) {
 	root, dir := open(t)
 	if err := unix.Mkfifo(filepath.Join(dir, "a"), 0o600); err != nil {
