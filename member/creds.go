@@ -7,6 +7,7 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -233,22 +234,36 @@ func addFilter(p *launch.Program, filter []unix.SockFilter, flags uintptr) {
 	p.Call("load the seccomp filter", unix.SYS_SECCOMP, launch.Int(setModeFilter), launch.Int(flags), at)
 }
 
+// dropSteps are what is said of each capability that is dropped: half of the texts
+// of a program, and the same in all.
+var dropSteps = sync.OnceValue(func() (steps [64]string) {
+	for c := range steps {
+		name := fmt.Sprintf("capability %d", c)
+		if c < len(capNames) {
+			name = capNames[c]
+		}
+		steps[c] = "drop " + name + " from the bounding set"
+	}
+	return steps
+})
+
 // addBounding drops all capabilities but keep from the bounding set.
 func addBounding(p *launch.Program, keep uint64) {
-	drop := func(name string, c int) launch.Op {
-		return p.Call("drop "+name+" from the bounding set",
+	steps := dropSteps()
+	drop := func(c int) launch.Op {
+		return p.Call(steps[c],
 			unix.SYS_PRCTL, launch.Int(unix.PR_CAPBSET_DROP), launch.Int(c), launch.Int(0), launch.Int(0), launch.Int(0))
 	}
-	for c, name := range capNames {
+	for c := range capNames {
 		if keep&(1<<c) == 0 {
-			drop(name, c)
+			drop(c)
 		}
 	}
 	// A kernel that is newer than the list may have more. EINVAL: it has not.
 	var unknown func(c int)
 	unknown = func(c int) {
-		if c < 64 {
-			drop(fmt.Sprintf("capability %d", c), c).Then(func() { unknown(c + 1) }, unix.EINVAL)
+		if c < len(steps) {
+			drop(c).Then(func() { unknown(c + 1) }, unix.EINVAL)
 		}
 	}
 	unknown(len(capNames))

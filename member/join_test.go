@@ -269,6 +269,19 @@ func TestExecIntoTheLiving(t *testing.T) {
 	}
 }
 
+// A program is made for every probe of every member.
+func TestCompileJoinMakesLittleGarbage(t *testing.T) {
+	s := &JoinSpec{Namespaces: map[namespace.Kind]*os.File{namespace.Mnt: os.Stdin, namespace.PID: os.Stdin}, Root: os.Stdout, Process: process("true")}
+	n := testing.AllocsPerRun(10, func() {
+		if _, err := CompileJoin(s); err != nil {
+			t.Fatal(err)
+		}
+	})
+	if n > 80 {
+		t.Errorf("CompileJoin allocates %v times", n)
+	}
+}
+
 // One call joins all namespaces of a process that lives, by its pidfd.
 func TestExecByPidfd(t *testing.T) {
 	testenv.Root(t)

@@ -95,6 +95,9 @@ func (p *Program) Call(step string, nr uintptr, args ...Arg) Op {
 	for i, a := range args {
 		o.kind[i], o.arg[i] = a.kind, a.val
 	}
+	if p.ops == nil {
+		p.ops = make([]op, 0, 128) // as many as an exec has
+	}
 	p.ops = append(p.ops, o)
 	return Op{p, len(p.ops) - 1}
 }
@@ -299,7 +302,10 @@ func (p *Program) Memfd(prefix []byte) (*os.File, error) {
 		return nil, os.NewSyscallError("memfd_create", err)
 	}
 	f := os.NewFile(uintptr(fd), "launch-program")
-	_, err = f.Write(append(prefix, b...))
+	if len(prefix) > 0 {
+		b = append(prefix, b...)
+	}
+	_, err = f.Write(b)
 	if err == nil {
 		const seals = unix.F_SEAL_SEAL | unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_WRITE
 		_, err = unix.FcntlInt(f.Fd(), unix.F_ADD_SEALS, seals)
