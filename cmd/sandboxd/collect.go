@@ -80,12 +80,13 @@ func custodyOf(m *sandbox.MemberRecord, i sandbox.MemberInfo, mounts []collect.M
 	switch {
 	case c.Held:
 		c.Mounts = mounts
-	case i.Custody.Released != nil:
-		c.Released, c.Why = i.Custody.Released.At, "custody has ended ("+i.Custody.Released.Reason+")"
 	case i.Exit == nil:
 		c.Why = "its monitor is gone"
 	default:
-		c.Why = "the member's custody is " + string(i.Custody.Policy) + ", or its monitor was killed"
+		c.Why = whyNotHeld(m)
+		if r := i.Custody.Released; r != nil {
+			c.Released = r.At
+		}
 	}
 	return c
 }

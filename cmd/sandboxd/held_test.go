@@ -9,6 +9,7 @@ import (
 
 	"github.com/sandboxd/sandboxd/collect"
 	"github.com/sandboxd/sandboxd/internal/namespace"
+	"github.com/sandboxd/sandboxd/internal/request"
 	"github.com/sandboxd/sandboxd/internal/statefile"
 	"github.com/sandboxd/sandboxd/sandbox"
 )
@@ -47,5 +48,27 @@ func TestTargets(t *testing.T) {
 	m.Namespaces[namespace.IPC] = namespace.Source{From: namespace.Private}
 	if d := cmp.Diff([]string{"/dev", "/dev/shm", "/own", "/ab"}, tmpfsTargets(m, dir)); d != "" {
 		t.Errorf("counted of one with an ipc namespace of its own, -want +got:\n%s", d)
+	}
+}
+
+func TestWhyNotHeld(t *testing.T) {
+	failed, fine := &sandbox.Exit{Known: true, Code: 1}, &sandbox.Exit{Known: true}
+	for want, m := range map[string]*sandbox.MemberRecord{
+		"its monitor was killed":          {Exit: fine, Config: sandbox.MemberConfig{Custody: request.CustodyAlways}},
+		"its custody is never":            {Exit: failed, Config: sandbox.MemberConfig{Custody: request.CustodyNever}},
+		"its custody is failure":          {Exit: fine, Config: sandbox.MemberConfig{Custody: request.CustodyFailure}},
+		"custody has ended, ttl: 1s over": {Exit: fine, Released: &sandbox.CustodyRelease{Reason: "ttl: 1s over"}},
+	} {
+		if got := whyNotHeld(m); got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
+	}
+	// What was declared needs the root whatever the policy says, as does a failure.
+	for _, c := range []sandbox.MemberConfig{
+		{Custody: request.CustodyNever, Collect: []request.Collect{{Path: "/x"}}}, {Custody: request.CustodyFailure},
+	} {
+		if got := whyNotHeld(&sandbox.MemberRecord{Exit: failed, Config: c}); got != "its monitor was killed" {
+			t.Errorf("%+v: %q", c, got)
+		}
 	}
 }

@@ -18,6 +18,7 @@ import (
 	"github.com/sandboxd/sandboxd/internal/launch"
 	"github.com/sandboxd/sandboxd/internal/namespace"
 	"github.com/sandboxd/sandboxd/internal/procid"
+	"github.com/sandboxd/sandboxd/internal/request"
 	"github.com/sandboxd/sandboxd/member"
 	"github.com/sandboxd/sandboxd/sandbox"
 )
@@ -524,11 +525,20 @@ func openRoot(m *sandbox.MemberRecord) (*os.File, error) {
 }
 
 func notHeld(m *sandbox.MemberRecord) error {
-	why := "custody " + string(m.Config.Custody)
-	if m.Released != nil {
-		why = "custody has ended, " + m.Released.Reason
+	return wrongState(fmt.Errorf("member %s has exited and nothing of it is held (%s)", m.Config.Name, whyNotHeld(m)))
+}
+
+// whyNotHeld says why nothing is held of a member that has exited.
+func whyNotHeld(m *sandbox.MemberRecord) string {
+	failed := m.Exit == nil || !m.Exit.Known || m.Exit.Code != 0
+	switch policy := m.MonitorPolicy(); {
+	case m.Released != nil:
+		return "custody has ended, " + m.Released.Reason
+	case policy == request.CustodyAlways, policy == request.CustodyFailure && failed:
+		return "its monitor was killed"
+	default:
+		return "its custody is " + string(policy)
 	}
-	return wrongState(fmt.Errorf("member %s has exited and nothing of it is held (%s)", m.Config.Name, why))
 }
 
 // ownNamespaces returns the inodes of this process's own, which stay the same.
