@@ -20,6 +20,7 @@ import (
 	"github.com/sandboxd/sandboxd/internal/cgroup"
 	"github.com/sandboxd/sandboxd/internal/launch"
 	"github.com/sandboxd/sandboxd/internal/namespace"
+	"github.com/sandboxd/sandboxd/internal/request"
 	"github.com/sandboxd/sandboxd/internal/testenv"
 )
 
@@ -523,6 +524,28 @@ func TestSlavesSeeWhatTheHostMounts(t *testing.T) {
 		t.Fatal(err)
 	}
 	if want := "/live/sub:\nlate\n\n/tmp:\nlate\n"; string(got) != want {
+		t.Errorf("output %q, want %q", got, want)
+	}
+}
+
+// A volume that is read-only is so with all that is mounted in it.
+func TestReadOnlyVolume(t *testing.T) {
+	testenv.Root(t)
+	dir := t.TempDir()
+	if err := os.Mkdir(filepath.Join(dir, "sub"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("sub", filepath.Join(dir, "sub"), "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Unmount(filepath.Join(dir, "sub"), unix.MNT_DETACH) })
+	in := realInput(t, "sh", "-c", "touch /v/x; touch /v/sub/x; ls /v/sub")
+	r, err := Resolve(&request.Member{Rootfs: in.Root.Path, Args: in.Spec.Process.Args, Volumes: []request.Volume{{Source: dir, Target: "/v", ReadOnly: true}}}, facts())
+	if err != nil {
+		t.Fatal(err)
+	}
+	in.Spec.Mounts = append(in.Spec.Mounts, r.Spec.Mounts[len(r.Spec.Mounts)-1])
+	if got, want := mustRun(t, in), "touch: /v/x: Read-only file system\ntouch: /v/sub/x: Read-only file system\n"; got != want {
 		t.Errorf("output %q, want %q", got, want)
 	}
 }

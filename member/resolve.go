@@ -531,7 +531,7 @@ func (r *resolver) mounts() error {
 		}
 		opts := []string{"rbind", "rprivate", "rw"}
 		if v.ReadOnly {
-			opts[2] = "ro"
+			opts[2] = "rro" // what is mounted in it too
 		}
 		if err := add("volume", specs.Mount{Destination: v.Target, Type: "bind", Source: v.Source, Options: opts}); err != nil {
 			return err

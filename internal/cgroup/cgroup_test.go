@@ -233,6 +233,18 @@ func TestLimitsAreSet(t *testing.T) {
 	}
 }
 
+// The library would pass over it.
+func TestWeightThatCannotBeSet(t *testing.T) {
+	testenv.Cgroup2(t)
+	h, path := newSandbox(t)
+	weight, d := uint16(100), specs.LinuxWeightDevice{}
+	d.Weight = &weight
+	err := h.MakeMember(path+"/member", &specs.LinuxResources{BlockIO: &specs.LinuxBlockIO{WeightDevice: []specs.LinuxWeightDevice{d}}})
+	if bfq := exists(filepath.Join(h.v2, path, "member/io.bfq.weight")); !bfq && (err == nil || !strings.Contains(err.Error(), "weights of block devices")) {
+		t.Errorf("MakeMember = %v, want an error that names them", err)
+	}
+}
+
 func TestLimitOfMissingController(t *testing.T) {
 	h, path := newSandbox(t)
 	have, err := h.controllers(path)
