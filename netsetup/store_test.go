@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -119,6 +120,7 @@ type fixture struct {
 	d       *fakeDriver
 	s       *Store
 	retries chan error
+	back    atomic.Int64 // by how much the clock was set back
 }
 
 func newFixture(t *testing.T) *fixture {
@@ -136,6 +138,7 @@ func (f *fixture) open() {
 	s, err := Open(f.dir, map[network.Mode]Driver{network.ModeCNI: f.d}, Options{
 		DetachTimeout: 10 * time.Millisecond, RetryMin: time.Millisecond, RetryMax: 4 * time.Millisecond,
 		Tried: func(_ Tombstone, err error) { retries <- err },
+		Now:   func() time.Time { return time.Now().Add(-time.Duration(f.back.Load())) },
 	})
 	if err != nil {
 		f.Fatal(err)
@@ -313,6 +316,26 @@ func TestForget(t *testing.T) {
 		if err := f.d.empty(); err != nil {
 			t.Error(err)
 		}
+	}
+}
+
+// With a clock that was set back, by a daemon that starts or while one runs, the next
+// attempt is not as far away as the clock says.
+func TestClockSetBack(t *testing.T) {
+	for _, restart := range []bool{true, false} {
+		f := newFixture(t)
+		f.attach("a")
+		f.d.set(errPlugin, false)
+		if tomb, err := f.s.Detach(t.Context(), "a", os.Stdin); !tomb || err != nil {
+			t.Fatal(tomb, err)
+		}
+		f.back.Store(int64(time.Hour))
+		if restart {
+			f.reopen()
+			f.s.Settle(func(string) bool { return false })
+		}
+		f.d.set(nil, false)
+		f.soon(f.d.empty)
 	}
 }
 
