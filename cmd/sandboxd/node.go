@@ -26,6 +26,7 @@ import (
 	"github.com/sandboxd/sandboxd/internal/procid"
 	"github.com/sandboxd/sandboxd/internal/proctree"
 	"github.com/sandboxd/sandboxd/internal/request"
+	"github.com/sandboxd/sandboxd/internal/seccomp"
 	"github.com/sandboxd/sandboxd/member"
 	"github.com/sandboxd/sandboxd/metrics"
 	"github.com/sandboxd/sandboxd/pause"
@@ -49,6 +50,7 @@ type node struct {
 	hostMnt  *os.File
 	reaper   *reaper
 	recent   recentProcesses
+	filters  seccomp.Cache
 	store    *collect.Store
 	sampler  *collect.Sampler
 

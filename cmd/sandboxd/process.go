@@ -30,21 +30,24 @@ type processConfig struct {
 }
 
 // newMemberProcess takes it from a resolved configuration, which stays as it is.
-func newMemberProcess(s *specs.Spec) (*memberProcess, error) {
+// filter is [seccomp.Compile], or that of a cache.
+func newMemberProcess(s *specs.Spec, filter compileFunc) (*memberProcess, error) {
 	c := processConfig{Process: s.Process, Mounts: s.Mounts}
 	if l := s.Linux; l != nil {
 		c.Linux.Seccomp, c.Linux.MaskedPaths, c.Linux.ReadonlyPaths = l.Seccomp, l.MaskedPaths, l.ReadonlyPaths
 	}
-	return c.compile()
+	return c.compile(filter)
 }
 
-func (c processConfig) compile() (*memberProcess, error) {
+type compileFunc func(*specs.LinuxSeccomp) ([]unix.SockFilter, error)
+
+func (c processConfig) compile(filter compileFunc) (*memberProcess, error) {
 	p := &memberProcess{processConfig: c}
 	if c.Linux.Seccomp == nil {
 		return p, nil
 	}
 	var err error
-	if p.filter, err = seccomp.Compile(c.Linux.Seccomp); err != nil {
+	if p.filter, err = filter(c.Linux.Seccomp); err != nil {
 		return nil, err
 	}
 	if p.flags, err = seccomp.Flags(c.Linux.Seccomp); err != nil {
@@ -60,7 +63,7 @@ func readProcess(d *sandbox.Dir, m *sandbox.MemberRecord) (*memberProcess, error
 	if err := d.MemberConfig(m, &c); err != nil {
 		return nil, err
 	}
-	return c.compile()
+	return c.compile(seccomp.Compile)
 }
 
 // recentProcesses keeps those of the members that were made, or that commands

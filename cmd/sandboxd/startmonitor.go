@@ -172,7 +172,7 @@ func (n *node) compilerInput(r *sandbox.Record, m *sandbox.MemberRecord, sibling
 		ids := []specs.LinuxIDMapping{{HostID: r.IDs.Start, Size: r.IDs.Size}}
 		in.UserNS, in.UIDs, in.GIDs = in.Namespaces[namespace.User].File, ids, ids
 	}
-	p, err := newMemberProcess(spec)
+	p, err := newMemberProcess(spec, n.filters.Compile)
 	if err != nil {
 		return nil, closeAll, err
 	}
