@@ -165,8 +165,15 @@ func inheritCpuset(dir string, ours bool) error {
 // enableControllers makes every controller of the v2 hierarchy that there is
 // usable in the children of path, and so in the children of all above it.
 func enableControllers(mount, path string) error {
+	all, err := fields(mount, "cgroup.controllers")
+	if err != nil {
+		return err
+	}
 	dirs := []string{filepath.Join(mount, path)}
 	for p := path; p != "/"; {
+		if have, err := fields(dirs[len(dirs)-1], "cgroup.controllers"); err == nil && len(have) == len(all) {
+			break // so they are in all above it
+		}
 		p = filepath.Dir(p)
 		dirs = append(dirs, filepath.Join(mount, p))
 	}

@@ -65,29 +65,20 @@ func Do(files map[namespace.Kind]*os.File, fn func() error) error {
 		return fmt.Errorf("join %d namespaces: a thread can join only %v", len(files), joinable)
 	}
 	return apart(func() (err error) {
-		homes := make([]*os.File, 0, len(kinds))
-		defer func() {
-			for _, f := range homes {
-				f.Close()
-			}
-		}()
-		for _, k := range kinds {
-			// /proc/self/ns would name the first thread's namespace, not ours.
-			f, oerr := os.Open("/proc/thread-self/ns/" + string(k))
-			if oerr != nil {
-				runtime.UnlockOSThread() // nothing changed yet
-				return fmt.Errorf("save %s namespace: %w", k, oerr)
-			}
-			homes = append(homes, f)
+		home, oerr := unix.PidfdOpen(unix.Getpid(), 0)
+		if oerr != nil {
+			runtime.UnlockOSThread() // nothing changed yet
+			return os.NewSyscallError("pidfd_open", oerr)
 		}
-
-		joined := 0
+		defer unix.Close(home)
+		var joined uintptr
 		defer func() {
-			for i := range joined {
-				if rerr := setns(homes[i], kinds[i]); rerr != nil {
+			// The first thread, which a pidfd stands for, has never left.
+			if joined != 0 {
+				if rerr := unix.Setns(home, int(joined)); rerr != nil {
 					// Stay locked: the runtime ends the thread with the goroutine
 					// instead of lending it, in the wrong namespace, to another.
-					err = errors.Join(err, fmt.Errorf("leave %s namespace: %w", kinds[i], rerr))
+					err = errors.Join(err, fmt.Errorf("leave namespaces: %w", os.NewSyscallError("setns", rerr)))
 					return
 				}
 			}
@@ -97,7 +88,7 @@ func Do(files map[namespace.Kind]*os.File, fn func() error) error {
 			if serr := setns(files[k], k); serr != nil {
 				return fmt.Errorf("enter %s namespace %s: %w", k, files[k].Name(), serr)
 			}
-			joined++
+			joined |= k.Flag()
 		}
 		return fn()
 	})
