@@ -104,7 +104,7 @@ func Compile(in *Input) (*launch.Program, error) {
 	if err := c.compile(); err != nil {
 		return nil, err
 	}
-	if _, err := c.p.Encode(); err != nil {
+	if _, err := c.p.Size(); err != nil {
 		return nil, err
 	}
 	return c.p, nil

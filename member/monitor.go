@@ -122,11 +122,11 @@ func (m *Monitors) Start(ctx context.Context, spec MonitorSpec) (*Monitor, error
 	if err != nil {
 		return nil, err
 	}
-	body, err := prog.Encode()
+	size, err := prog.Size()
 	if err != nil {
 		return nil, err
 	}
-	prefix, err := spec.config(0, procid.ID{}, len(body))
+	prefix, err := spec.config(0, procid.ID{}, size)
 	if err != nil {
 		return nil, err
 	}

@@ -102,6 +102,10 @@ func TestProgramsAreAsReviewed(t *testing.T) {
 			if err := p.Dump(&got); err != nil {
 				t.Fatal(err)
 			}
+			b, err := p.Encode()
+			if size, serr := p.Size(); err != nil || serr != nil || size != len(b) {
+				t.Errorf("Size = %d, %v; Encode returns %d bytes, %v", size, serr, len(b), err)
+			}
 			file := filepath.Join("testdata/programs", tt.name+".golden")
 			if *update {
 				if err := os.WriteFile(file, got.Bytes(), 0o644); err != nil {

@@ -253,13 +253,30 @@ const (
 	relocSize  = 8
 )
 
-// Encode returns the binary form.
-func (p *Program) Encode() ([]byte, error) {
+// Size is the length of the binary form. It fails if there can be none.
+func (p *Program) Size() (int, error) {
 	if len(p.ops) == 0 || len(p.ops) > maxOps {
-		return nil, fmt.Errorf("launch program has %d calls; 1 to %d are possible", len(p.ops), maxOps)
+		return 0, fmt.Errorf("launch program has %d calls; 1 to %d are possible", len(p.ops), maxOps)
+	}
+	n := (headerSize+opSize*len(p.ops)+relocSize*len(p.relocs)+15)&^15 + len(p.data)
+	if n > maxLen {
+		return 0, fmt.Errorf("launch program is %d bytes long; %d are possible (arguments and environment count)", n, maxLen)
+	}
+	return n, nil
+}
+
+// Encode returns the binary form.
+func (p *Program) Encode() ([]byte, error) { return p.encodeAfter(nil) }
+
+// encodeAfter returns prefix and the binary form.
+func (p *Program) encodeAfter(prefix []byte) ([]byte, error) {
+	size, err := p.Size()
+	if err != nil {
+		return nil, err
 	}
 	le := binary.LittleEndian
-	b := make([]byte, 0, headerSize+opSize*len(p.ops)+relocSize*len(p.relocs)+16+len(p.data))
+	b := make([]byte, 0, len(prefix)+size)
+	b = append(b, prefix...)
 	for _, n := range []int{magic, version, len(p.ops), len(p.relocs), len(p.data), 0, 0, 0} {
 		b = le.AppendUint32(b, uint32(n))
 	}
@@ -281,19 +298,15 @@ func (p *Program) Encode() ([]byte, error) {
 		b = le.AppendUint32(b, r.at)
 		b = le.AppendUint32(b, r.target)
 	}
-	for len(b)%16 != 0 {
+	for (len(b)-len(prefix))%16 != 0 {
 		b = append(b, 0)
 	}
-	b = append(b, p.data...)
-	if len(b) > maxLen {
-		return nil, fmt.Errorf("launch program is %d bytes long; %d are possible (arguments and environment count)", len(b), maxLen)
-	}
-	return b, nil
+	return append(b, p.data...), nil
 }
 
-// Memfd returns the binary form in a sealed memfd; the caller closes it.
+// Memfd returns prefix and the binary form in a sealed memfd; the caller closes it.
 func (p *Program) Memfd(prefix []byte) (*os.File, error) {
-	b, err := p.Encode()
+	b, err := p.encodeAfter(prefix)
 	if err != nil {
 		return nil, err
 	}
@@ -302,9 +315,6 @@ func (p *Program) Memfd(prefix []byte) (*os.File, error) {
 		return nil, os.NewSyscallError("memfd_create", err)
 	}
 	f := os.NewFile(uintptr(fd), "launch-program")
-	if len(prefix) > 0 {
-		b = append(prefix, b...)
-	}
 	_, err = f.Write(b)
 	if err == nil {
 		const seals = unix.F_SEAL_SEAL | unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_WRITE
