@@ -739,6 +739,30 @@ func TestSharedShm(t *testing.T) {
 
 // What a member is given as its /etc/hosts and the like is there whatever its
 // image has in that place, and nothing is written to where nothing may be.
+// Letting go of a mount that has no place takes the kernel an RCU grace period.
+func TestFilesWithoutAPlaceAreNotMounted(t *testing.T) {
+	for _, there := range []bool{false, true} {
+		in := goldenInput()
+		in.Root = &Root{Path: t.TempDir()}
+		mkdir(t, in.Root.Path+"/etc")
+		if there {
+			link(t, "elsewhere", in.Root.Path+"/etc/hosts")
+		}
+		in.Files = map[string]string{"/etc/hosts": "/srv/hosts"}
+		p, err := Compile(in)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var text strings.Builder
+		if err := p.Dump(&text); err != nil {
+			t.Fatal(err)
+		}
+		if got := strings.Contains(text.String(), "/srv/hosts"); got != there {
+			t.Errorf("with a place %t the file is mounted %t", there, got)
+		}
+	}
+}
+
 func TestFiles(t *testing.T) {
 	testenv.Root(t)
 	hosts := filepath.Join(t.TempDir(), "hosts")
@@ -782,6 +806,13 @@ func TestFiles(t *testing.T) {
 			write(t, etc+"/hosts", "image\n")
 		}, "given\n /etc/hosts\n"},
 		{"a bundle's root and nothing there", func(_ *testing.T, in *Input, _ string) { in.Root.Overlay = false }, ""},
+		{"a bundle's root and a link into a mount", func(t *testing.T, in *Input, etc string) {
+			in.Root.Overlay = false
+			lib := t.TempDir()
+			write(t, lib+"/hosts", "mounted\n")
+			in.Spec.Mounts = append(in.Spec.Mounts, specs.Mount{Destination: "/lib", Source: lib, Options: []string{"bind"}})
+			link(t, "../lib/hosts", etc+"/hosts")
+		}, "given\n /lib/hosts\n"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			in := realInput(t, "sh", "-c", script)

@@ -2,6 +2,7 @@ package member
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"maps"
 	"os"
@@ -197,7 +198,7 @@ func (c *compiler) addFiles() {
 	given := c.mounts
 	for _, at := range slices.Sorted(maps.Keys(c.Files)) {
 		taken := slices.ContainsFunc(given, func(m *mount) bool { return at == m.Destination || strings.HasPrefix(at, m.Destination+"/") })
-		if c.Root == nil || taken {
+		if c.Root == nil || taken || !c.makesFiles() && c.Made == nil && absent(c.Root.Path, at) {
 			continue
 		}
 		c.mounts = append(c.mounts, &mount{
@@ -206,11 +207,33 @@ func (c *compiler) addFiles() {
 	}
 }
 
+// makesFiles says whether places for Input.Files are made in the root.
+func (c *compiler) makesFiles() bool { return c.Root.Overlay && !c.Root.ReadOnly }
+
+// absent reports that there is nothing at name in the root, nor will be when mounts
+// are made: no link on the way that could lead into one. To find that out in the
+// program takes the kernel an RCU grace period for each file, since it lets go of a
+// mount then.
+func absent(root, name string) bool {
+	dir, err := unix.Open(root, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(dir)
+	fd, err := unix.Openat2(dir, strings.TrimPrefix(name, "/"), &unix.OpenHow{
+		Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS,
+	})
+	if err == nil {
+		unix.Close(fd)
+	}
+	return errors.Is(err, unix.ENOENT)
+}
+
 // attachFile puts a file where it belongs in the member's root. There a link may
 // be, which is followed like every other; one that leads nowhere gives way. If it
 // is the directory that leads nowhere, there is no such file.
 func (c *compiler) attachFile(m *mount) {
-	if c.Root.Overlay && !c.Root.ReadOnly {
+	if c.makesFiles() {
 		step := "make mount point " + m.Destination
 		found := c.openIn(step, m.Destination, unix.O_PATH)
 		found.Else(func() {
