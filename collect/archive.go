@@ -102,11 +102,14 @@ func (s *Store) complete(a *archive) error {
 	return nil
 }
 
-// made takes a out of those in the making. What is still written to it is in vain.
+// made takes a out of those in the making. If it is not complete it takes no room any
+// more, and what is still written to it is in vain.
 func (s *Store) made(a *archive) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	a.lost = true
+	if a.lost = true; a.f != nil && !a.whole {
+		a.f.Truncate(0) // its file may be open for as long as a file system does not answer
+	}
 	s.making = slices.DeleteFunc(s.making, func(x *archive) bool { return x == a })
 }
 

@@ -324,20 +324,15 @@ func (s *Store) fill(ctx context.Context, tmp string, sub *Subject, m *Manifest,
 	part := &Manifest{Archive: new(Archive), Collectors: []Collector{}, Files: []File{}}
 	done := make(chan error, 1)
 	go func() {
-		defer f.Close()
-		done <- func() error {
-			if err := pack(ctx, sub, part, a, time.Now().Add(s.limit)); err != nil {
-				return err
-			}
-			if err := f.Sync(); err != nil {
-				return err
-			}
-			fi, err := f.Stat()
-			if err == nil {
-				part.Archive.Bytes = fi.Size()
-			}
-			return err
-		}()
+		err := pack(ctx, sub, part, a, time.Now().Add(s.limit))
+		if err == nil {
+			err = f.Sync()
+		}
+		if fi, serr := f.Stat(); serr == nil {
+			part.Archive.Bytes = fi.Size()
+		}
+		f.Close() // before anybody counts on the room that it takes
+		done <- err
 	}()
 	select {
 	case err := <-done:
