@@ -471,7 +471,7 @@ func (b *bench) report(peers map[string]string) {
 // standing measures create and delete among n other sandboxes, each with a
 // running member, and what all of them weigh.
 func (b *bench) standing(levels []int, rounds int) error {
-	fmt.Printf("%-10s %10s %10s %10s %12s   %s\n", "standing", "clone ms", "create ms", "delete ms", "create vs 1", "resident / proportional KiB; a scrape of the metrics")
+	fmt.Printf("%-10s %10s %10s %10s %12s   %s\n", "standing", "clone ms", "create ms", "delete ms", "create vs 1", "resident / of that anonymous / proportional KiB; a scrape of the metrics")
 	var first float64
 	made := 0
 	for _, n := range levels {
@@ -536,32 +536,32 @@ func (b *bench) memory() (string, error) {
 		name string
 		pid  int
 	}{{"pause", info.PausePID}, {"monitor", info.Members[0].MonitorPID}, {"daemon", b.daemon.Process.Pid}} {
-		rss, pss, err := rollup(p.pid)
+		m, err := rollup(p.pid)
 		if err != nil {
 			return "", err
 		}
-		parts = append(parts, fmt.Sprintf("%s %d/%d", p.name, rss, pss))
+		parts = append(parts, fmt.Sprintf("%s %d/%d/%d", p.name, m["Rss"], m["Anonymous"], m["Pss"]))
 	}
 	return strings.Join(parts, ", "), nil
 }
 
-// rollup reads the resident and the proportional size of a process in KiB
-// (proc_pid_smaps(5)).
-func rollup(pid int) (rss, pss int, err error) {
+// rollup reads the sizes of a process in KiB (proc_pid_smaps(5)): Rss is what is
+// resident, of which Anonymous is its own and the rest pages of files, which the
+// kernel takes back when it needs them; of shared pages Pss has a share.
+func rollup(pid int) (map[string]int, error) {
 	text, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/smaps_rollup")
 	if err != nil {
-		return 0, 0, err
+		return nil, err
 	}
+	sizes := make(map[string]int)
 	for line := range strings.Lines(string(text)) {
-		var n int
-		if _, err := fmt.Sscanf(line, "Rss: %d kB", &n); err == nil {
-			rss = n
-		}
-		if _, err := fmt.Sscanf(line, "Pss: %d kB", &n); err == nil {
-			pss = n
+		if f := strings.Fields(line); len(f) == 3 && f[2] == "kB" {
+			if sizes[strings.TrimSuffix(f[0], ":")], err = strconv.Atoi(f[1]); err != nil {
+				return nil, fmt.Errorf("smaps_rollup: %q", line)
+			}
 		}
 	}
-	return rss, pss, nil
+	return sizes, nil
 }
 
 func kernel() string {
