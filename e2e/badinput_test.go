@@ -218,6 +218,18 @@ func TestBadInput(t *testing.T) {
 	d.must(t, append([]string{"run", "web", "--rootfs", rootfs, "--name", "up", "-d"}, sh("exec sleep 1000")...)...)
 	d.must(t, append([]string{"run", "web", "--rootfs", rootfs, "--name", "dead"}, sh("exit 0")...)...)
 	d.must(t, append([]string{"run", "web", "--rootfs", rootfs, "--name", "gone", "--custody", "never"}, sh("exit 0")...)...)
+	for deadline := time.Now().Add(ready); ; time.Sleep(20 * time.Millisecond) { // nothing is held, so its monitor goes
+		var m struct{ MonitorPID int }
+		if err := json.Unmarshal([]byte(d.must(t, "inspect", "web/gone")), &m); err != nil {
+			t.Fatal(err)
+		}
+		if m.MonitorPID == 0 || !pidRuns(m.MonitorPID) {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("monitor %d still runs", m.MonitorPID)
+		}
+	}
 	d.must(t, append([]string{"add", "web", "--rootfs", rootfs, "--name", "made"}, sh("exit 0")...)...)
 
 	d.must(t, "join", "web", "--", "/bin/true") // makes the cgroup of joins
@@ -315,6 +327,7 @@ func TestBadInput(t *testing.T) {
 		{"a namespace that the sandbox does not hold", run("--ns", "pid=sandbox"), 0, []string{"pid=sandbox", "--share pid"}},
 		{"join to a namespace that the sandbox does not hold", []string{"join", "--ns", "pid=sandbox", "web", "--", "/bin/true"}, 0, []string{"pid=sandbox", "web", "--share pid"}},
 		{"mnt of the sandbox", run("--ns", "mnt=sandbox"), 0, []string{"mnt=sandbox", "member:NAME"}},
+		{"join to mnt of the sandbox", []string{"join", "--ns", "mnt=sandbox", "web", "--", "/bin/true"}, 0, []string{"mnt=sandbox", "member:NAME"}},
 		{"a member that does not exist", run("--ns", "net=member:nosuch"), 0, []string{"net=member:nosuch", "no such member"}},
 		{"join to a member that does not exist", []string{"join", "--ns", "net=member:nosuch", "web", "--", "/bin/true"}, 0, []string{`no member "nosuch" in sandbox web`}},
 		{"a circle of one", run("--name", "self", "--ns", "net=member:self"), 0, []string{"net=member:self", "no such member"}},

@@ -425,6 +425,9 @@ func (j *joiner) sibling(ref string) (*sandbox.MemberRecord, error) {
 
 func (j *joiner) ofSandbox(k namespace.Kind) (*os.File, uint64, error) {
 	r := j.target.sandbox
+	if k == namespace.Mnt {
+		return nil, 0, invalid(errors.New("mnt=sandbox: a sandbox has no mnt namespace to join: use host or member:NAME"))
+	}
 	if !r.Holds(k) {
 		return nil, 0, invalid(fmt.Errorf("%[2]s=sandbox: sandbox %[1]s holds no %[2]s namespace: create it with --share %[2]s, or use %[2]s=host", r.Config.Name, k))
 	}
