@@ -173,17 +173,21 @@ func (m *Manager) createSteps(ctx context.Context, b *box) error {
 	if err != nil {
 		return err
 	}
-	err = m.run("create", "pause record", func() error {
-		return m.write(b, func(r *Record) { r.Pause, r.Inodes = facts.Pause, facts.Inodes })
-	})
-	if err != nil {
-		return err
+	hooks := (subject{b: b}).pending(request.Postcreate)
+	if hooks || made(b.rec.Load().Config.Network) {
+		// What is taken down without it is found by its mark; a network wants to know it.
+		err = m.run("create", "pause record", func() error {
+			return m.write(b, func(r *Record) { r.Pause, r.Inodes = facts.Pause, facts.Inodes })
+		})
+		if err != nil {
+			return err
+		}
 	}
 	networks, err := m.attachNetwork(ctx, b, plan)
 	if err != nil {
 		return err
 	}
-	if s := (subject{b: b}); s.pending(request.Postcreate) {
+	if hooks {
 		// They, and predelete hooks if one of them fails, are told the addresses.
 		err = m.run("create", "network record", func() error {
 			return m.write(b, func(r *Record) { r.Networks = networks })
@@ -200,7 +204,10 @@ func (m *Manager) createSteps(ctx context.Context, b *box) error {
 		return err
 	}
 	return m.run("create", "ready", func() error {
-		return m.write(b, func(r *Record) { r.State, r.Complete, r.Networks = Ready, true, networks })
+		return m.write(b, func(r *Record) {
+			r.State, r.Complete, r.Networks = Ready, true, networks
+			r.Pause, r.Inodes = facts.Pause, facts.Inodes
+		})
 	})
 }
 

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/internal/namespace"
+	"github.com/sandboxd/sandboxd/internal/network"
 	"github.com/sandboxd/sandboxd/internal/procid"
 )
 
@@ -272,6 +273,43 @@ func TestRun(t *testing.T) {
 	if _, err := m.InspectMember("web/bad"); !errors.Is(err, ErrNotFound) {
 		t.Errorf("what could not be started is there: %v", err)
 	}
+}
+
+// What a sandbox needs is recorded, and looked up, as seldom as possible: each
+// record and each look at a process is a good part of what a creation takes.
+func TestCreateIsShort(t *testing.T) {
+	n := newFakeNode()
+	m := open(t, t.TempDir(), n)
+	var looks int
+	alive := m.o.alive
+	m.o.alive = func(id procid.ID) bool { looks++; return alive(id) }
+	must[Info](t)(m.Create(t.Context(), Config{Name: "web", Network: network.ModeNone}))
+	if looks > 1 {
+		t.Errorf("Create asked %d times whether a process is alive", looks)
+	}
+	var writes []string
+	m.o.Observer = stepObserver{m.o.Observer, func(op, step string) {
+		if strings.HasSuffix(step, "record") || step == "ready" {
+			writes = append(writes, step)
+		}
+	}}
+	must[Info](t)(m.Create(t.Context(), Config{Name: "db", Network: network.ModeNone}))
+	must[Info](t)(m.Create(t.Context(), Config{Name: "net", Network: "builtin"}))
+	want := []string{"record", "ready", "record", "pause record", "ready"}
+	if !slices.Equal(writes, want) {
+		t.Errorf("records were written for %q, want %q", writes, want)
+	}
+}
+
+// stepObserver tells of steps that begin.
+type stepObserver struct {
+	Observer
+	begun func(op, step string)
+}
+
+func (o stepObserver) Step(op, step string) func(error) {
+	o.begun(op, step)
+	return o.Observer.Step(op, step)
 }
 
 // A daemon that is killed before it could record that a member runs finds it

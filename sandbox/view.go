@@ -52,14 +52,14 @@ func (v view) sandbox(r *Record, ms []MemberInfo) Info {
 		i.State, i.Reason = NotReady.String(), "pause is gone"
 	}
 	for _, k := range r.Config.Share {
-		i.Namespaces[k] = v.held(r, k)
+		i.Namespaces[k] = held(r, k, alive)
 	}
 	return i
 }
 
-// held shows a namespace that a sandbox's pause holds.
-func (v view) held(r *Record, k namespace.Kind) NamespaceInfo {
-	if !r.Holds(k) || !v.alive(r.Pause) {
+// held shows a namespace that a sandbox's pause holds if it is alive.
+func held(r *Record, k namespace.Kind, alive bool) NamespaceInfo {
+	if !r.Holds(k) || !alive {
 		return NamespaceInfo{}
 	}
 	return NamespaceInfo{Inode: r.Inodes[k], Path: fmt.Sprintf("/proc/%d/ns/%s", r.Pause.PID, k)}
@@ -78,7 +78,7 @@ func (v view) member(r *Record, mr *MemberRecord, dir string) MemberInfo {
 		i.Command = []string{}
 	}
 	initAlive, monAlive := v.alive(mr.Init), v.alive(mr.Monitor)
-	held, since := !mr.HeldSince.IsZero(), mr.HeldSince
+	inCustody, since := !mr.HeldSince.IsZero(), mr.HeldSince
 	if mr.State >= MemberStarting && mr.State != MemberUnclean {
 		// If it cannot be read, what it would add is not shown.
 		st, _ := v.status.MonitorStatus(mr, dir)
@@ -88,7 +88,7 @@ func (v view) member(r *Record, mr *MemberRecord, dir string) MemberInfo {
 		if !v.managed && mr.State.alive() {
 			i.State, i.Exit = v.now(mr, st, initAlive || monAlive)
 			if i.Exit != nil && st.Custody {
-				held, since = true, i.Exit.FinishedAt
+				inCustody, since = true, i.Exit.FinishedAt
 			}
 		}
 	}
@@ -103,7 +103,7 @@ func (v view) member(r *Record, mr *MemberRecord, dir string) MemberInfo {
 		i.Root = fmt.Sprintf("/proc/%d/fd/%d", mr.Monitor.PID, custodyRootFD)
 	}
 	i.Custody.Released = mr.Released
-	if i.Exit != nil && monAlive && held && mr.Released == nil {
+	if i.Exit != nil && monAlive && inCustody && mr.Released == nil {
 		i.Custody.Held, i.Custody.Since = true, since
 		if ttl := mr.Config.CustodyTTL; ttl > 0 {
 			i.Custody.Until = since.Add(ttl)
@@ -126,7 +126,7 @@ func (v view) member(r *Record, mr *MemberRecord, dir string) MemberInfo {
 			fallthrough
 		default:
 			if src.From == namespace.Sandbox {
-				n = v.held(r, k)
+				n = held(r, k, v.alive(r.Pause))
 			}
 		}
 		n.Source = src.String()
