@@ -220,7 +220,7 @@ func (p *Pause) take(s *Spec, pid int) error {
 	if err := p.open(pid, s.Kinds); err != nil {
 		return err
 	}
-	if s.From != nil {
+	if s.From != nil || s.ahead() {
 		return nil
 	}
 	return p.setUp(s)
@@ -254,10 +254,13 @@ func (p *Pause) open(pid int, kinds []namespace.Kind) error {
 	return nil
 }
 
-// setUp sets host name, sysctls and lo.
+// setUp sets the namespaces of a process up that was made with a user namespace.
 func (p *Pause) setUp(s *Spec) error {
-	if s.Hostname == "" && s.Domainname == "" && len(s.Sysctls) == 0 && !s.Loopback {
+	if !s.settings() {
 		return nil
+	}
+	if err := s.checkSettings(); err != nil {
+		return err
 	}
 	files := make(map[namespace.Kind]*os.File)
 	for _, k := range []namespace.Kind{namespace.Net, namespace.IPC, namespace.UTS} {
@@ -265,41 +268,53 @@ func (p *Pause) setUp(s *Spec) error {
 			files[k] = f
 		}
 	}
-	// What is not the sandbox's would be changed for the host.
+	return nsthread.Do(files, s.configure)
+}
+
+// settings reports whether anything of the namespaces is to be set.
+func (s *Spec) settings() bool {
+	return s.Hostname != "" || s.Domainname != "" || len(s.Sysctls) > 0 || s.Loopback
+}
+
+// checkSettings refuses what is not the sandbox's, and would be changed for the host.
+func (s *Spec) checkSettings() error {
 	switch {
-	case (s.Hostname != "" || s.Domainname != "") && files[namespace.UTS] == nil:
+	case (s.Hostname != "" || s.Domainname != "") && !slices.Contains(s.Kinds, namespace.UTS):
 		return errors.New("set host name: the sandbox holds no uts namespace")
-	case s.Loopback && files[namespace.Net] == nil:
+	case s.Loopback && !slices.Contains(s.Kinds, namespace.Net):
 		return errors.New("bring lo up: the sandbox holds no net namespace")
 	}
 	for name := range s.Sysctls {
-		if k, ok := SysctlKind(name); !ok || files[k] == nil {
+		if k, ok := SysctlKind(name); !ok || !slices.Contains(s.Kinds, k) {
 			return fmt.Errorf("set sysctl %s: it is not of a namespace that the sandbox holds", name)
 		}
 	}
-	return nsthread.Do(files, func() error {
-		if s.Hostname != "" {
-			if err := unix.Sethostname([]byte(s.Hostname)); err != nil {
-				return fmt.Errorf("set host name %q: %w", s.Hostname, err)
-			}
+	return nil
+}
+
+// configure sets host name, sysctls and lo in the namespaces of the calling thread.
+func (s *Spec) configure() error {
+	if s.Hostname != "" {
+		if err := unix.Sethostname([]byte(s.Hostname)); err != nil {
+			return fmt.Errorf("set host name %q: %w", s.Hostname, err)
 		}
-		if s.Domainname != "" {
-			if err := unix.Setdomainname([]byte(s.Domainname)); err != nil {
-				return fmt.Errorf("set domain name %q: %w", s.Domainname, err)
-			}
+	}
+	if s.Domainname != "" {
+		if err := unix.Setdomainname([]byte(s.Domainname)); err != nil {
+			return fmt.Errorf("set domain name %q: %w", s.Domainname, err)
 		}
-		if s.Loopback {
-			if err := loopbackUp(); err != nil {
-				return fmt.Errorf("bring lo up: %w", err)
-			}
+	}
+	if s.Loopback {
+		if err := loopbackUp(); err != nil {
+			return fmt.Errorf("bring lo up: %w", err)
 		}
-		for _, name := range slices.Sorted(maps.Keys(s.Sysctls)) {
-			if err := setSysctl(name, s.Sysctls[name], s); err != nil {
-				return fmt.Errorf("set sysctl %s to %q: %w", name, s.Sysctls[name], err)
-			}
+	}
+	for _, name := range slices.Sorted(maps.Keys(s.Sysctls)) {
+		if err := setSysctl(name, s.Sysctls[name], s); err != nil {
+			return fmt.Errorf("set sysctl %s to %q: %w", name, s.Sysctls[name], err)
 		}
-		return nil
-	})
+	}
+	return nil
 }
 
 // loopbackUp brings lo up in the network namespace of the calling thread

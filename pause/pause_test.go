@@ -28,6 +28,7 @@ import (
 	"github.com/sandboxd/sandboxd/internal/namespace"
 	"github.com/sandboxd/sandboxd/internal/nsthread"
 	"github.com/sandboxd/sandboxd/internal/procid"
+	"github.com/sandboxd/sandboxd/internal/proctree"
 	"github.com/sandboxd/sandboxd/internal/testenv"
 )
 
@@ -761,4 +762,29 @@ func TestPausesTakeNoGoroutines(t *testing.T) {
 		start(t, p, &Spec{Kinds: defaultKinds})
 	}
 	eventually(t, "no goroutine that waits for a pause", func() bool { return runtime.NumGoroutine() <= before })
+}
+
+// Until the caller is ready there is no process, and if it never is, nothing is left.
+func TestNothingIsStartedBeforeReady(t *testing.T) {
+	testenv.Root(t)
+	p := openPauser(t)
+	for _, kinds := range [][]namespace.Kind{defaultKinds, append([]namespace.Kind{namespace.User}, defaultKinds...)} {
+		mark := fmt.Sprintf("0123456789abcdef.%016x", len(kinds))
+		boom := errors.New("boom")
+		called := 0
+		s := &Spec{Mark: mark, Kinds: kinds, IDs: &idrange.Range{Start: 100000, Size: 65536}, Hostname: "box", Loopback: true, Ready: func() error {
+			called++
+			found, err := proctree.Find(mark)
+			if err != nil || len(found) > 0 {
+				t.Errorf("before the caller is ready there are %v, %v", found, err)
+			}
+			return boom
+		}}
+		if _, err := p.Start(t.Context(), s); !errors.Is(err, boom) || called != 1 {
+			t.Errorf("Start = %v, having called Ready %d times", err, called)
+		}
+		if found, err := proctree.Find(mark); err != nil || len(found) > 0 {
+			t.Errorf("there are %v, %v", found, err)
+		}
+	}
 }

@@ -19,6 +19,7 @@ import (
 	"github.com/sandboxd/sandboxd/internal/launch"
 	"github.com/sandboxd/sandboxd/internal/memexec"
 	"github.com/sandboxd/sandboxd/internal/namespace"
+	"github.com/sandboxd/sandboxd/internal/nsthread"
 	"github.com/sandboxd/sandboxd/internal/poller"
 )
 
@@ -82,6 +83,11 @@ type Spec struct {
 	// keeps that.
 	From map[namespace.Kind]*os.File
 
+	// Ready is called before the process is started, which it is not if that fails, and
+	// may set CgroupDir. It is called while nothing is made yet but namespaces that this
+	// process alone holds. It may be nil.
+	Ready func() error
+
 	Hostname, Domainname string            // of a new uts namespace; empty: as the host's
 	Sysctls              map[string]string // of the new namespaces, by dotted name
 	Loopback             bool              // bring lo up in a new net namespace
@@ -103,8 +109,11 @@ func (p *Pauser) Start(ctx context.Context, s *Spec) (*Pause, error) {
 	defer r.Close()
 	defer w.Close()
 	start := p.create
-	if s.From != nil {
+	switch {
+	case s.From != nil:
 		start = p.reanchor
+	case s.ahead():
+		start = p.createAhead
 	}
 	pid, pidfd, err := start(s, w)
 	if err != nil {
@@ -158,11 +167,63 @@ func check(s *Spec) error {
 // withMnt are the kinds that a pause with the shared kinds ks has open.
 func withMnt(ks []namespace.Kind) []namespace.Kind { return append(slices.Clone(ks), namespace.Mnt) }
 
+// ahead reports whether there are namespaces that can be made before the process
+// is. With a user namespace they have to belong to that.
+func (s *Spec) ahead() bool { return !slices.Contains(s.Kinds, namespace.User) }
+
+// createAhead makes and sets up the namespaces that a thread can have, then calls
+// Ready, and starts the process in them and new ones of the other kinds: they are
+// most of what a sandbox costs, and the caller has other things to do meanwhile.
+func (p *Pauser) createAhead(s *Spec, ready *os.File) (pid int, pidfd *os.File, err error) {
+	if err := s.checkSettings(); err != nil {
+		return 0, nil, err
+	}
+	first, rest := make([]namespace.Kind, 0, 3), []namespace.Kind{namespace.Mnt}
+	for _, k := range s.Kinds {
+		switch k {
+		case namespace.Net, namespace.IPC, namespace.UTS:
+			first = append(first, k)
+		default:
+			rest = append(rest, k)
+		}
+	}
+	err = nsthread.Make(first, func() (err error) {
+		err = s.configure()
+		if err == nil {
+			err = s.ready()
+		}
+		if err == nil {
+			pid, pidfd, err = p.spawn(s, rest, ready)
+		}
+		return err
+	})
+	if err != nil && pidfd != nil { // the thread has not come back
+		err = errors.Join(err, unix.PidfdSendSignal(int(pidfd.Fd()), unix.SIGKILL, nil, 0), waitPidfd(pidfd), pidfd.Close())
+		pid, pidfd = 0, nil
+	}
+	return pid, pidfd, err
+}
+
+func (s *Spec) ready() error {
+	if s.Ready == nil {
+		return nil
+	}
+	return s.Ready()
+}
+
 // create starts the process in new namespaces.
 func (p *Pauser) create(s *Spec, ready *os.File) (int, *os.File, error) {
+	if err := s.ready(); err != nil {
+		return 0, nil, err
+	}
+	return p.spawn(s, withMnt(s.Kinds), ready)
+}
+
+// spawn starts the process in new namespaces of the kinds.
+func (p *Pauser) spawn(s *Spec, kinds []namespace.Kind, ready *os.File) (int, *os.File, error) {
 	fd := -1
 	sys := &syscall.SysProcAttr{PidFD: &fd, Setsid: true}
-	for _, k := range withMnt(s.Kinds) {
+	for _, k := range kinds {
 		sys.Cloneflags |= k.Flag()
 	}
 	if slices.Contains(s.Kinds, namespace.User) {
@@ -199,6 +260,9 @@ func (s *Spec) shmOptions() string {
 // reanchor starts the process in the namespaces of s.From. A launch program
 // does it: this process has threads and cannot join a mnt, user or time namespace.
 func (p *Pauser) reanchor(s *Spec, ready *os.File) (int, *os.File, error) {
+	if err := s.ready(); err != nil {
+		return 0, nil, err
+	}
 	proc, err := launch.Start(reanchorProgram(s, p.exe.File(), ready), launch.Options{Dir: p.dir, Argv: []string{Name, s.Mark}, Setsid: true})
 	if err != nil {
 		return 0, nil, fmt.Errorf("join the sandbox's namespaces: %w", err)

@@ -146,30 +146,34 @@ func (m *Manager) createSteps(ctx context.Context, b *box) error {
 	if err != nil {
 		return err
 	}
-	err = m.run("create", "record", func() error {
-		if err := m.root.Mkdir(b.dir(), 0o700); err != nil {
+	// Namespaces take as long to make as all the rest, and need neither.
+	recorded := begin(func() error {
+		err := m.run("create", "record", func() error {
+			if err := m.root.Mkdir(b.dir(), 0o700); err != nil {
+				return err
+			}
+			if err := m.root.Mkdir(b.dir()+"/"+membersDir, 0o700); err != nil {
+				return err
+			}
+			if err := statefile.SyncDir(m.root, sandboxesDir); err != nil {
+				return err
+			}
+			return m.write(b, func(*Record) {})
+		})
+		if err != nil {
 			return err
 		}
-		if err := m.root.Mkdir(b.dir()+"/"+membersDir, 0o700); err != nil {
-			return err
-		}
-		if err := statefile.SyncDir(m.root, sandboxesDir); err != nil {
-			return err
-		}
-		return m.write(b, func(*Record) {})
+		return m.run("create", "cgroup", func() error { return m.node.MakeCgroup(ctx, b.rec.Load()) })
 	})
-	if err != nil {
-		return err
-	}
-	err = m.run("create", "cgroup", func() error { return m.node.MakeCgroup(ctx, b.rec.Load()) })
-	if err != nil {
-		return err
-	}
+	defer recorded() // what is taken down must not be in the making
 	var facts PauseFacts
 	err = m.run("create", "pause", func() (err error) {
-		facts, err = m.node.StartPause(ctx, b.rec.Load())
+		facts, err = m.node.StartPause(ctx, b.rec.Load(), recorded)
 		return err
 	})
+	if rerr := recorded(); rerr != nil {
+		return rerr
+	}
 	if err != nil {
 		return err
 	}

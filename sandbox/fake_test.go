@@ -75,6 +75,8 @@ type fakeNode struct {
 
 	collectsAll   bool             // there is something to collect after any exit
 	onCollect     func()           // called at each collection; may wait
+	onMakeCgroup  func()           // called before a sandbox's cgroup is made
+	onStartPause  func()           // called before its record and cgroup are waited for
 	collectedHeld bool             // the last one's monitor was alive
 	tmpfs         map[string]int64 // bytes in memory, by member
 
@@ -253,6 +255,9 @@ func (n *fakeNode) GC(ctx context.Context, live func() Live, dryRun bool) (found
 }
 
 func (n *fakeNode) MakeCgroup(ctx context.Context, r *Record) error {
+	if n.onMakeCgroup != nil {
+		n.onMakeCgroup()
+	}
 	return n.call(ctx, "MakeCgroup", func() error { n.cgroups[r.ID] = true; return nil })
 }
 
@@ -267,7 +272,13 @@ func (n *fakeNode) RemoveCgroup(ctx context.Context, r *Record) error {
 	})
 }
 
-func (n *fakeNode) StartPause(ctx context.Context, r *Record) (f PauseFacts, err error) {
+func (n *fakeNode) StartPause(ctx context.Context, r *Record, ready func() error) (f PauseFacts, err error) {
+	if n.onStartPause != nil {
+		n.onStartPause()
+	}
+	if err := ready(); err != nil {
+		return f, err
+	}
 	err = n.call(ctx, "StartPause", func() error {
 		if !n.cgroups[r.ID] {
 			return errors.New("no cgroup")

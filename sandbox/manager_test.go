@@ -301,6 +301,22 @@ func TestCreateIsShort(t *testing.T) {
 	}
 }
 
+// Namespaces are made while the record and the cgroup are.
+func TestCreateDoesTwoThingsAtOnce(t *testing.T) {
+	n := newFakeNode()
+	begun := make(chan struct{})
+	n.onStartPause = func() { close(begun) }
+	n.onMakeCgroup = func() {
+		select {
+		case <-begun:
+		case <-time.After(5 * time.Second):
+			t.Error("the namespaces wait for the cgroup")
+		}
+	}
+	m := open(t, t.TempDir(), n)
+	must[Info](t)(m.Create(t.Context(), Config{Name: "web"}))
+}
+
 // stepObserver tells of steps that begin.
 type stepObserver struct {
 	Observer

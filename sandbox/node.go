@@ -44,7 +44,10 @@ type PauseNode interface {
 	RemoveCgroup(ctx context.Context, r *Record) error
 	// StartPause starts pause with the namespaces of r.Config.Share, sets host
 	// name and sysctls, and brings lo up.
-	StartPause(ctx context.Context, r *Record) (PauseFacts, error)
+	//
+	// It starts nothing before ready has returned nil, and returns its error: until then
+	// neither record nor cgroup need be there.
+	StartPause(ctx context.Context, r *Record, ready func() error) (PauseFacts, error)
 	// ReanchorPause starts a new pause in the namespaces of one that died. They
 	// are taken from what the node still holds, or from a living member of ms.
 	// If a pause of this sandbox runs that r does not name, because a crash came

@@ -219,24 +219,24 @@ func (n *node) RemoveCgroup(ctx context.Context, r *sandbox.Record) error {
 }
 
 // StartPause implements [sandbox.PauseNode].
-func (n *node) StartPause(ctx context.Context, r *sandbox.Record) (sandbox.PauseFacts, error) {
-	return n.startPause(ctx, r, nil)
+func (n *node) StartPause(ctx context.Context, r *sandbox.Record, ready func() error) (sandbox.PauseFacts, error) {
+	return n.startPause(ctx, r, ready, nil)
 }
 
-func (n *node) startPause(ctx context.Context, r *sandbox.Record, from map[namespace.Kind]*os.File) (sandbox.PauseFacts, error) {
+func (n *node) startPause(ctx context.Context, r *sandbox.Record, ready func() error, from map[namespace.Kind]*os.File) (sandbox.PauseFacts, error) {
 	leaf := filepath.Join(r.Cgroup, pauseLeaf)
-	dir, err := n.cg.TrackingDir(leaf)
-	if err != nil {
-		return sandbox.PauseFacts{}, err
-	}
 	spec := &pause.Spec{
 		Mark: n.sandboxMark(r.ID), Kinds: r.Config.Share, ShmSize: r.Config.ShmSize, From: from,
 		Sysctls: r.Config.Sysctls, Loopback: r.Holds(namespace.Net),
 	}
-	if dir != nil {
-		defer dir.Close()
-		spec.CgroupDir = dir
-	} else {
+	spec.Ready = func() (err error) {
+		if err = ready(); err == nil {
+			spec.CgroupDir, err = n.cg.TrackingDir(leaf)
+		}
+		return err
+	}
+	defer func() { spec.CgroupDir.Close() }() // closing a nil file does nothing
+	if n.cg.V2Mount() == "" {
 		spec.CgroupProcs = []string{n.cg.LeafProcs(leaf)}
 	}
 	spec.IDs = r.IDs
@@ -314,7 +314,7 @@ func (n *node) ReanchorPause(ctx context.Context, r *sandbox.Record, ms []*sandb
 			return sandbox.PauseFacts{}, fmt.Errorf("nobody holds the sandbox's %s namespace any more", k)
 		}
 	}
-	return n.startPause(ctx, r, from)
+	return n.startPause(ctx, r, func() error { return nil }, from)
 }
 
 // unrecordedPause finds the pause that an earlier daemon started in place of

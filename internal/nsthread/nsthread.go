@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -64,18 +65,47 @@ func Do(files map[namespace.Kind]*os.File, fn func() error) error {
 	if len(kinds) != len(files) {
 		return fmt.Errorf("join %d namespaces: a thread can join only %v", len(files), joinable)
 	}
+	return away(fn, func() (joined uintptr, err error) {
+		for _, k := range kinds {
+			if err := setns(files[k], k); err != nil {
+				return joined, fmt.Errorf("enter %s namespace %s: %w", k, files[k].Name(), err)
+			}
+			joined |= k.Flag()
+		}
+		return joined, nil
+	})
+}
+
+// Make runs fn as [Do] does, in new namespaces of the kinds. They go when nobody
+// holds them, by a file or as a child that fn has started.
+func Make(kinds []namespace.Kind, fn func() error) error {
+	var flags uintptr
+	for _, k := range kinds {
+		if !slices.Contains(joinable, k) {
+			return fmt.Errorf("make a %s namespace: a thread can make only %v", k, joinable)
+		}
+		flags |= k.Flag()
+	}
+	return away(fn, func() (uintptr, error) {
+		return flags, os.NewSyscallError("unshare", unix.Unshare(int(flags)))
+	})
+}
+
+// away runs fn on a thread that has gone into other namespaces, and brings it back.
+// leave says of which kinds they are, all that it changed if it fails.
+func away(fn func() error, leave func() (kinds uintptr, err error)) error {
 	return apart(func() (err error) {
-		home, oerr := unix.PidfdOpen(unix.Getpid(), 0)
-		if oerr != nil {
+		home, err := unix.PidfdOpen(unix.Getpid(), 0)
+		if err != nil {
 			runtime.UnlockOSThread() // nothing changed yet
-			return os.NewSyscallError("pidfd_open", oerr)
+			return os.NewSyscallError("pidfd_open", err)
 		}
 		defer unix.Close(home)
-		var joined uintptr
+		left, err := leave()
 		defer func() {
-			// The first thread, which a pidfd stands for, has never left.
-			if joined != 0 {
-				if rerr := unix.Setns(home, int(joined)); rerr != nil {
+			if left != 0 {
+				// The first thread, which the pidfd stands for, has never left.
+				if rerr := unix.Setns(home, int(left)); rerr != nil {
 					// Stay locked: the runtime ends the thread with the goroutine
 					// instead of lending it, in the wrong namespace, to another.
 					err = errors.Join(err, fmt.Errorf("leave namespaces: %w", os.NewSyscallError("setns", rerr)))
@@ -84,11 +114,8 @@ func Do(files map[namespace.Kind]*os.File, fn func() error) error {
 			}
 			runtime.UnlockOSThread()
 		}()
-		for _, k := range kinds {
-			if serr := setns(files[k], k); serr != nil {
-				return fmt.Errorf("enter %s namespace %s: %w", k, files[k].Name(), serr)
-			}
-			joined |= k.Flag()
+		if err != nil {
+			return err
 		}
 		return fn()
 	})
@@ -101,16 +128,9 @@ func setns(ns *os.File, k namespace.Kind) error {
 // NewNet makes a network namespace that lives as long as the file, or what is
 // made in it by others, holds it.
 func NewNet() (*os.File, error) {
-	home, err := os.Open("/proc/thread-self/ns/net")
-	if err != nil {
-		return nil, err
-	}
-	defer home.Close()
 	var f *os.File
-	err = Do(map[namespace.Kind]*os.File{namespace.Net: home}, func() (err error) {
-		if err = unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			return os.NewSyscallError("unshare", err)
-		}
+	err := Make([]namespace.Kind{namespace.Net}, func() (err error) {
+		// /proc/self/ns would name the first thread's namespace, not ours.
 		f, err = os.Open("/proc/thread-self/ns/net")
 		return err
 	})

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
 	"sync"
 	"syscall"
 	"testing"
@@ -74,6 +75,50 @@ func TestDo(t *testing.T) {
 
 // TestDoLeavesNoThreadBehind looks at every thread of the process: the bug it
 // guards against shows up minutes later in unrelated code.
+func TestMake(t *testing.T) {
+	testenv.Root(t)
+	testenv.NoFDLeak(t)
+	links := func(of string) (ls []string) {
+		for _, k := range kinds {
+			ls = append(ls, link(t, of, k))
+		}
+		return ls
+	}
+	home := links("self")
+	var child *exec.Cmd
+	err := nsthread.Make(kinds, func() error {
+		inside := links("thread-self")
+		for i := range kinds {
+			if inside[i] == home[i] {
+				t.Errorf("inside, %s is still %s", kinds[i], home[i])
+			}
+		}
+		child = exec.Command("sleep", "60")
+		if err := child.Start(); err != nil {
+			return err
+		}
+		if got := links(fmt.Sprint(child.Process.Pid)); !slices.Equal(got, inside) {
+			t.Errorf("a child is in %v, want %v", got, inside)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	child.Process.Kill()
+	child.Wait()
+	for range 20 { // on whatever threads there are
+		done := make(chan []string)
+		go func() { done <- links("thread-self") }()
+		if got := <-done; !slices.Equal(got, home) {
+			t.Fatalf("afterwards a thread is in %v, want %v", got, home)
+		}
+	}
+	if err := nsthread.Make([]namespace.Kind{namespace.Mnt}, func() error { t.Error("it ran"); return nil }); err == nil {
+		t.Error("Make of a mount namespace = nil")
+	}
+}
+
 func TestDoLeavesNoThreadBehind(t *testing.T) {
 	testenv.Root(t)
 	files := newNamespaces(t)
