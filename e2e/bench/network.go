@@ -263,11 +263,12 @@ func bareMoved(ns *os.File, bridge netlink.Link, n int) error {
 	return bareInNS(ns, name+"p", n)
 }
 
-// bareInside makes the pair with one end where it belongs.
+// bareInside makes the pair with one end where it belongs, and with one queue, as ours have.
 func bareInside(ns *os.File, bridge netlink.Link, n int) error {
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name, attrs.MasterIndex = fmt.Sprintf("bare%di", n), bridge.Attrs().Index
-	veth := &netlink.Veth{LinkAttrs: attrs, PeerName: "eth0", PeerNamespace: netlink.NsFd(ns.Fd())}
+	attrs.NumTxQueues, attrs.NumRxQueues = 1, 1
+	veth := &netlink.Veth{LinkAttrs: attrs, PeerName: "eth0", PeerNamespace: netlink.NsFd(ns.Fd()), PeerNumTxQueues: 1, PeerNumRxQueues: 1}
 	if err := errors.Join(netlink.LinkAdd(veth), netlink.LinkSetUp(veth)); err != nil {
 		return err
 	}

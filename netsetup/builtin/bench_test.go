@@ -67,7 +67,8 @@ func reportMedian(b *testing.B, times []time.Duration) {
 func bareInside(ns *os.File, bridge netlink.Link, name string, n int) error {
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name, attrs.MasterIndex = name, bridge.Attrs().Index
-	veth := &netlink.Veth{LinkAttrs: attrs, PeerName: "eth0", PeerNamespace: netlink.NsFd(ns.Fd())}
+	attrs.NumTxQueues, attrs.NumRxQueues = 1, 1
+	veth := &netlink.Veth{LinkAttrs: attrs, PeerName: "eth0", PeerNamespace: netlink.NsFd(ns.Fd()), PeerNumTxQueues: 1, PeerNumRxQueues: 1}
 	if err := netlink.LinkAdd(veth); err != nil {
 		return err
 	}
