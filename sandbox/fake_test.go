@@ -340,11 +340,12 @@ func (n *fakeNode) AdoptPause(ctx context.Context, r *Record) error {
 
 func (n *fakeNode) WatchPause(r *Record, died func()) error {
 	return n.call(context.Background(), "WatchPause", func() error {
-		if !n.procs[r.Pause] {
+		p := n.pauses[r.ID]
+		if !n.procs[p] {
 			go died()
 			return nil
 		}
-		n.watches[r.Pause] = append(n.watches[r.Pause], died)
+		n.watches[p] = append(n.watches[p], died)
 		return nil
 	})
 }

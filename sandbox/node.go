@@ -58,8 +58,8 @@ type PauseNode interface {
 	// AdoptPause makes the node hold the namespaces of a pause that an earlier
 	// daemon started. It fails with [procid.ErrGone] if that pause is gone.
 	AdoptPause(ctx context.Context, r *Record) error
-	// WatchPause has died called, in a goroutine of its own, when the pause has
-	// died, also if that was before.
+	// WatchPause has died called, in a goroutine of its own, when the pause that the
+	// node holds for r, which need not name it yet, has died, also if that was before.
 	WatchPause(r *Record, died func()) error
 	// KillPause kills the pause and drops what the node holds of it.
 	KillPause(ctx context.Context, r *Record) error
