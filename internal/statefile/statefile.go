@@ -35,50 +35,68 @@ func write(dir *os.Root, name string, v any, sync bool) error {
 	if err != nil {
 		return fmt.Errorf("encode %s: %w", name, err)
 	}
-	// Opened once: each name below a root is looked up one element at a time.
+	// Opened once, and then used as it is: os.Root looks each name up one element at a
+	// time, and os.File asks of each file whether it can be polled.
 	parent, name := path.Split(name)
-	in, err := dir.OpenRoot(path.Clean(parent))
+	in, err := dir.Open(path.Clean(parent))
 	if err != nil {
 		return err
 	}
 	defer in.Close()
-	if err := writeIn(in, name, append(data, '\n'), sync); err != nil {
+	if err := writeIn(int(in.Fd()), name, append(data, '\n'), sync); err != nil {
 		return fmt.Errorf("in %s: %w", path.Clean(parent), err)
 	}
 	return nil
 }
 
-func writeIn(dir *os.Root, name string, data []byte, sync bool) error {
+func writeIn(dir int, name string, data []byte, sync bool) error {
 	tmp := name + TempSuffix
 	// Without O_EXCL: as writers do not overlap, a file that is there already
 	// was left by a crash.
-	f, err := dir.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	fd, err := unix.Openat(dir, tmp, unix.O_WRONLY|unix.O_CREAT|unix.O_TRUNC|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
 	if err != nil {
+		return &os.PathError{Op: "open", Path: tmp, Err: err}
+	}
+	if err := fill(fd, tmp, data, sync); err != nil {
+		unix.Unlinkat(dir, tmp, 0)
 		return err
 	}
-	if err := fill(f, data, sync); err != nil {
-		dir.Remove(tmp)
-		return err
-	}
-	if err := dir.Rename(tmp, name); err != nil {
-		dir.Remove(tmp)
-		return err
+	if err := unix.Renameat(dir, tmp, dir, name); err != nil {
+		unix.Unlinkat(dir, tmp, 0)
+		return &os.LinkError{Op: "rename", Old: tmp, New: name, Err: err}
 	}
 	if !sync {
 		return nil
 	}
-	return SyncDir(dir, ".")
+	if err := unix.Fsync(dir); err != nil {
+		return &os.PathError{Op: "sync", Path: ".", Err: err}
+	}
+	return nil
 }
 
-// fill writes data, with sync forces it to disk, and closes f. The data must be
+// fill writes data, with sync forces it to disk, and closes the file. The data must be
 // there before the rename is: otherwise a power cut can leave the new name with
 // nothing in it.
-func fill(f *os.File, data []byte, sync bool) error {
-	_, err := f.Write(data)
-	if err == nil && sync {
-		err = f.Sync()
+func fill(fd int, name string, data []byte, sync bool) (err error) {
+	defer func() {
+		if cerr := unix.Close(fd); err == nil && cerr != nil {
+			err = &os.PathError{Op: "close", Path: name, Err: cerr}
+		}
+	}()
+	for len(data) > 0 {
+		n, err := unix.Write(fd, data)
+		if err != nil {
+			return &os.PathError{Op: "write", Path: name, Err: err}
+		}
+		data = data[n:]
 	}
-	return errors.Join(err, f.Close())
+	if !sync {
+		return nil
+	}
+	if err := unix.Fsync(fd); err != nil {
+		return &os.PathError{Op: "sync", Path: name, Err: err}
+	}
+	return nil
 }
 
 // Read decodes the file name under dir into v. A field that v does not have and
