@@ -44,6 +44,8 @@ struct prog_reloc {
 /* NR_FORK makes a sibling that goes on with the next op; the process itself
  * reports the sibling's pid and exits with 0. Arg 0 is CLONE_NEWPID or 0, arg 1
  * is -1 or a descriptor of the cgroup v2 directory that the sibling is born in.
+ * If arg 2 is not 0, the sibling goes on when its pid has been reported; else
+ * what it reports may come before that.
  *
  * A starter that clones anyway does it so at once if the first op is a fork,
  * and has the child begin with the second. */
@@ -155,24 +157,28 @@ static long prog_clone(uint64_t flags, uint64_t exit_signal, long cgroup) {
 	return SYS2(clone3, args, sizeof args);
 }
 
-/* prog_fork makes the rest of the program run in a child. The child waits until
- * its pid has been reported: what it says itself must come after that. With
- * CLONE_PARENT the exit signal is the caller's own. */
-static long prog_fork(uint32_t op, uint64_t flags, long cgroup) {
+/* prog_fork makes the rest of the program run in a child. With CLONE_PARENT the
+ * exit signal is the caller's own. */
+static long prog_fork(uint32_t op, uint64_t flags, long cgroup, long waits) {
 	int fds[2];
 	char byte = 0;
-	long r = SYS2(pipe2, fds, 02000000 /* O_CLOEXEC */);
-	if (IS_ERR(r))
-		return r;
+	long r;
+	if (waits) {
+		r = SYS2(pipe2, fds, 02000000 /* O_CLOEXEC */);
+		if (IS_ERR(r))
+			return r;
+	}
 	r = prog_clone(flags | 0x8000 /* CLONE_PARENT */, 0, cgroup);
 	if (r > 0) {
 		prog_report(REPORT_PID, op, (int32_t)r);
 		sys_exit(0); /* which closes the pipe */
 	}
-	SYS1(close, fds[1]);
-	if (r == 0)
-		SYS3(read, fds[0], &byte, 1);
-	SYS1(close, fds[0]);
+	if (waits) {
+		SYS1(close, fds[1]);
+		if (r == 0)
+			SYS3(read, fds[0], &byte, 1);
+		SYS1(close, fds[0]);
+	}
 	return r;
 }
 
@@ -197,7 +203,7 @@ static _Noreturn void prog_run(struct program *p, uint32_t first) {
 		}
 		long r;
 		if (op->nr == NR_FORK) {
-			r = prog_fork(i, (uint64_t)a[0], a[1]);
+			r = prog_fork(i, (uint64_t)a[0], a[1], a[2]);
 		} else {
 			r = syscall6(op->nr, a[0], a[1], a[2], a[3], a[4], a[5]);
 		}

@@ -62,6 +62,23 @@ func TestStartNamesTheStepThatFailed(t *testing.T) {
 	}
 }
 
+// TestStartReapsASiblingThatFails: nobody waits in the program, so the sibling's
+// failure may be reported before its pid.
+func TestStartReapsASiblingThatFails(t *testing.T) {
+	for range 30 {
+		var p Program
+		p.Fork("fork", 0, nil)
+		p.Call("open the moon", unix.SYS_OPENAT, Int(unix.AT_FDCWD), p.String("/moon"), Int(0))
+		p.Exec([]string{"/bin/true"}, []string{"true"}, nil)
+		if _, err := Start(&p, Options{}); err == nil || err.Error() != "open the moon: no such file or directory" {
+			t.Fatalf("Start = %v", err)
+		}
+		if _, err := unix.Wait4(-1, nil, unix.WNOHANG, nil); !errors.Is(err, unix.ECHILD) {
+			t.Fatalf("a child is left: %v", err)
+		}
+	}
+}
+
 // TestOtherArchitecture runs the arm64 launcher in emulation on a program with
 // arm64's numbers.
 func TestOtherArchitecture(t *testing.T) {

@@ -115,7 +115,7 @@ func (p *Program) Fork(step string, flags uintptr, cgroup *Arg) Op {
 	if cgroup != nil {
 		fd = *cgroup
 	}
-	return p.Call(step, nrFork, Int(flags), fd)
+	return p.Call(step, nrFork, Int(flags), fd, Int(0))
 }
 
 // Result is what the call returned, as an argument of a later one: usually a

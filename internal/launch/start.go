@@ -31,6 +31,11 @@ const ReportSize = 12
 // created now and started later.
 func (p *Program) Created() {
 	p.created, p.waits = len(p.ops), true
+	for i := range p.ops { // who is told of it must know the process
+		if o := &p.ops[i]; o.nr == nrFork {
+			o.arg[2] = 1
+		}
+	}
 	b := make([]byte, 16)
 	binary.LittleEndian.PutUint32(b, ReportCreated)
 	buf := p.Bytes(b)
@@ -173,6 +178,7 @@ func Start(p *Program, o Options) (*Process, error) {
 		}
 		return nil, err
 	}
+	var failed error // the pid of who failed may still be to come
 	for {
 		kind, op, value, err := ReadReport(statusR)
 		if err == io.EOF {
@@ -194,8 +200,11 @@ func Start(p *Program, o Options) (*Process, error) {
 				return fail(fmt.Errorf("%w: %w", ErrLaunch, err))
 			}
 		case ReportFailed:
-			return fail(p.Explain(int(op), unix.Errno(value)))
+			failed = p.Explain(int(op), unix.Errno(value))
 		}
+	}
+	if failed != nil {
+		return fail(failed)
 	}
 	if first != pid { // the one that forked has said so and exits
 		wait4(first, nil, nil)
