@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -63,10 +64,18 @@ func (k Kind) Flag() uintptr {
 }
 
 // Supported reports whether the running kernel has namespaces of kind k.
-func (k Kind) Supported() bool {
-	_, err := os.Stat("/proc/self/ns/" + string(k))
-	return !errors.Is(err, os.ErrNotExist)
-}
+func (k Kind) Supported() bool { return slices.Contains(supported(), k) }
+
+// supported are the kinds that the running kernel has, which stay the same: every
+// start of a sandbox asks for them.
+var supported = sync.OnceValue(func() (ks []Kind) {
+	for _, k := range kinds {
+		if _, err := os.Stat("/proc/self/ns/" + string(k)); !errors.Is(err, os.ErrNotExist) {
+			ks = append(ks, k)
+		}
+	}
+	return ks
+})
 
 // ParseKind returns the kind called s. Besides the names in /proc it takes the
 // runtime-spec's "network" and "mount".
