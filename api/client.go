@@ -20,6 +20,7 @@ import (
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/protobuf/types/known/durationpb"
 
@@ -83,6 +84,22 @@ func Dial(address string) (*Client, error) {
 	}
 	c.rpc = pb.NewSandboxdClient(c.conn)
 	return c, nil
+}
+
+// Connect connects, which the first call would do too, and returns when a daemon has
+// taken the connection, or nobody has: the first call says so. If the daemon does
+// neither, since it is stopped or hung, it returns ctx's error.
+func (c *Client) Connect(ctx context.Context) error {
+	c.conn.Connect()
+	for {
+		s := c.conn.GetState()
+		if s == connectivity.Ready || s == connectivity.TransientFailure || s == connectivity.Shutdown {
+			return nil
+		}
+		if !c.conn.WaitForStateChange(ctx, s) {
+			return ctx.Err()
+		}
+	}
 }
 
 // Close drops the connection. Calls in flight fail.

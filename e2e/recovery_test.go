@@ -381,3 +381,62 @@ func overwrite(file string, at int64, v any) error {
 	_, err = f.WriteAt(b, at)
 	return err
 }
+
+// TestDaemonStopped has a daemon that is there and does nothing: what looks goes on
+// without it, what changes something waits, until somebody interrupts it.
+func TestDaemonStopped(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.mustServe()
+	r.ok("create", "web", "--net", "none")
+	r.run("web", "app", "echo one; exec sleep 1000")
+	// What follows ends with its reader, though nothing more is written.
+	for _, args := range [][]string{{"logs", "-f", "web/app"}, {"events", "-f", "--since", "1"}} {
+		read, w, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		cmd := r.command(args...)
+		cmd.Stdout = w
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		w.Close()
+		if _, err := read.Read(make([]byte, 1)); err != nil {
+			t.Fatal(err)
+		}
+		read.Close()
+		begin := time.Now()
+		if err := cmd.Wait(); time.Since(begin) > 20*time.Second {
+			t.Errorf("%v ended %s after its reader: %v", args, time.Since(begin), err)
+		}
+	}
+	r.sig(r.d.cmd.Process.Pid, unix.SIGSTOP)
+	for _, args := range [][]string{{"ls"}, {"ps"}, {"inspect", "web"}, {"inspect", "web/app"}, {"events"}} {
+		res := r.cli(args...)
+		if res.code != 0 || !strings.Contains(res.out, "web") || !strings.Contains(res.err, "has not answered for 2s") || strings.Count(res.err, "\n") != 1 {
+			t.Error(res)
+		}
+	}
+	for _, args := range [][]string{{"logs", "--reopen", "web/app"}, {"stop", "web"}, {"run", "web", "--rootfs", r.rootfs, "--", "true"}} {
+		cmd := r.command(args...)
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		ended := make(chan struct{})
+		go func() { cmd.Wait(); close(ended) }()
+		select {
+		case <-ended:
+			t.Errorf("%v did not wait: %v", args, cmd.ProcessState)
+		case <-time.After(3 * time.Second):
+		}
+		r.sig(cmd.Process.Pid, unix.SIGINT)
+		select {
+		case <-ended:
+		case <-time.After(15 * time.Second):
+			t.Errorf("%v cannot be interrupted", args)
+		}
+	}
+	r.sig(r.d.cmd.Process.Pid, unix.SIGCONT)
+	r.ok("rm", "-f", "web")
+}

@@ -59,7 +59,11 @@ With -o json it writes one object a line; docs/events.md describes it.`,
 		if *format == "json" {
 			show = writeEventJSON
 		}
-		return a.events(cmd.Context(), q, func(e sandbox.Event) error { return show(a.out, &e) })
+		ctx := cmd.Context()
+		if q.Follow {
+			ctx = a.whileRead(ctx)
+		}
+		return readerGone(ctx, a.events(ctx, q, func(e sandbox.Event) error { return show(a.out, &e) }))
 	}
 	return cmd
 }
@@ -86,6 +90,12 @@ func (a *app) events(ctx context.Context, q sandbox.EventQuery, show func(sandbo
 	c, err := a.client()
 	if err != nil {
 		return err
+	}
+	ask, cancel := context.WithTimeout(ctx, answerTime)
+	defer cancel()
+	if err := c.Connect(ask); err != nil && ctx.Err() == nil {
+		a.sayNoAnswer()
+		return a.eventsFromFiles(ctx, q, show, err)
 	}
 	for e, err := range c.Events(ctx, q) {
 		switch {

@@ -56,6 +56,7 @@ the log by its name anew, after somebody has renamed the file to rotate it.`,
 		ctx, cancel := context.WithCancel(cmd.Context())
 		defer cancel()
 		if *follow {
+			ctx = a.whileRead(ctx)
 			done := make(chan struct{})
 			o.Done = done
 			go func() {
@@ -76,7 +77,7 @@ the log by its name anew, after somebody has renamed the file to rotate it.`,
 				err = a.writeLog(l, *stamps)
 			}
 		}
-		return err
+		return readerGone(ctx, err)
 	}
 	return cmd
 }

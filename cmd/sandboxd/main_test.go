@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"flag"
 	"fmt"
@@ -12,6 +13,7 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -79,7 +81,8 @@ func TestUsageErrors(t *testing.T) {
 		args string
 		want string // in stderr
 	}{
-		{"bogus", `unknown command "bogus"`},
+		{"bogus", `unknown command "bogus" (try`}, // not: did you mean logs?
+		{"logz", "did you mean logs?"},
 		{"help bogus", `unknown command "bogus"`},
 		{"help run web", `unknown command "web" (try: sandboxd run --help)`},
 		{"completion ksh", `unknown command "ksh"`},
@@ -225,5 +228,68 @@ func TestWithoutDaemon(t *testing.T) {
 	away := filepath.Join(dir, "away")
 	if code, _, errs := cli(t, "--state", away, "ls"); code != exitFailed || !strings.Contains(errs, away+"/sandboxd.sock") || strings.Count(errs, "\n") != 1 {
 		t.Errorf("ls without a state directory: exit code %d, stderr %q", code, errs)
+	}
+}
+
+// A daemon that is stopped has a socket that takes connections, and never answers.
+func TestDaemonStopped(t *testing.T) {
+	dir := t.TempDir()
+	t.Setenv("SANDBOXD_ADDRESS", "")
+	t.Setenv("SANDBOXD_STATE", dir)
+	l, err := net.Listen("unix", filepath.Join(dir, "sandboxd.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	if err := os.MkdirAll(filepath.Join(dir, rootLink, eventsDir), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	const said = "sandboxd: the daemon has not answered for 2s: read from "
+	for _, tt := range []struct {
+		args string
+		code int
+		out  string
+		errs string // in the second line of stderr
+	}{
+		{"ls -o json", 0, "[]\n", ""},
+		{"ps -o json", 0, "[]\n", ""},
+		{"ps web", exitFailed, "", `no sandbox "web"`},
+		{"inspect web", exitFailed, "", `no sandbox "web"`},
+		{"inspect web/m", exitFailed, "", `no sandbox "web"`},
+		{"events", 0, "", ""},
+	} {
+		t.Run(tt.args, func(t *testing.T) {
+			t.Parallel()
+			ctx, cancel := context.WithTimeout(t.Context(), 15*time.Second)
+			defer cancel()
+			var out, errs bytes.Buffer
+			code := run(ctx, strings.Fields(tt.args), strings.NewReader(""), &out, &errs)
+			first, rest, _ := strings.Cut(errs.String(), "\n")
+			if code != tt.code || out.String() != tt.out || !strings.HasPrefix(first, said+dir) || !strings.Contains(rest, tt.errs) || strings.Count(rest, "\n") > 1 {
+				t.Errorf("exit code %d, stdout %q, stderr %q", code, out.String(), errs.String())
+			}
+		})
+	}
+}
+
+// What follows something ends with its reader, though nothing happens.
+func TestReaderGone(t *testing.T) {
+	dir := t.TempDir()
+	t.Setenv("SANDBOXD_ADDRESS", "")
+	t.Setenv("SANDBOXD_STATE", dir)
+	if err := os.MkdirAll(filepath.Join(dir, rootLink, eventsDir), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	r.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 15*time.Second)
+	defer cancel()
+	var errs bytes.Buffer
+	if code := run(ctx, []string{"events", "-f"}, strings.NewReader(""), w, &errs); code != int(errReaderGone) || errs.Len() > 0 {
+		t.Errorf("exit code %d, stderr %q", code, errs.String())
 	}
 }

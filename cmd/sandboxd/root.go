@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"path/filepath"
 	"strings"
+	"time"
 	"unicode/utf8"
 
 	"github.com/spf13/cobra"
@@ -77,7 +78,7 @@ executed, 127 if it is not found.`,
 		Args:              cobra.ArbitraryArgs,
 		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: false},
 	}
-	root.SuggestionsMinimumDistance = 2
+	root.SuggestionsMinimumDistance = 1
 	root.SetIn(a.in)
 	root.SetOut(a.out)
 	root.SetErr(a.err)
@@ -363,11 +364,20 @@ func (a *app) client() (*api.Client, error) {
 // dir opens the state directory for reading.
 func (a *app) dir() (*sandbox.Dir, error) { return sandbox.OpenDir(a.stateDir(), statusReader{}) }
 
+// answerTime is how long what only looks waits for the daemon, which may be stopped
+// or hung. What changes something waits for as long as it takes.
+const answerTime = 2 * time.Second
+
+// sayNoAnswer says that it was not the daemon that was asked.
+func (a *app) sayNoAnswer() {
+	fmt.Fprintf(a.err, "sandboxd: the daemon has not answered for %s: read from %s instead\n", answerTime, a.stateDir())
+}
+
 // list returns all sandboxes: from the daemon, or if none answers from the
 // state directory. With all, and a daemon, those too of which only a network is left.
 func (a *app) list(ctx context.Context, all bool) ([]sandbox.Info, error) {
-	return fallBack(a,
-		func(c *api.Client) ([]sandbox.Info, error) {
+	return fallBack(ctx, a,
+		func(ctx context.Context, c *api.Client) ([]sandbox.Info, error) {
 			if all {
 				return c.ListAll(ctx)
 			}
@@ -377,26 +387,31 @@ func (a *app) list(ctx context.Context, all bool) ([]sandbox.Info, error) {
 }
 
 func (a *app) inspectSandbox(ctx context.Context, ref string) (sandbox.Info, error) {
-	return fallBack(a,
-		func(c *api.Client) (sandbox.Info, error) { return c.Inspect(ctx, ref) },
+	return fallBack(ctx, a,
+		func(ctx context.Context, c *api.Client) (sandbox.Info, error) { return c.Inspect(ctx, ref) },
 		func(d *sandbox.Dir) (sandbox.Info, error) { return d.Sandbox(ref) })
 }
 
 func (a *app) inspectMember(ctx context.Context, ref string) (sandbox.MemberInfo, error) {
-	return fallBack(a,
-		func(c *api.Client) (sandbox.MemberInfo, error) { return c.InspectMember(ctx, ref) },
+	return fallBack(ctx, a,
+		func(ctx context.Context, c *api.Client) (sandbox.MemberInfo, error) { return c.InspectMember(ctx, ref) },
 		func(d *sandbox.Dir) (sandbox.MemberInfo, error) { return d.Member(ref) })
 }
 
 // fallBack asks the daemon, or if none answers the state directory.
-func fallBack[T any](a *app, daemon func(*api.Client) (T, error), local func(*sandbox.Dir) (T, error)) (T, error) {
+func fallBack[T any](ctx context.Context, a *app, daemon func(context.Context, *api.Client) (T, error), local func(*sandbox.Dir) (T, error)) (T, error) {
 	var none T
 	c, err := a.client()
 	if err != nil {
 		return none, err
 	}
-	v, err := daemon(c)
-	if !errors.Is(err, api.ErrUnavailable) {
+	ask, cancel := context.WithTimeout(ctx, answerTime)
+	defer cancel()
+	v, err := daemon(ask, c)
+	switch {
+	case errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil:
+		a.sayNoAnswer()
+	case !errors.Is(err, api.ErrUnavailable):
 		return v, err
 	}
 	d, derr := a.dir()
