@@ -187,7 +187,8 @@ func (b *bench) cloneOnce() error {
 	return err
 }
 
-// ours measures a sandbox and a member through the API, and exec through the CLI.
+// ours measures a sandbox and a member through the API, exec through the CLI too,
+// and what an exec in the same member cannot go below.
 func (b *bench) ours(i int) error {
 	ctx, c := b.ctx, b.client
 	name := fmt.Sprintf("bench-%d", i)
@@ -199,11 +200,15 @@ func (b *bench) ours(i int) error {
 		return err
 	}
 	ref := name + "/m"
-	err = b.measureStart("sandboxd", func() error {
-		_, err := c.Run(ctx, name, sandbox.MemberConfig{Name: "m", Bundle: b.bundle})
+	var m sandbox.MemberInfo
+	err = b.measureStart("sandboxd", func() (err error) {
+		m, err = c.Run(ctx, name, sandbox.MemberConfig{Name: "m", Bundle: b.bundle})
 		return err
 	})
 	if err != nil {
+		return err
+	}
+	if err := b.bareOnce(m); err != nil {
 		return err
 	}
 	err = b.measure("sandboxd exec", func() error {
@@ -392,11 +397,7 @@ func (b *bench) makeBundle() error {
 	if err := os.Symlink("busybox", filepath.Join(bin, "true")); err != nil {
 		return err
 	}
-	src := filepath.Join(b.dir, "first.c")
-	if err := os.WriteFile(src, firstC, 0o644); err != nil {
-		return err
-	}
-	if err := b.command("gcc", "-O2", "-static", "-nostdlib", "-ffreestanding", "-fno-stack-protector", "-o", filepath.Join(bin, "first"), src); err != nil {
+	if err := errors.Join(b.compile(firstC, filepath.Join(bin, "first")), b.compile(bareC, b.bare())); err != nil {
 		return err
 	}
 	b.fifo = filepath.Join(out, "fifo")
@@ -455,9 +456,19 @@ func (b *bench) report(peers map[string]string) {
 				ratios = append(ratios, ratio("sandboxd "+op.name, p.name+" "+op.peers, p.target))
 			}
 		}
+		if op.name == "exec" {
+			ratios = append(ratios, ratio("sandboxd exec", "bare exec", ""))
+		}
 		row(op.what, b.median("sandboxd "+op.name), ratios...)
 		if op.name != op.peers {
 			continue
+		}
+		if op.name == "exec" {
+			var ratios []string
+			if peers["runc"] != "" {
+				ratios = append(ratios, ratio("bare exec", "runc exec", ""))
+			}
+			row("  bare: join, fork, execve of the same", b.median("bare exec"), ratios...)
 		}
 		for _, p := range []string{"runc", "crun"} {
 			if peers[p] != "" {
