@@ -14,11 +14,13 @@ package metrics
 import (
 	"iter"
 	"net/http"
+	"slices"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+	dto "github.com/prometheus/client_model/go"
 
 	"github.com/sandboxd/sandboxd/sandbox"
 )
@@ -133,13 +135,22 @@ func (m *Metrics) Attach(src Source, r Readers) {
 }
 
 // Gatherer is where the metrics can be read without HTTP.
-func (m *Metrics) Gatherer() prometheus.Gatherer { return m.reg }
+//
+// The gauge go_memstats_alloc_bytes is left out: in the OpenMetrics format the counter
+// go_memstats_alloc_bytes_total has the same family name, and a family may be there
+// only once. What it says is in go_memstats_heap_alloc_bytes too.
+func (m *Metrics) Gatherer() prometheus.Gatherer {
+	return prometheus.GathererFunc(func() ([]*dto.MetricFamily, error) {
+		families, err := m.reg.Gather()
+		return slices.DeleteFunc(families, func(f *dto.MetricFamily) bool { return f.GetName() == "go_memstats_alloc_bytes" }), err
+	})
+}
 
 // Handler serves the metrics in the text format, and in the OpenMetrics format
 // to those who ask for it. What cannot be read is left out, and counted by
 // promhttp_metric_handler_errors_total.
 func (m *Metrics) Handler() http.Handler {
-	return promhttp.HandlerFor(m.reg, promhttp.HandlerOpts{
+	return promhttp.HandlerFor(m.Gatherer(), promhttp.HandlerOpts{
 		ErrorHandling: promhttp.ContinueOnError, Registry: m.reg, EnableOpenMetrics: true,
 		MaxRequestsInFlight: 4,
 	})
