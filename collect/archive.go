@@ -164,7 +164,7 @@ type packer struct {
 func (p *packer) collect(ctx context.Context) error {
 	timed, cancel := context.WithDeadline(ctx, p.until)
 	defer cancel()
-	paths, more, err := tarstream.Glob(timed, p.root, p.c.Path, maxMatches)
+	found, err := tarstream.Glob(timed, p.root, p.c.Path, maxMatches)
 	switch {
 	case errors.Is(err, tarstream.ErrPseudo):
 		p.c.Why = "what is in proc, sysfs and cgroup file systems is not collected"
@@ -173,13 +173,15 @@ func (p *packer) collect(ctx context.Context) error {
 		return nil
 	case err != nil:
 		return err
-	case len(paths) == 0:
+	case found.Unread != nil:
+		p.c.Why = "not all could be looked through: " + last(found.Unread.Error())
+	case len(found.Paths) == 0:
 		p.c.Why = "nothing is there"
-	case more:
+	case found.More:
 		p.c.Why = fmt.Sprintf("only the first %d matches are taken", maxMatches)
 	}
 	o := tarstream.Options{IDs: p.ids, Note: p.note, Admit: p.admit}
-	for _, path := range paths {
+	for _, path := range found.Paths {
 		if p.has(path) {
 			continue // another collector took it
 		}
@@ -265,10 +267,7 @@ func (p *packer) file(e tarstream.Entry, taken bool, why string) {
 
 // note is told of what is not as it was.
 func (p *packer) note(name, what string) {
-	what = strings.TrimPrefix(what, "left out: ")
-	if n := len(what) - maxWhy; n > 0 {
-		what = "…" + strings.ToValidUTF8(what[n:], "") // names come first, and what is wrong last
-	}
+	what = last(strings.TrimPrefix(what, "left out: "))
 	if i, ok := p.index[name]; ok {
 		p.m.Files[i].Why = what
 		return
@@ -280,6 +279,14 @@ func (p *packer) note(name, what string) {
 		return
 	}
 	p.file(tarstream.Entry{Name: name}, false, what)
+}
+
+// last shortens what is said of a file: names come first, and what is wrong last.
+func last(what string) string {
+	if n := len(what) - maxWhy; n > 0 {
+		return "…" + strings.ToValidUTF8(what[n:], "")
+	}
+	return what
 }
 
 func entryType(mode uint32) string {

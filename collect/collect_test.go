@@ -882,6 +882,26 @@ func (m *member) hang(name string) (end func()) {
 	return end
 }
 
+// What cannot be looked through is not said to be empty.
+func TestDirectoryThatCannotBeRead(t *testing.T) {
+	m := newMember(t, "1", crashed, request.Collect{Path: "/deep/*"})
+	testenv.Root(t)
+	testenv.Kernel(t, testenv.FUSE)
+	dir := filepath.Join(m.root, "deep")
+	dev, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0)
+	if err == nil {
+		err = errors.Join(os.MkdirAll(dir, 0o700), testenv.MountFUSE(dev, dir), dev.Close()) // its server has died
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
+	got := newStore(t, Options{}).mustCollect(t, &m.Subject)
+	if c := got.Collectors[0]; !strings.HasSuffix(c.Why, "/deep/: transport endpoint is not connected") || c.Taken != 0 {
+		t.Errorf("collector: %+v", c)
+	}
+}
+
 // Files that do not answer hold up nobody else's, and their own collection not for ever.
 func TestFilesThatDoNotAnswer(t *testing.T) {
 	s := newStore(t, Options{})

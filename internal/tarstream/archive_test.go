@@ -65,35 +65,60 @@ func TestGlob(t *testing.T) {
 		{"/var/log/c.txt/*", nil},
 		{"/", []string{"/"}},
 	} {
-		got, more, err := Glob(t.Context(), root, tt.pattern, 100)
-		if err != nil || more {
-			t.Errorf("Glob(%q): more %v, %v", tt.pattern, more, err)
+		got, err := Glob(t.Context(), root, tt.pattern, 100)
+		if err != nil || got.More || got.Unread != nil {
+			t.Errorf("Glob(%q): %+v, %v", tt.pattern, got, err)
 		}
-		if d := cmp.Diff(strings.Join(tt.want, " "), strings.Join(got, " ")); d != "" {
+		if d := cmp.Diff(strings.Join(tt.want, " "), strings.Join(got.Paths, " ")); d != "" {
 			t.Errorf("Glob(%q) (-want +got):\n%s", tt.pattern, d)
 		}
 	}
-	if got, more, err := Glob(t.Context(), root, "/var/log/*", 2); err != nil || !more || len(got) != 2 {
-		t.Errorf("with a limit of 2: %q, more %v, %v", got, more, err)
+	if got, err := Glob(t.Context(), root, "/var/log/*", 2); err != nil || !got.More || len(got.Paths) != 2 {
+		t.Errorf("with a limit of 2: %+v, %v", got, err)
 	}
-	if _, _, err := Glob(t.Context(), root, "/var/[", 100); err == nil {
+	if _, err := Glob(t.Context(), root, "/var/[", 100); err == nil {
 		t.Error("a pattern that is not complete matches")
 	}
 	proc := openRoot(t, "/")
 	for _, pattern := range []string{"/proc/*/status", "/proc/*", "/pro[c]/*", "/proc/none/at/all", "/sys/k*"} {
-		if got, _, err := Glob(t.Context(), proc, pattern, 100); !errors.Is(err, ErrPseudo) || len(got) != 0 {
-			t.Errorf("Glob(%q): %q, %v", pattern, got, err)
+		if got, err := Glob(t.Context(), proc, pattern, 100); !errors.Is(err, ErrPseudo) || len(got.Paths) != 0 {
+			t.Errorf("Glob(%q): %+v, %v", pattern, got, err)
 		}
 	}
-	if got, _, err := Glob(t.Context(), proc, "/*c/passwd", 100); err != nil || len(got) != 1 {
-		t.Errorf("beside proc: %q, %v", got, err)
+	if got, err := Glob(t.Context(), proc, "/*c/passwd", 100); err != nil || len(got.Paths) != 1 {
+		t.Errorf("beside proc: %+v, %v", got, err)
 	}
 	over, cancel := context.WithCancel(t.Context())
 	cancel()
 	for _, pattern := range []string{"/var/none*", "/var"} {
-		if _, _, err := Glob(over, root, pattern, 100); !errors.Is(err, context.Canceled) {
+		if _, err := Glob(over, root, pattern, 100); !errors.Is(err, context.Canceled) {
 			t.Errorf("Glob(%q) that is cut off: %v", pattern, err)
 		}
+	}
+}
+
+// A directory that is there and cannot be read is no directory without matches.
+func TestGlobUnread(t *testing.T) {
+	testenv.Root(t)
+	testenv.Kernel(t, testenv.FUSE)
+	dir := tree(t, map[string]string{"gone/": "", "good/f": "1"})
+	dev, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0)
+	must(t, err)
+	must(t, testenv.MountFUSE(dev, filepath.Join(dir, "gone")))
+	t.Cleanup(func() { unix.Unmount(filepath.Join(dir, "gone"), unix.MNT_DETACH) })
+	dev.Close()                                                          // its server has died
+	for pattern, want := range map[string]int{"/gone/*": 0, "/*/f": 2} { // whether /gone/f is there, only who opens it could say
+		got, err := Glob(t.Context(), openRoot(t, dir), pattern, 10)
+		if err != nil || len(got.Paths) != want {
+			t.Errorf("Glob(%q): %+v, %v", pattern, got, err)
+		}
+		if pattern == "/gone/*" && (!errors.Is(got.Unread, unix.ENOTCONN) || !strings.Contains(got.Unread.Error(), "/gone/")) {
+			t.Errorf("Glob(%q): unread is %v", pattern, got.Unread)
+		}
+	}
+	got, err := Glob(t.Context(), openRoot(t, dir), "/g*/?", 10)
+	if err != nil || len(got.Paths) != 1 || !errors.Is(got.Unread, unix.ENOTCONN) {
+		t.Errorf("beside one that can be read: %+v, %v", got, err)
 	}
 }
 
@@ -196,9 +221,9 @@ func TestAddWhatCannotBeRead(t *testing.T) {
 	var notes []string
 	o := Options{Note: func(name, what string) { notes = append(notes, name+": "+what) }}
 	for _, pattern := range []string{"/gone", "/gone/below", "/f"} {
-		paths, _, err := Glob(t.Context(), root, pattern, 10)
-		if err != nil || len(paths) != 1 {
-			t.Errorf("Glob(%q): %q, %v", pattern, paths, err)
+		got, err := Glob(t.Context(), root, pattern, 10)
+		if err != nil || len(got.Paths) != 1 {
+			t.Errorf("Glob(%q): %+v, %v", pattern, got, err)
 		}
 		if err := a.Add(t.Context(), root, pattern, o); err != nil {
 			t.Errorf("Add(%q): %v", pattern, err)

@@ -12,21 +12,26 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Glob returns the paths under root that match pattern, sorted: an absolute path
+// Matches is what [Glob] has found.
+type Matches struct {
+	Paths  []string // sorted
+	More   bool     // there are others
+	Unread error    // why the first directory that could not be read, or not to its end, could not
+}
+
+// Glob returns the paths under root that match pattern, limit at most: an absolute path
 // of which each element may be a pattern as of [path.Match]. Links are followed
 // under root, except at the end. What is in proc, sysfs and cgroup file systems
-// matches nothing; if nothing else does, the error is [ErrPseudo]. At most limit
-// paths are returned; more says that there are others. A directory that cannot be
-// read has nothing that matches.
-func Glob(ctx context.Context, root *os.File, pattern string, limit int) (paths []string, more bool, err error) {
+// matches nothing; if nothing else does, the error is [ErrPseudo].
+func Glob(ctx context.Context, root *os.File, pattern string, limit int) (m Matches, err error) {
 	if _, err := path.Match(pattern, ""); err != nil {
-		return nil, false, err
+		return m, err
 	}
 	found, pseudo := []string{""}, false
 	elements := strings.Split(strings.Trim(path.Clean("/"+pattern), "/"), "/")
 	for _, el := range elements {
 		if el == "" { // the root itself
-			return []string{"/"}, false, nil
+			return Matches{Paths: []string{"/"}}, nil
 		}
 		if !strings.ContainsAny(el, `*?[\`) {
 			for i := range found {
@@ -36,13 +41,16 @@ func Glob(ctx context.Context, root *os.File, pattern string, limit int) (paths 
 		}
 		var next []string
 		for _, dir := range found {
-			names, cut, err := matching(ctx, root, dir+"/", el, limit-len(next))
-			if errors.Is(err, ErrPseudo) {
+			names, more, err := matching(ctx, root, dir+"/", el, limit-len(next))
+			switch {
+			case ctx.Err() != nil:
+				return Matches{}, ctx.Err()
+			case errors.Is(err, ErrPseudo):
 				pseudo = true
-			} else if err != nil {
-				return nil, false, err
+			case err != nil && m.Unread == nil:
+				m.Unread = err
 			}
-			more = more || cut
+			m.More = m.More || more
 			for _, n := range names {
 				next = append(next, dir+"/"+n)
 			}
@@ -64,13 +72,14 @@ func Glob(ctx context.Context, root *os.File, pattern string, limit int) (paths 
 		return false // who cannot open it will say why
 	})
 	if err := ctx.Err(); err != nil {
-		return nil, false, err
+		return Matches{}, err
 	}
 	if len(found) == 0 && pseudo {
-		return nil, false, ErrPseudo
+		return Matches{}, ErrPseudo
 	}
 	slices.Sort(found)
-	return found, more, nil
+	m.Paths = found
+	return m, nil
 }
 
 // inPseudo reports whether what there is of the way to p ends in a file system of
@@ -93,18 +102,21 @@ func inPseudo(root *os.File, p string) bool {
 }
 
 // matching returns the names in the directory dir that match pattern, limit at
-// most.
+// most. With an error, they are those that were read before it.
 func matching(ctx context.Context, root *os.File, dir, pattern string, limit int) (names []string, more bool, err error) {
 	if err := ctx.Err(); err != nil {
 		return nil, false, err
 	}
 	d, err := openIn(root, dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NONBLOCK)
-	if err != nil {
-		return nil, false, nil
+	switch {
+	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENOTDIR), errors.Is(err, unix.ELOOP):
+		return nil, false, nil // no directory
+	case err != nil:
+		return nil, false, err
 	}
 	defer d.Close()
 	if pseudo, err := isPseudo(d); err != nil {
-		return nil, false, nil
+		return nil, false, err
 	} else if pseudo {
 		return nil, false, ErrPseudo
 	}
@@ -122,8 +134,10 @@ func matching(ctx context.Context, root *os.File, dir, pattern string, limit int
 			}
 			names = append(names, n)
 		}
-		if errors.Is(err, io.EOF) || len(batch) == 0 {
+		if errors.Is(err, io.EOF) {
 			return names, false, nil
+		} else if err != nil {
+			return names, false, err
 		}
 	}
 }
