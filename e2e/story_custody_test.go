@@ -100,15 +100,22 @@ func TestStoryCustodyPolicies(t *testing.T) {
 	}
 }
 
-// holds reports whether any process has a descriptor of the namespace, or is in it.
+// holds reports whether a process of the daemon's, or the daemon, has a descriptor of
+// the mount namespace, or is in it. Others are not asked: whoever makes one next can
+// get the same inode number.
 func (s *story) holds(inode uint64) bool {
 	s.t.Helper()
-	for _, pattern := range []string{"/proc/[0-9]*/fd/*", "/proc/[0-9]*/ns/mnt"} {
-		names, err := filepath.Glob(pattern)
-		if err != nil {
-			s.t.Fatal(err)
+	dirs, err := filepath.Glob("/proc/[0-9]*")
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	for _, dir := range dirs {
+		cgroups, _ := os.ReadFile(dir + "/cgroup")
+		if filepath.Base(dir) != strconv.Itoa(s.cmd.Process.Pid) && !strings.Contains(string(cgroups), ":"+s.parent+"/") {
+			continue
 		}
-		for _, name := range names {
+		names, _ := filepath.Glob(dir + "/fd/*")
+		for _, name := range append(names, dir+"/ns/mnt") {
 			if l, err := os.Readlink(name); err == nil && l == "mnt:["+strconv.FormatUint(inode, 10)+"]" {
 				return true
 			}
