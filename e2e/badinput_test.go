@@ -659,6 +659,11 @@ func TestFullStateDirectory(t *testing.T) {
 		default:
 			failed++
 			checkRefusal(t, refusal{want: []string{"no space left on device"}}, stdout, stderr, code)
+			for _, once := range []string{"record", "write", "sandboxes/"} {
+				if strings.Count(stderr, once) > 1 {
+					t.Errorf("with %d free pages %q is there more than once: %s", free, once, stderr)
+				}
+			}
 			if err := os.Remove(ballast); err != nil {
 				t.Fatal(err)
 			}

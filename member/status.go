@@ -365,7 +365,7 @@ func WriteExit(dir string, status unix.WaitStatus, oomKills uint32, ru *unix.Rus
 	defer d.Close()
 	f, err := os.CreateTemp(dir, exitName+".*.tmp") // not the monitor's name: both may be at it
 	if err != nil {
-		return fmt.Errorf("write exit record: %w", err)
+		return fmt.Errorf("exit record: %w", err)
 	}
 	defer os.Remove(f.Name())
 	_, err = f.Write(append(b, '\n'))
@@ -385,7 +385,7 @@ func WriteExit(dir string, status unix.WaitStatus, oomKills uint32, ru *unix.Rus
 		err = d.Sync()
 	}
 	if err != nil {
-		return fmt.Errorf("write exit record: %w", err)
+		return fmt.Errorf("exit record: %w", err)
 	}
 	return nil
 }

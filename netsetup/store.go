@@ -232,10 +232,7 @@ func (s *Store) write(rec *attachment) error {
 	if rec.Mode == network.ModeCNI {
 		write = statefile.Write
 	}
-	if err := write(s.dir, file(rec.ID), rec); err != nil {
-		return fmt.Errorf("write network record: %w", err)
-	}
-	return nil
+	return write(s.dir, file(rec.ID), rec) // which names the file
 }
 
 func (s *Store) remove(rec *attachment) error {

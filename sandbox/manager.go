@@ -445,9 +445,7 @@ func (m *Manager) change(b *box, fact bool, change func(*Record)) error {
 		var err error
 		if !b.broken { // what could not be read is kept as it is
 			r.Telling = t
-			if err = statefile.Write(m.root, b.dir()+"/"+sandboxFile, &r); err != nil {
-				err = fmt.Errorf("write record: %w", err)
-			}
+			err = statefile.Write(m.root, b.dir()+"/"+sandboxFile, &r) // which names the file
 		}
 		if err == nil || fact {
 			r.Telling = Telling{Rev: t.Rev}
@@ -480,9 +478,7 @@ func (m *Manager) changeMember(mb *memb, fact bool, change func(*MemberRecord)) 
 		var err error
 		if !mb.broken {
 			r.Telling = t
-			if err = statefile.Write(m.root, mb.dir()+"/"+memberFile, &r); err != nil {
-				err = fmt.Errorf("write record: %w", err)
-			}
+			err = statefile.Write(m.root, mb.dir()+"/"+memberFile, &r) // which names the file
 		}
 		if err == nil || fact {
 			r.Telling = Telling{Rev: t.Rev}

@@ -37,66 +37,61 @@ func write(dir *os.Root, name string, v any, sync bool) error {
 	}
 	// Opened once, and then used as it is: os.Root looks each name up one element at a
 	// time, and os.File asks of each file whether it can be polled.
-	parent, name := path.Split(name)
+	parent, base := path.Split(name)
 	in, err := dir.Open(path.Clean(parent))
 	if err != nil {
 		return err
 	}
 	defer in.Close()
-	if err := writeIn(int(in.Fd()), name, append(data, '\n'), sync); err != nil {
-		return fmt.Errorf("in %s: %w", path.Clean(parent), err)
+	if op, err := writeIn(int(in.Fd()), base, append(data, '\n'), sync); err != nil {
+		return &os.PathError{Op: op, Path: name, Err: err}
 	}
 	return nil
 }
 
-func writeIn(dir int, name string, data []byte, sync bool) error {
+// writeIn returns what it was at when it failed.
+func writeIn(dir int, name string, data []byte, sync bool) (op string, err error) {
 	tmp := name + TempSuffix
 	// Without O_EXCL: as writers do not overlap, a file that is there already
 	// was left by a crash.
 	fd, err := unix.Openat(dir, tmp, unix.O_WRONLY|unix.O_CREAT|unix.O_TRUNC|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
 	if err != nil {
-		return &os.PathError{Op: "open", Path: tmp, Err: err}
+		return "create", err
 	}
-	if err := fill(fd, tmp, data, sync); err != nil {
+	if op, err := fill(fd, data, sync); err != nil {
 		unix.Unlinkat(dir, tmp, 0)
-		return err
+		return op, err
 	}
 	if err := unix.Renameat(dir, tmp, dir, name); err != nil {
 		unix.Unlinkat(dir, tmp, 0)
-		return &os.LinkError{Op: "rename", Old: tmp, New: name, Err: err}
+		return "replace", err
 	}
 	if !sync {
-		return nil
+		return "", nil
 	}
-	if err := unix.Fsync(dir); err != nil {
-		return &os.PathError{Op: "sync", Path: ".", Err: err}
-	}
-	return nil
+	return "sync directory of", unix.Fsync(dir)
 }
 
-// fill writes data, with sync forces it to disk, and closes the file. The data must be
-// there before the rename is: otherwise a power cut can leave the new name with
-// nothing in it.
-func fill(fd int, name string, data []byte, sync bool) (err error) {
+// fill writes data, with sync forces it to disk, and closes the file; it returns what it
+// was at when it failed. The data must be there before the rename is: otherwise a power
+// cut can leave the new name with nothing in it.
+func fill(fd int, data []byte, sync bool) (op string, err error) {
 	defer func() {
 		if cerr := unix.Close(fd); err == nil && cerr != nil {
-			err = &os.PathError{Op: "close", Path: name, Err: cerr}
+			op, err = "close", cerr
 		}
 	}()
 	for len(data) > 0 {
 		n, err := unix.Write(fd, data)
 		if err != nil {
-			return &os.PathError{Op: "write", Path: name, Err: err}
+			return "write", err
 		}
 		data = data[n:]
 	}
 	if !sync {
-		return nil
+		return "", nil
 	}
-	if err := unix.Fsync(fd); err != nil {
-		return &os.PathError{Op: "sync", Path: name, Err: err}
-	}
-	return nil
+	return "sync", unix.Fsync(fd)
 }
 
 // Read decodes the file name under dir into v. A field that v does not have and
