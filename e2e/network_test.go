@@ -530,7 +530,9 @@ func TestTombstone(t *testing.T) {
 		t.Errorf("after a restart ls -a shows %+v", i)
 	}
 	r.failPlugins("DEL", false)
-	r.ok("gc")
+	if out := r.ok("gc"); strings.Contains(out, "will not") {
+		t.Errorf("gc, when the plugin works again, says\n%s", out)
+	}
 	r.eventually("the network is taken down", func() bool { return tomb() == nil })
 	for _, name := range []string{"one", "two"} {
 		if left, _ := os.ReadDir(filepath.Join(r.d.root, name)); len(left) > 0 {

@@ -7,10 +7,14 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"time"
 
 	"github.com/sandboxd/sandboxd/internal/garbage"
 	"github.com/sandboxd/sandboxd/internal/network"
 )
+
+// retryWait is how long GC waits for the attempts that it has made be made.
+const retryWait = 2 * time.Second
 
 // GC finds what belongs to no attachment and, unless dryRun is set, removes it,
 // and makes every tombstone be tried now. What is found before something fails
@@ -26,18 +30,37 @@ func (s *Store) GC(ctx context.Context, dryRun bool) ([]garbage.Finding, error) 
 			errs = append(errs, fmt.Errorf("%s network: %w", mode, err))
 		}
 	}
-	for _, t := range s.Tombstones() {
+	tombs := s.Tombstones()
+	attempts := map[string]*attempt{}
+	if !dryRun {
+		for _, t := range tombs {
+			attempts[t.ID] = s.tryNow(t.ID)
+		}
+	}
+	ctx, cancel := context.WithTimeout(ctx, retryWait)
+	defer cancel()
+	for _, t := range tombs {
 		f := garbage.Finding{
 			Kind: garbage.Tombstone, Name: t.ID, Since: t.Since,
 			Reason: fmt.Sprintf("the sandbox %s is gone and its %s network could not be taken down yet", t.Name, t.Mode),
-			Action: "retried", Err: t.LastError,
+			Action: garbage.WouldRetry, Err: t.LastError,
 		}
-		if dryRun {
-			f.Action = "would retry"
-		} else if e := s.entry(t.ID); e != nil {
+		if !dryRun {
+			a := attempts[t.ID]
+			if a == nil {
+				continue // it has gone meanwhile
+			}
+			// What the one before failed with says nothing of this one.
+			f.Action, f.Err = garbage.Retried, ""
 			select {
-			case e.now <- struct{}{}:
-			default: // it has been told already
+			case <-a.done:
+				if a.err != nil {
+					f.Err = a.err.Error()
+				} else {
+					f.Action = garbage.Removed
+				}
+			case <-ctx.Done():
+				f.Reason += "; it is being tried"
 			}
 		}
 		found = append(found, f)

@@ -117,10 +117,17 @@ type entry struct {
 	rec    *attachment        // guarded by Store.mu
 	stop   context.CancelFunc // ends the attempt that is being made, nil if none is; guarded by Store.mu
 	ending bool               // somebody forgets it: no attempt is to begin; guarded by Store.mu
+	next   *attempt           // the one that begins next, if somebody waits for it; guarded by Store.mu
 	now    chan struct{}      // has a buffer of one: try now
 	gone   chan struct{}      // closed when the tombstone is forgotten
 
 	busy sync.Mutex // held during an attempt, and while it is forgotten; before Store.mu
+}
+
+// attempt is one to take a tombstone's network down.
+type attempt struct {
+	done chan struct{} // closed when it is over
+	err  error         // what came of it; to be read then
 }
 
 // Open returns a Store that keeps its records below dir, which is made if need
@@ -404,6 +411,25 @@ func (s *Store) work(e *entry) {
 	})
 }
 
+// tryNow makes a tombstone be tried now, and returns the attempt; nil if there is
+// no such tombstone any more.
+func (s *Store) tryNow(id string) *attempt {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	e := s.entries[id]
+	if e == nil || e.rec.State != detaching {
+		return nil
+	}
+	if e.next == nil {
+		e.next = &attempt{done: make(chan struct{})}
+	}
+	select {
+	case e.now <- struct{}{}:
+	default: // it has been told already
+	}
+	return e.next
+}
+
 // retry makes one attempt and reports whether it was the last one.
 func (s *Store) retry(e *entry) bool {
 	ctx, cancel := context.WithTimeout(s.ctx, retryTimeout)
@@ -417,8 +443,14 @@ func (s *Store) retry(e *entry) bool {
 		return false
 	}
 	e.stop = cancel
+	a := e.next
+	e.next = nil
 	s.mu.Unlock()
 	err := s.detach(ctx, e, &rec, nil)
+	if a != nil {
+		a.err = err
+		defer close(a.done) // once what came of it is on record
+	}
 	if s.ctx.Err() != nil && err != nil {
 		return true // the daemon ends; that says nothing about the network
 	}

@@ -400,24 +400,63 @@ func TestRecordsThatCannotBeRead(t *testing.T) {
 
 func TestGC(t *testing.T) {
 	f := newFixture(t)
+	f.s.o.RetryMin, f.s.o.RetryMax = time.Hour, time.Hour
 	f.attach("alive")
 	f.attach("dead")
 	f.d.set(errPlugin, false)
 	if tomb, err := f.s.Detach(t.Context(), "dead", nil); !tomb || err != nil {
 		t.Fatal(tomb, err)
 	}
-	for _, dry := range []bool{true, false} {
-		found, err := f.s.GC(t.Context(), dry)
-		if err != nil || len(found) != 2 || found[0].Kind != garbage.Lease || found[1].Kind != garbage.Tombstone || found[1].Name != "dead" {
-			t.Errorf("found %+v, %v", found, err)
+	const reason = "the sandbox name-dead is gone and its cni network could not be taken down yet"
+	other := errors.New("the plugin says no again")
+	for _, tt := range []struct {
+		dry    bool
+		detach error
+		action string
+		err    string
+	}{
+		{true, nil, garbage.WouldRetry, errPlugin.Error()},
+		{false, other, garbage.Retried, other.Error()}, // of this attempt, not of the one before
+		{false, nil, garbage.Removed, ""},
+	} {
+		f.d.set(tt.detach, false)
+		found, err := f.s.GC(t.Context(), tt.dry)
+		if err != nil || len(found) != 2 || found[0].Kind != garbage.Lease {
+			t.Fatalf("found %+v, %v", found, err)
 		}
-		if want := map[bool]string{true: "would retry", false: "retried"}[dry]; found[1].Action != want {
-			t.Errorf("action %q, want %q", found[1].Action, want)
+		found[1].Since = time.Time{}
+		if want := (garbage.Finding{Kind: garbage.Tombstone, Name: "dead", Reason: reason, Action: tt.action, Err: tt.err}); found[1] != want {
+			t.Errorf("found %+v, want %+v", found[1], want)
 		}
 		// What waits to be taken down is not the driver's to collect.
 		if got := strings.Join(f.d.live, ","); got != "alive,dead" {
 			t.Errorf("live: %s", got)
 		}
+	}
+	if left := f.s.Tombstones(); len(left) > 0 {
+		t.Errorf("tombstones %+v", left)
+	}
+}
+
+// Who collects garbage does not wait for a plugin that hangs.
+func TestGCDoesNotWaitForLong(t *testing.T) {
+	f := newFixture(t)
+	f.s.o.RetryMin, f.s.o.RetryMax = time.Hour, time.Hour
+	f.attach("dead")
+	f.d.set(errPlugin, false)
+	if tomb, err := f.s.Detach(t.Context(), "dead", nil); !tomb || err != nil {
+		t.Fatal(tomb, err)
+	}
+	f.d.mu.Lock()
+	f.d.stuck = make(chan struct{}, 1)
+	f.d.mu.Unlock()
+	begin := time.Now()
+	found, err := f.s.GC(t.Context(), false)
+	if err != nil || len(found) != 2 || found[1].Action != garbage.Retried || found[1].Err != "" || !strings.HasSuffix(found[1].Reason, "; it is being tried") {
+		t.Errorf("found %+v, %v", found, err)
+	}
+	if took := time.Since(begin); took > retryTimeout/2 {
+		t.Errorf("it took %s", took)
 	}
 }
 
