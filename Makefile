@@ -17,8 +17,8 @@ TEST = SANDBOXD_TEST_REQUIRE=$(REQUIRE) go test -json -p=1 -count=1
 # has no openat2, refuses new namespaces at clone, and programs in memory are the host's. Tests of
 # packages launch, member and pause run their arm64 programs themselves.
 ARM64_PACKAGES := ./api/... ./cmd/... ./internal/idrange ./internal/signum ./internal/statefile ./internal/undo ./sandbox
-# Tests of such packages that use openat2 after all.
-ARM64_SKIP := ^(TestRemoveAllIsDeep|TestRemoveDataTouchesNoMount)$$
+# Tests of such packages that use openat2 after all, or execute themselves.
+ARM64_SKIP := ^(TestRemoveAllIsDeep|TestRemoveDataTouchesNoMount|TestListenAfterADeadDaemon)$$
 
 .PHONY: build
 build: ## the binary, static, in build/sandboxd

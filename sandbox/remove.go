@@ -76,6 +76,7 @@ func (m *Manager) takeDownMember(ctx context.Context, b *box, mb *memb, op strin
 		err = m.dropMember(b, mb, op)
 	}
 	if err != nil {
+		m.root.MkdirAll(mb.dir(), 0o700) // it may have failed before it was recorded
 		m.noteMember(mb, func(r *MemberRecord) { r.State, r.Reason = MemberUnclean, err.Error() })
 		m.o.Log.Warn("Member left unclean", "sandbox", r.Sandbox, "member", r.ID, "err", err)
 		return err
@@ -163,6 +164,7 @@ func (m *Manager) takeDown(ctx context.Context, b *box, op string) error {
 		err = m.drop(b, op)
 	}
 	if err != nil {
+		m.root.MkdirAll(b.dir()+"/"+membersDir, 0o700) // it may have failed before it was recorded
 		m.note(b, func(r *Record) { r.State, r.Reason = Unclean, err.Error() })
 		m.o.Log.Warn("Sandbox left unclean", "sandbox", r.ID, "err", err)
 		return err

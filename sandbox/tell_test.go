@@ -336,6 +336,30 @@ func TestGarbageIsToldOf(t *testing.T) {
 	}
 }
 
+// What could not be recorded, and not be taken down either, is recorded then: there
+// must be something to write into that it is being removed, and to find after a restart.
+func TestUncleanWithoutRecord(t *testing.T) {
+	state := t.TempDir()
+	n := newFakeNode()
+	m := openWithJournal(t, state, n)
+	ctx := t.Context()
+	n.with(func() { n.faults["PlanNetwork"], n.faults["RemoveSandboxData"] = fails, fails })
+	if _, err := m.Create(ctx, Config{Name: "web", Network: "builtin"}); err == nil {
+		t.Fatal("created with a fault")
+	}
+	if i := must[Info](t)(m.Inspect("web")); i.State != Unclean.String() {
+		t.Fatalf("state %s", i.State)
+	}
+	n.with(func() { clear(n.faults) })
+	check(t, m.Remove(ctx, "web", false))
+	if err := n.empty(); err != nil {
+		t.Error(err)
+	}
+	if err := checkEvents(state+"/events", m.List()); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestGCTakesDownWhatIsUnclean(t *testing.T) {
 	state := t.TempDir()
 	n := newFakeNode()
