@@ -33,6 +33,7 @@ type Subject struct {
 	StartError         string
 	Cgroup             string // path, the same in every hierarchy
 	LogPath            string
+	LogDropped         int64 // lines that are missing in it
 	// NetDev is a file in the form of /proc/net/dev that shows the sandbox's
 	// interfaces; empty if the sandbox has none of its own.
 	NetDev string
@@ -80,6 +81,7 @@ func Gather(host *cgroup.Host, s *Subject, now time.Time) *Manifest {
 	}
 	m.Log, err = lastWords(s.LogPath)
 	unknown("log", err)
+	m.Log.Dropped = s.LogDropped
 	m.Mounts, err = Mounts(s)
 	unknown("mounts", err)
 	return m

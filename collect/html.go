@@ -111,14 +111,18 @@ func putCounters(p *markup.Page, rows []row) {
 
 func putWords(p *markup.Page, l *Log) {
 	p.Put("<section aria-labelledby=\"words\"><h2 id=\"words\">Last words</h2>\n")
-	if len(l.Lines) == 0 {
+	if len(l.Lines) == 0 && l.Dropped == 0 {
 		p.Put(`<p class="dim">It has written nothing.</p>`)
-	} else {
+	}
+	if len(l.Lines) > 0 {
 		p.Put(`<pre>`)
 		for _, x := range l.Lines {
 			p.Put("<span class=\"dim\">%s %s</span> <span class=\"%s\">%s</span>\n", x.Time.Format("15:04:05.000"), x.Stream, x.Stream, Plain(x.Text))
 		}
 		p.Put(`</pre>`)
+	}
+	if text := missing(l); text != "" {
+		p.Put("<p>%s.</p>", text)
 	}
 	more := ""
 	if l.Cut {

@@ -67,6 +67,9 @@ type Log struct {
 	Path  string    `json:"path"`
 	Lines []LogLine `json:"lines"`
 	Cut   bool      `json:"cut,omitempty"` // what is there was longer than what is kept of it
+	// Dropped is how many lines are missing in the log itself: its disk was full, or
+	// it has reached its maximum.
+	Dropped int64 `json:"dropped,omitempty"`
 }
 
 // LogLine is one line.

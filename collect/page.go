@@ -53,7 +53,9 @@ func (r *Report) WriteText(w io.Writer) error {
 		}
 	}
 	line("")
-	if n := len(m.Log.Lines); n == 0 {
+	if n := len(m.Log.Lines); n == 0 && m.Log.Dropped > 0 {
+		line("  LAST WORDS  none")
+	} else if n == 0 {
 		line("  LAST WORDS  none: it has written nothing")
 	} else {
 		last := m.Log.Lines[max(0, n-pageLines):]
@@ -65,6 +67,9 @@ func (r *Report) WriteText(w io.Writer) error {
 		for _, l := range last {
 			line("    %s %s  %s", l.Time.Format("15:04:05.000"), l.Stream, l.Text)
 		}
+	}
+	if text := missing(&m.Log); text != "" {
+		line("    %s", text)
 	}
 	line("")
 	line("  COLLECTED   %s", collected(m))

@@ -268,6 +268,17 @@ func usage(m Mount) string {
 	return ""
 }
 
+// missing says what is not in the log although it was written.
+func missing(l *Log) string {
+	switch l.Dropped {
+	case 0:
+		return ""
+	case 1:
+		return "1 line is missing: the disk was full, or the log has reached its maximum"
+	}
+	return fmt.Sprintf("%d lines are missing: the disk was full, or the log has reached its maximum", l.Dropped)
+}
+
 // collected says in a line what was taken.
 func collected(m *Manifest) string {
 	switch a := m.Archive; {

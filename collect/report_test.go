@@ -62,7 +62,7 @@ func example() *Report {
 			IO:     []cgroup.IOUsage{{Device: "8:0", ReadBytes: 4096, WriteBytes: 1 << 30}},
 		},
 		Network: []Interface{{Name: "eth0", RxBytes: 1000, RxPackets: 1, TxBytes: 2000, TxPackets: 20, TxDropped: 3}},
-		Log: Log{Path: "/log", Lines: []LogLine{
+		Log: Log{Path: "/log", Dropped: 12, Lines: []LogLine{
 			{at.Add(-time.Second), "stdout", "fine\tso far"}, {at, "stderr", "</pre><script>alert(1)</script>\x1b]0;x\a"},
 		}},
 		Collectors: []Collector{{Collect: request.Collect{Path: "/t/*", On: request.OnAlways, Max: 1 << 20}, Applied: true, Taken: 2, Bytes: 3 << 20, Skipped: 1, Why: "the limit of 1.0 MiB is reached"},

@@ -350,6 +350,13 @@ func TestStoryLogMaxSize(t *testing.T) {
 	if st.Size() > 4096 || st.Size() < 4000 || v.Exit.Code != 4 {
 		t.Errorf("a log of %d bytes, exit %+v; want less than 4 KiB and 4", st.Size(), v.Exit)
 	}
+	logged := strings.Count(s.ok("logs", "web/m"), "\n")
+	if v = s.inspect("m"); int(v.LogLinesDropped)+logged != 1000 {
+		t.Errorf("inspect says that %d lines are missing, and %d are there, of 1000", v.LogLinesDropped, logged)
+	}
+	if text := s.ok("postmortem", "web/m"); !strings.Contains(text, fmt.Sprintf("%d lines are missing", 1000-logged)) {
+		t.Errorf("postmortem does not say that %d lines are missing:\n%s", 1000-logged, text)
+	}
 }
 
 func TestStoryLogsWithStoppedDaemon(t *testing.T) {

@@ -140,8 +140,9 @@ type view struct {
 		Source, Path string
 		Inode        uint64
 	}
-	Custody struct{ Held bool }
-	Exit    *struct {
+	LogLinesDropped uint64
+	Custody         struct{ Held bool }
+	Exit            *struct {
 		Known     bool
 		Code      int
 		Signal    int

@@ -71,6 +71,9 @@ type MemberInfo struct {
 	Exit       *Exit                            `json:"exit,omitempty"`       // nil until init has exited
 	Hooks      []HookRun                        `json:"hooks,omitempty"`      // those that have been run
 	Collection string                           `json:"collection,omitempty"` // what was taken at exit, SANDBOX/MEMBER-N below the collection directory
+	// LogLinesDropped is how many lines are missing in the log: its disk was full, or
+	// it has reached its maximum.
+	LogLinesDropped uint64 `json:"logLinesDropped,omitempty"`
 	// What the member was made with; absent in lists.
 	Limits *LimitsInfo `json:"limits,omitempty"`
 	Mounts []MountInfo `json:"mounts,omitempty"` // in their order; not the root

@@ -237,9 +237,9 @@ type MonitorStatus struct {
 	Init      procid.ID
 	StartedAt int64 // Unix nanoseconds; 0 if it did not start
 	StartErr  string
-	Exit      *Exit // nil if there is no exit record
-	LogBytes  int64
-	Custody   bool // the monitor holds root and namespaces, if it lives
+	Exit      *Exit  // nil if there is no exit record
+	LogErrors uint64 // lines that could not be written to the log
+	Custody   bool   // the monitor holds root and namespaces, if it lives
 }
 
 // MonitorPhase is how far a monitor has come. The numbers are on disk.

@@ -82,6 +82,7 @@ func (v view) member(r *Record, mr *MemberRecord, dir string) MemberInfo {
 	if mr.State >= MemberStarting && mr.State != MemberUnclean {
 		// If it cannot be read, what it would add is not shown.
 		st, _ := v.status.MonitorStatus(mr, dir)
+		i.LogLinesDropped = st.LogErrors
 		if st.StartedAt != 0 {
 			i.StartedAt = time.Unix(0, st.StartedAt).UTC()
 		}

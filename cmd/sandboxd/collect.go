@@ -53,8 +53,11 @@ func newSubject(r *sandbox.Record, m *sandbox.MemberRecord, dir, data string) *c
 		},
 	}
 	// If it cannot be read, what it would add is not known.
-	if st, err := (statusReader{}).MonitorStatus(m, dir); err == nil && st.StartedAt != 0 {
-		s.StartedAt = time.Unix(0, st.StartedAt).UTC()
+	if st, err := (statusReader{}).MonitorStatus(m, dir); err == nil {
+		s.LogDropped = int64(st.LogErrors)
+		if st.StartedAt != 0 {
+			s.StartedAt = time.Unix(0, st.StartedAt).UTC()
+		}
 	}
 	if r.Holds(namespace.Net) && r.Pause.Alive() {
 		s.NetDev = fmt.Sprintf("/proc/%d/net/dev", r.Pause.PID)

@@ -24,7 +24,7 @@ func (statusReader) MonitorStatus(_ *sandbox.MemberRecord, dir string) (sandbox.
 		return sandbox.MonitorStatus{}, err
 	}
 	out := sandbox.MonitorStatus{
-		Phase: sandbox.MonitorPhase(s.Phase), Init: s.Init, Exit: e, LogBytes: int64(s.Stdout + s.Stderr), Custody: s.Custody,
+		Phase: sandbox.MonitorPhase(s.Phase), Init: s.Init, Exit: e, LogErrors: s.LogErrors, Custody: s.Custody,
 	}
 	if !s.StartedAt.IsZero() {
 		out.StartedAt = s.StartedAt.UnixNano()

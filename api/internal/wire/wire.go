@@ -173,7 +173,7 @@ func FromMemberInfo(i sandbox.MemberInfo) *pb.MemberInfo {
 	out := &pb.MemberInfo{
 		Id: i.ID, Name: i.Name, Sandbox: i.Sandbox, State: i.State, Pid: int32(i.PID), MonitorPid: int32(i.MonitorPID),
 		CreatedAt: fromTime(i.CreatedAt), StartedAt: fromTime(i.StartedAt), Command: i.Command, Tty: i.TTY,
-		Namespaces: fromNamespaces(i.Namespaces), Root: i.Root, LogPath: i.LogPath, Cgroup: i.Cgroup,
+		Namespaces: fromNamespaces(i.Namespaces), Root: i.Root, LogPath: i.LogPath, LogLinesDropped: i.LogLinesDropped, Cgroup: i.Cgroup,
 		Custody: fromCustody(i.Custody), Labels: i.Labels, Collection: i.Collection, Hooks: fromHookRuns(i.Hooks),
 	}
 	if i.Exit != nil {
@@ -195,7 +195,7 @@ func ToMemberInfo(m *pb.MemberInfo) sandbox.MemberInfo {
 		ID: m.GetId(), Name: m.GetName(), Sandbox: m.GetSandbox(), State: m.GetState(), PID: int(m.GetPid()),
 		MonitorPID: int(m.GetMonitorPid()), CreatedAt: toTime(m.GetCreatedAt()), StartedAt: toTime(m.GetStartedAt()),
 		Command: append([]string{}, m.GetCommand()...), TTY: m.GetTty(), Namespaces: toNamespaces(m.GetNamespaces()),
-		Root: m.GetRoot(), LogPath: m.GetLogPath(), Cgroup: m.GetCgroup(),
+		Root: m.GetRoot(), LogPath: m.GetLogPath(), LogLinesDropped: m.GetLogLinesDropped(), Cgroup: m.GetCgroup(),
 		Custody: toCustody(m.GetCustody()), Labels: orEmpty(m.GetLabels()), Collection: m.GetCollection(), Hooks: toHookRuns(m.GetHooks()),
 	}
 	if m.GetExit() != nil {

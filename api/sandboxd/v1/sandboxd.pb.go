@@ -1680,11 +1680,12 @@ type MemberInfo struct {
 	Hooks      []*HookRun                `protobuf:"bytes,40,rep,name=hooks,proto3" json:"hooks,omitempty"`           // those that have been run
 	Collection string                    `protobuf:"bytes,18,opt,name=collection,proto3" json:"collection,omitempty"` // SANDBOX/MEMBER-N below the collection directory; empty if there is none
 	// What it was made with; absent in lists.
-	Limits        *Limits      `protobuf:"bytes,19,opt,name=limits,proto3" json:"limits,omitempty"`
-	Mounts        []*MountInfo `protobuf:"bytes,20,rep,name=mounts,proto3" json:"mounts,omitempty"` // in their order; not the root
-	Env           []string     `protobuf:"bytes,21,rep,name=env,proto3" json:"env,omitempty"`       // K=V
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Limits          *Limits      `protobuf:"bytes,19,opt,name=limits,proto3" json:"limits,omitempty"`
+	Mounts          []*MountInfo `protobuf:"bytes,20,rep,name=mounts,proto3" json:"mounts,omitempty"`                                             // in their order; not the root
+	Env             []string     `protobuf:"bytes,21,rep,name=env,proto3" json:"env,omitempty"`                                                   // K=V
+	LogLinesDropped uint64       `protobuf:"varint,22,opt,name=log_lines_dropped,json=logLinesDropped,proto3" json:"log_lines_dropped,omitempty"` // that are missing in the log: its disk was full, or it has reached its maximum
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *MemberInfo) Reset() {
@@ -1869,6 +1870,13 @@ func (x *MemberInfo) GetEnv() []string {
 		return x.Env
 	}
 	return nil
+}
+
+func (x *MemberInfo) GetLogLinesDropped() uint64 {
+	if x != nil {
+		return x.LogLinesDropped
+	}
+	return 0
 }
 
 // Limits are those of a member's cgroup; 0 is none.
@@ -4495,7 +4503,7 @@ const file_sandboxd_proto_rawDesc = "" +
 	"\rNamespaceInfo\x12\x16\n" +
 	"\x06source\x18\x01 \x01(\tR\x06source\x12\x14\n" +
 	"\x05inode\x18\x02 \x01(\x04R\x05inode\x12\x12\n" +
-	"\x04path\x18\x03 \x01(\tR\x04path\"\xb4\a\n" +
+	"\x04path\x18\x03 \x01(\tR\x04path\"\xe0\a\n" +
 	"\n" +
 	"MemberInfo\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
@@ -4527,7 +4535,8 @@ const file_sandboxd_proto_rawDesc = "" +
 	"collection\x12+\n" +
 	"\x06limits\x18\x13 \x01(\v2\x13.sandboxd.v1.LimitsR\x06limits\x12.\n" +
 	"\x06mounts\x18\x14 \x03(\v2\x16.sandboxd.v1.MountInfoR\x06mounts\x12\x10\n" +
-	"\x03env\x18\x15 \x03(\tR\x03env\x1aY\n" +
+	"\x03env\x18\x15 \x03(\tR\x03env\x12*\n" +
+	"\x11log_lines_dropped\x18\x16 \x01(\x04R\x0flogLinesDropped\x1aY\n" +
 	"\x0fNamespacesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x120\n" +
 	"\x05value\x18\x02 \x01(\v2\x1a.sandboxd.v1.NamespaceInfoR\x05value:\x028\x01\x1a9\n" +
