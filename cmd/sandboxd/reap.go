@@ -44,12 +44,15 @@ func newReaper() *reaper {
 			case <-r.stop:
 				return
 			case <-chld:
-				if again == nil {
-					again = time.After(reapDelay)
-				}
+				// The first of many: until they are looked for, the next need
+				// wake nobody.
+				signal.Stop(chld)
+				again = time.After(reapDelay)
 			case <-again:
 				again = nil
+				signal.Notify(chld, unix.SIGCHLD) // before the look: none ends unseen
 				if before = r.scan(before); len(before) > 0 {
+					signal.Stop(chld)
 					again = time.After(reapDelay)
 				}
 			}

@@ -58,3 +58,28 @@ func TestReaperScan(t *testing.T) {
 		t.Errorf("the status of %v is gone: %v", init, err)
 	}
 }
+
+// TestReaper has children that nobody waits for end one after the other, as the
+// reaper is told of one for many.
+func TestReaper(t *testing.T) {
+	r := newReaper()
+	defer r.close()
+	for n := range 3 {
+		cmd := exec.Command("true")
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		id, err := procid.Of(cmd.Process.Pid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for end := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+			if now, err := procid.Of(id.PID); err != nil || now != id {
+				break
+			}
+			if time.Now().After(end) {
+				t.Fatalf("child %d is not reaped", n)
+			}
+		}
+	}
+}
