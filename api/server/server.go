@@ -68,8 +68,10 @@ func New(m Manager, x Execer, log *slog.Logger) *Server {
 	quit, cancel := context.WithCancel(context.Background())
 	s := &Server{quit: cancel, rest: rest.NewTimer()}
 	// Windows of a fixed size, or each call would bring a PING and its answer both
-	// ways, to measure what a socket of this host carries.
-	s.grpc = grpc.NewServer(grpc.StaticStreamWindowSize(wire.Window), grpc.StaticConnWindowSize(wire.Window), grpc.UnaryInterceptor(
+	// ways, to measure what a socket of this host carries. The workers keep the
+	// stack that a call needs, which takes as long to grow as a few system calls;
+	// what comes while they work gets a goroutine of its own.
+	s.grpc = grpc.NewServer(grpc.NumStreamWorkers(2), grpc.StaticStreamWindowSize(wire.Window), grpc.StaticConnWindowSize(wire.Window), grpc.UnaryInterceptor(
 		func(ctx context.Context, req any, info *grpc.UnaryServerInfo, h grpc.UnaryHandler) (any, error) {
 			begin := time.Now()
 			resp, err := h(ctx, req)
