@@ -686,12 +686,11 @@ func (s *Store) Sweep(_ context.Context, dry bool) ([]garbage.Finding, error) {
 	defer s.mu.Unlock()
 	var found []garbage.Finding
 	note := func(name string, since time.Time, reason string, remove func() error) {
-		f := garbage.Finding{Kind: garbage.Collection, Name: filepath.Join(s.path, name), Since: since, Reason: reason, Action: "would remove"}
+		f := garbage.Finding{Kind: garbage.Collection, Name: filepath.Join(s.path, name), Since: since, Reason: reason, Action: garbage.WouldRemove}
 		if !dry {
-			f.Action = "removed"
-			if err := remove(); err != nil {
-				f.Action, f.Err = "kept", err.Error()
-			}
+			crash.Point("gc " + string(f.Kind) + " before")
+			f.Done(remove())
+			crash.Point("gc " + string(f.Kind) + " after")
 			s.total = -1
 		}
 		found = append(found, f)

@@ -343,7 +343,7 @@ var scenes = []scene{
 		},
 		after: collectedOnce,
 		points: []string{
-			"poststop collect before", "collect temp after", "collect manifest after", "collect archive after", "collect rename before",
+			"poststop collect before", "collect temp before", "collect temp after", "collect manifest after", "collect archive after", "collect rename before",
 			"collect rename after", "poststop collect after", "poststop collect record before", "poststop record after", "custody record after", "custody monitor before",
 		},
 	},
@@ -363,19 +363,47 @@ var scenes = []scene{
 	{
 		name:   "garbage collection",
 		before: lostRecord,
-		act: func(r *rig) {
-			r.untilDeadOr(func() bool { return r.cli("gc", "--dry-run", "-o", "json").out == "[]\n" })
+		act:    untilClean,
+		after:  clean,
+		points: []string{
+			"gc records before", "gc litter before", "gc litter after", "gc pause before", "gc pause after", "gc monitor after",
+			"gc cgroup before", "gc cgroup after", "gc mount before", "gc mount after", "gc layer before", "gc temp after", "gc node after",
 		},
+	},
+	{
+		name:     "garbage of networks",
+		networks: true,
+		before:   lostNetworks,
+		act:      untilClean,
 		after: func(r *rig) {
-			r.ok("gc") // the one of the start may be under way
-			if left := r.garbage("--dry-run"); len(left) > 0 {
-				r.Errorf("left: %+v", left)
+			clean(r)
+			for _, dir := range []string{"one", "two", "network/cni/results", "network/builtin/leases"} {
+				if left, err := os.ReadDir(filepath.Join(r.d.root, dir)); err != nil || len(left) > 0 {
+					r.Errorf("%s has %v, %v", dir, left, err)
+				}
+			}
+			for _, look := range [][]string{{"ip", "-o", "link", "show"}, {"nft", "list", "ruleset"}} {
+				out, err := inNetNS(r.d.netns, look...)
+				if err != nil || strings.Contains(out, "@if") || strings.Contains(out, "8080") {
+					r.Errorf("%v shows, %v\n%s", look, err, out)
+				}
 			}
 		},
 		points: []string{
-			"gc records before", "gc pause before", "gc pause after", "gc monitor after",
-			"gc cgroup before", "gc cgroup after", "gc layer before", "gc temp after", "gc node after",
+			"gc link before", "gc link after", "gc nft before", "gc nft after", "gc lease before", "gc lease after", "gc cni before", "gc cni after",
 		},
+	},
+	{
+		name:   "garbage of collections",
+		before: lostCollections,
+		act:    untilClean,
+		after: func(r *rig) {
+			clean(r)
+			if ls := r.ok("collected", "ls", "-q"); ls != "" {
+				r.Errorf("collections: %q", ls)
+			}
+		},
+		points: []string{"gc collection before", "gc collection after"},
 	},
 	{
 		name:   "monitor and pause killed",

@@ -5,6 +5,7 @@ package e2e
 import (
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -27,17 +28,92 @@ func (r *rig) garbage(flags ...string) []garbage.Finding {
 }
 
 // lostRecord is a sandbox with a member that run and are not on record any more,
-// and files that were left by writers who were killed, without a daemon.
+// a mount in its directory, and files that were left by writers who were killed,
+// without a daemon.
 func lostRecord(r *rig) {
 	r.mustServe()
+	r.ok("create", "box")
+	r.ok(quick(r, "box", "m")...)
+	r.exited("box/m")
 	r.ok("create", "lost")
 	r.ok(long(r, "run", "lost", "m")...)
-	id := r.sandbox("lost").ID
+	box, lost := r.sandbox("box"), r.sandbox("lost").ID
 	r.kill()
+	r.lose(lost)
+	r.old(filepath.Join(r.d.root, "sandboxd-launch-12345"))
+	r.old(filepath.Join(r.d.state, "sandboxes", box.ID, "m", box.Members[0].ID, "exit.json.tmp"))
+	dir := filepath.Join(r.d.root, "sandboxes", lost, "x")
+	err := os.Mkdir(dir, 0o700)
+	if err == nil {
+		err = unix.Mount("x", dir, "tmpfs", 0, "")
+	}
+	if err != nil {
+		r.Fatal(err)
+	}
+	r.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
+}
+
+// lostNetworks is sandboxes of which neither they nor their networks are on record,
+// without a daemon.
+func lostNetworks(r *rig) {
+	r.mustServe()
+	r.ok("create", "lost", "--net", "builtin", "--publish", "8080:80")
+	r.ok("create", "lost-too", "--net", "cni")
+	all := r.list()
+	for _, i := range all {
+		// Without it the kernel removes the link when the pause has ended.
+		ns, err := os.Open(fmt.Sprintf("/proc/%d/ns/net", i.PausePID))
+		if err != nil {
+			r.Fatal(err)
+		}
+		r.Cleanup(func() { ns.Close() })
+	}
+	r.kill()
+	for _, i := range all {
+		r.lose(i.ID)
+		if err := os.Remove(filepath.Join(r.d.root, "network/attachments", i.ID+".json")); err != nil {
+			r.Fatal(err)
+		}
+	}
+}
+
+// lostCollections is collections that were begun, about to be removed, and past
+// their time, without a daemon.
+func lostCollections(r *rig) {
+	r.mustServe()
+	r.ok("create", "box")
+	r.ok("run", "box", "--rootfs", r.rootfs, "--name", "m", "-d", "--collect", "/etc/passwd", "--", "sh", "-c", "exit 7")
+	r.collected("box/m")
+	r.kill()
+	r.d.flags = append(r.d.flags, "--collect-keep", "1ms")
+	for _, name := range []string{".tmp-0123456789abcdef", ".rm-0123456789abcdef"} {
+		dir := filepath.Join(r.d.root, "collected", name)
+		if err := errors.Join(os.Mkdir(dir, 0o700), os.WriteFile(filepath.Join(dir, "files.tar.zst"), nil, 0o600)); err != nil {
+			r.Fatal(err)
+		}
+	}
+}
+
+// lose removes a sandbox's record.
+func (r *rig) lose(id string) {
+	r.Helper()
 	if err := os.RemoveAll(filepath.Join(r.d.state, "sandboxes", id)); err != nil {
 		r.Fatal(err)
 	}
-	r.old(filepath.Join(r.d.root, "sandboxd-launch-12345"))
+}
+
+// untilClean waits until there is no garbage any more.
+func untilClean(r *rig) {
+	r.untilDeadOr(func() bool { return r.cli("gc", "--dry-run", "-o", "json").out == "[]\n" })
+}
+
+// clean checks that there is no garbage.
+func clean(r *rig) {
+	r.Helper()
+	r.ok("gc") // the one of the start may be under way
+	if left := r.garbage("--dry-run"); len(left) > 0 {
+		r.Errorf("left: %+v", left)
+	}
 }
 
 // old makes a file that is an hour old.

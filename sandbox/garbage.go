@@ -197,8 +197,8 @@ func (m *Manager) litter(dryRun bool) ([]garbage.Finding, error) {
 			}
 			return err
 		}
-		if at := changed(d); time.Since(at) > litterAge {
-			note(garbage.Temp, name, "nobody writes it any more", at, func() error { return m.root.Remove(name) })
+		if fi, err := d.Info(); err == nil && time.Since(fi.ModTime()) > litterAge {
+			note(garbage.Temp, name, "nobody writes it any more", fi.ModTime(), func() error { return m.root.Remove(name) })
 		}
 		return nil
 	})

@@ -12,6 +12,7 @@ import (
 
 	"github.com/vishvananda/netlink"
 
+	"github.com/sandboxd/sandboxd/internal/crash"
 	"github.com/sandboxd/sandboxd/internal/garbage"
 )
 
@@ -42,10 +43,12 @@ func (d *Driver) GC(_ context.Context, live func() map[string]json.RawMessage, d
 		f.Action = wouldRemove
 		if !dryRun {
 			f.Action = removed
+			crash.Point("gc " + string(f.Kind) + " before")
 			if err := f.remove(); err != nil {
 				f.Err = err.Error()
 				errs = append(errs, err)
 			}
+			crash.Point("gc " + string(f.Kind) + " after")
 		}
 		findings[i] = f.Finding
 	}

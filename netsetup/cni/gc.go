@@ -15,6 +15,7 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/containernetworking/cni/pkg/version"
 
+	"github.com/sandboxd/sandboxd/internal/crash"
 	"github.com/sandboxd/sandboxd/internal/garbage"
 )
 
@@ -78,17 +79,16 @@ func (d *Driver) GC(ctx context.Context, live func() map[string]json.RawMessage,
 			continue
 		}
 		f := garbage.Finding{
-			Kind: garbage.CNI, Name: e.file, Since: e.since, Action: "would remove",
+			Kind: garbage.CNI, Name: e.file, Since: e.since, Action: garbage.WouldRemove,
 			Reason: "no sandbox has this attachment",
 		}
 		if e.err != nil {
 			f.Reason = "not a CNI result: " + e.err.Error()
 		}
 		if !dryRun {
-			f.Action = "removed"
-			if err := d.dropCached(ctx, e); err != nil {
-				f.Action, f.Err = "kept", err.Error()
-			}
+			crash.Point("gc " + string(f.Kind) + " before")
+			f.Done(d.dropCached(ctx, e))
+			crash.Point("gc " + string(f.Kind) + " after")
 		}
 		found = append(found, f)
 	}
