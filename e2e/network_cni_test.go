@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/sandboxd/sandboxd/internal/testenv"
 )
 
@@ -37,6 +39,18 @@ func TestRealPlugins(t *testing.T) {
 	r.configure("30-broken.conf", `{`)
 	r.mustServe()
 	rules := func() int { return strings.Count(r.host("nft list ruleset"), "10.97.0.9") }
+	clean := func() {
+		t.Helper()
+		if all := r.ok("ls", "-a", "-q"); all != "" {
+			t.Errorf("ls -a shows %s", all)
+		}
+		if n := rules(); n > 0 {
+			t.Errorf("%d rules are left: %s", n, r.host("nft list ruleset"))
+		}
+		if left, _ := filepath.Glob(filepath.Join(leases, "*", "10.*")); len(left) > 0 {
+			t.Errorf("leases are left: %v", left)
+		}
+	}
 
 	r.ok("create", "--net", "cni:lan,storage:store0", "--ip", "10.97.0.9", "--publish", "8080:80", "box")
 	ns := r.sandbox("box").Network.Networks
@@ -59,15 +73,22 @@ func TestRealPlugins(t *testing.T) {
 	r.kill()
 	r.mustServe()
 	r.ok("rm", "-f", "box")
-	if all := r.ok("ls", "-a", "-q"); all != "" {
-		t.Errorf("ls -a shows %s", all)
-	}
-	if n := rules(); n > 0 {
-		t.Errorf("%d rules are left: %s", n, r.host("nft list ruleset"))
-	}
-	if left, _ := filepath.Glob(filepath.Join(leases, "*", "10.*")); len(left) > 0 {
-		t.Errorf("leases are left: %v", left)
-	}
+	clean()
+
+	// With its pause the pid namespace dies, and all in it; plugins are told of what
+	// the network was, and its address and port are free.
+	r.ok("create", "--net", "cni:lan,storage:store0", "--share", "net,ipc,uts,pid", "--ip", "10.97.0.9", "--publish", "8080:80", "box")
+	r.run("box", "web", "sleep 1000")
+	pause := r.sandbox("box").PausePID
+	r.sig(pause, unix.SIGKILL)
+	r.gone(pause)
+	r.eventually("the sandbox is not ready", func() bool { return r.sandbox("box").State == "NotReady" })
+	r.ok("rm", "-f", "box")
+	clean()
+	r.ok("create", "--net", "cni:lan", "--ip", "10.97.0.9", "--publish", "8080:80", "box")
+	r.ok("rm", "box")
+	clean()
+
 	// Plugins leave these, the empty table of portmap, and forwarding.
 	r.host("ip link del lan0")
 	r.host("ip link del storage0")
