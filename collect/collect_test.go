@@ -968,6 +968,39 @@ func TestCutOffWhileFilesDoNotAnswer(t *testing.T) {
 	}
 }
 
+// One that is cut off for a cause keeps what can be had at once.
+func TestCutOffForACause(t *testing.T) {
+	cause := errors.New("the member was removed")
+	for _, begun := range []bool{true, false} {
+		s := newStore(t, Options{})
+		m := newMember(t, "1", crashed, request.Collect{Path: "/f"}, request.Collect{Path: "/dir"})
+		m.file("f", "content")
+		m.hang("dir")
+		ctx, cancel := context.WithCancelCause(t.Context())
+		if begun {
+			time.AfterFunc(50*time.Millisecond, func() { cancel(cause) })
+		} else {
+			cancel(cause)
+		}
+		done := make(chan error, 1)
+		go func() {
+			_, err := s.Collect(ctx, &m.Subject)
+			done <- err
+		}()
+		select {
+		case err := <-done:
+			if got, merr := s.Manifest("web/app-1"); err != nil || merr != nil || got.Archive.Err != cause.Error() || got.Exit == nil || len(got.Collectors) != 2 {
+				t.Errorf("begun %t: %+v, %v, %v", begun, got, err, merr)
+			}
+			if _, err := s.root.Stat("web/app-1/" + archiveFile); !errors.Is(err, os.ErrNotExist) {
+				t.Errorf("begun %t: the archive: %v", begun, err)
+			}
+		case <-time.After(20 * time.Second):
+			t.Fatal("it waits for files that do not answer")
+		}
+	}
+}
+
 // A glob is bounded in time like everything else.
 func TestGlobTakesTooLong(t *testing.T) {
 	s := newStore(t, Options{})

@@ -121,7 +121,8 @@ func wanted(sub *Subject) (manifest, files bool) {
 // that its collectors name. It returns the name of the collection, the one that
 // there is already if there is one, or "" if nothing is to be kept of such an
 // exit. A full disk, and files that cannot be read, are no errors: the manifest
-// says so. If ctx ends, nothing is left.
+// says so. If ctx ends, nothing is left; but if it has ended for a cause of its own
+// ([context.WithCancelCause]), only the files are lost, and that is why.
 func (s *Store) Collect(ctx context.Context, sub *Subject) (name string, err error) {
 	if sub.Exit == nil {
 		return "", errors.New("the member has not exited")
@@ -132,10 +133,12 @@ func (s *Store) Collect(ctx context.Context, sub *Subject) (name string, err err
 	}
 	if files {
 		release, err := s.slot(ctx)
-		if err != nil {
+		switch {
+		case err == nil:
+			defer release()
+		case cutOff(ctx) == nil:
 			return "", err
 		}
-		defer release()
 	}
 	if name, err := s.find(sub); name != "" || err != nil {
 		return name, err
@@ -163,6 +166,8 @@ func (s *Store) Collect(ctx context.Context, sub *Subject) (name string, err err
 		if shrink(m); files {
 			m.Archive = &Archive{Err: unix.ENOSPC.Error()}
 		}
+	case files && cutOff(ctx) != nil:
+		lost(m, cutOff(ctx))
 	case files:
 		// In case that this is the last thing that succeeds.
 		m.Archive = &Archive{Err: "the collection was interrupted"}
@@ -291,6 +296,14 @@ func lastLines(lines []LogLine, most int) []LogLine {
 	return lines
 }
 
+// cutOff returns the cause of its own that ctx has ended for, nil if there is none.
+func cutOff(ctx context.Context) error {
+	if cause := context.Cause(ctx); cause != ctx.Err() {
+		return cause
+	}
+	return nil
+}
+
 // writeArchive packs the files. Only ctx's error is returned: others cost the
 // archive, and m says so.
 func (s *Store) writeArchive(ctx context.Context, tmp string, sub *Subject, m *Manifest, a *archive) error {
@@ -298,7 +311,10 @@ func (s *Store) writeArchive(ctx context.Context, tmp string, sub *Subject, m *M
 	if lost := s.complete(a); lost != nil {
 		err = lost
 	}
-	if ctx.Err() != nil {
+	switch cause := cutOff(ctx); {
+	case cause != nil && err != nil:
+		err = cause
+	case cause == nil && ctx.Err() != nil:
 		return ctx.Err()
 	}
 	if err != nil {

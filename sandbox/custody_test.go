@@ -1,6 +1,8 @@
 package sandbox
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -249,6 +251,40 @@ func TestOneCollectionWithFilesAtATime(t *testing.T) {
 			}
 			return nil
 		})
+	}
+}
+
+// A removal by force does not wait for a collection as long as that may take.
+func TestForcedRemovalCutsCollectionsOff(t *testing.T) {
+	for _, what := range []string{"web/app", "web"} {
+		n, c := newFakeNode(), new(clock)
+		arrived := make(chan struct{}, 10)
+		n.onCollect = func() { arrived <- struct{}{} }
+		n.hangCollect = true
+		m := custodyManager(t, t.TempDir(), n, c, func(o *Options) { o.collectGrace = 10 * time.Millisecond })
+		must[Info](t)(m.Create(t.Context(), Config{Name: "web"}))
+		cfg := member("app")
+		cfg.Collect = []request.Collect{{Path: "/f"}}
+		i := must[MemberInfo](t)(m.Add(t.Context(), "web", cfg))
+		must[MemberInfo](t)(m.Start(t.Context(), "web/app"))
+		n.with(func() { n.exitInit(i.Sandbox+"/"+i.ID, Exit{Known: true, Code: 1, Reason: "Error"}) })
+		<-arrived
+		done := make(chan error, 1)
+		go func() {
+			if what == "web" {
+				done <- m.Remove(context.Background(), "web", true)
+			} else {
+				done <- m.RemoveMember(context.Background(), "web/app", true)
+			}
+		}()
+		select {
+		case err := <-done:
+			if err != nil || !errors.Is(n.collectCut, errForced) {
+				t.Errorf("%s: %v, and the collection ended with %v", what, err, n.collectCut)
+			}
+		case <-time.After(10 * time.Second):
+			t.Fatalf("the removal of %s waits for the collection", what)
+		}
 	}
 }
 

@@ -75,6 +75,8 @@ type fakeNode struct {
 
 	collectsAll   bool             // there is something to collect after any exit
 	onCollect     func()           // called at each collection; may wait
+	hangCollect   bool             // each waits for the end of its context
+	collectCut    error            // which had this cause
 	onMakeCgroup  func()           // called before a sandbox's cgroup is made
 	onStartPause  func()           // called before its record and cgroup are waited for
 	collectedHeld bool             // the last one's monitor was alive

@@ -121,6 +121,11 @@ func (n *fakeNode) Collect(ctx context.Context, r *Record, m *MemberRecord, _ st
 	if n.onCollect != nil {
 		n.onCollect()
 	}
+	if n.hangCollect {
+		<-ctx.Done()
+		n.collectCut = context.Cause(ctx)
+		ctx = context.WithoutCancel(ctx) // what there is, is kept
+	}
 	return m.Config.Name + "-1", n.call(ctx, "Collect", func() error {
 		n.collects[key(m)]++
 		n.collectedHeld = n.procs[m.Monitor]

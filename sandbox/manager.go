@@ -58,6 +58,7 @@ type Options struct {
 	retryMin     time.Duration // between attempts to replace a monitor
 	retryMax     time.Duration
 	hookRetryMin time.Duration // before the first retry of a hook or collection
+	collectGrace time.Duration // how long a forced removal waits for a collection
 }
 
 // Manager owns the sandboxes of one state directory: nobody else changes it
@@ -119,6 +120,9 @@ type memb struct {
 	told   told          // guarded by op
 	over   chan struct{} // closed when the exit is recorded, or the member is gone
 	isOver sync.Once
+	// forced is closed when somebody has asked for its removal by force.
+	forced   chan struct{}
+	isForced sync.Once
 	// dismissed is set before the member is killed because it is removed.
 	dismissed atomic.Bool
 	mon       atomic.Pointer[Monitor] // stored under op; nil while there is no connection
@@ -134,6 +138,8 @@ func (mb *memb) dir() string {
 	r := mb.rec.Load()
 	return sandboxesDir + "/" + r.Sandbox + "/" + membersDir + "/" + r.ID
 }
+
+func (mb *memb) force() { mb.isForced.Do(func() { close(mb.forced) }) }
 
 func (mb *memb) setOver() { mb.isOver.Do(func() { close(mb.over) }) }
 
@@ -164,7 +170,7 @@ func newBox(ctx context.Context, r *Record) *box {
 }
 
 func newMemb(in string, r *MemberRecord) *memb {
-	mb := &memb{op: newLock(), in: in, over: make(chan struct{})}
+	mb := &memb{op: newLock(), in: in, over: make(chan struct{}), forced: make(chan struct{})}
 	mb.rec.Store(r)
 	return mb
 }
@@ -214,6 +220,7 @@ func Open(ctx context.Context, state string, node Node, o Options) (*Manager, er
 	o.retryMin = cmp.Or(o.retryMin, 10*time.Millisecond)
 	o.retryMax = cmp.Or(o.retryMax, 30*time.Second)
 	o.hookRetryMin = cmp.Or(o.hookRetryMin, time.Second)
+	o.collectGrace = cmp.Or(o.collectGrace, 10*time.Second)
 	path, err := filepath.Abs(state)
 	if err != nil {
 		return nil, err

@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"context"
+	"errors"
 	"time"
 
 	"github.com/sandboxd/sandboxd/internal/crash"
@@ -81,18 +82,22 @@ func (m *Manager) uncollected(mb *memb) bool {
 // collect makes the member's collection and records that. One that cannot be made
 // is given up after some tries; why is in the record.
 func (m *Manager) collect(ctx context.Context, b *box, mb *memb) error {
+	patience, cancel := m.untilForced(ctx, mb)
+	defer cancel()
 	if len(mb.rec.Load().Config.Collect) > 0 {
-		if err := b.collecting.acquire(ctx); err != nil {
+		switch err := b.collecting.acquire(patience); {
+		case err == nil:
+			defer b.collecting.release()
+		case ctx.Err() != nil:
 			return err
 		}
-		defer b.collecting.release()
 	}
 	delay := m.o.hookRetryMin
 	for try := 1; ; try++ {
 		begin := time.Now()
 		var name string
 		err := m.run("poststop", "collect", func() (err error) {
-			name, err = m.node.Collect(ctx, b.rec.Load(), mb.rec.Load(), m.memberPath(mb))
+			name, err = m.node.Collect(patience, b.rec.Load(), mb.rec.Load(), m.memberPath(mb))
 			return err
 		})
 		if ctx.Err() != nil {
@@ -101,7 +106,7 @@ func (m *Manager) collect(ctx context.Context, b *box, mb *memb) error {
 		m.o.Observer.Collection(time.Since(begin), err)
 		if err != nil && try < collectTries {
 			m.o.Log.Warn("Collection failed", "sandbox", b.id(), "member", mb.id(), "try", try, "err", err)
-			if !sleep(ctx, delay) {
+			if !sleep(patience, delay) && ctx.Err() != nil {
 				return ctx.Err()
 			}
 			delay *= 2
@@ -119,6 +124,26 @@ func (m *Manager) collect(ctx context.Context, b *box, mb *memb) error {
 		}
 		return nil
 	}
+}
+
+// errForced is why a collection has no files.
+var errForced = errors.New("cut off by the removal of the member with force")
+
+// untilForced returns a context that also ends, because of errForced, some time after
+// a removal by force was asked for: files that do not answer must not hold that up
+// for as long as a collection may take. The caller calls the function.
+func (m *Manager) untilForced(ctx context.Context, mb *memb) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	go func() {
+		select {
+		case <-mb.forced:
+			if sleep(ctx, m.o.collectGrace) {
+				cancel(errForced)
+			}
+		case <-ctx.Done():
+		}
+	}()
+	return ctx, func() { cancel(nil) }
 }
 
 // later does in the background, under the member's lock, what is still to be done

@@ -247,9 +247,11 @@ func (s MemberState) alive() bool {
 }
 
 // killNow ends members that somebody else may be waiting for, so that a forced
-// removal does not have to wait as long as a stop with a long timeout.
+// removal does not have to wait as long as a stop with a long timeout, or as a
+// collection of files that do not answer.
 func (m *Manager) killNow(ctx context.Context, ms ...*memb) {
 	for _, mb := range ms {
+		mb.force()
 		if r := mb.rec.Load(); r.State.alive() {
 			mb.dismissed.Store(true)
 			if err := m.node.KillMemberCgroup(ctx, r); err != nil {

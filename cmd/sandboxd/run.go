@@ -108,8 +108,9 @@ func (a *app) runAttached(ctx context.Context, ref string, c sandbox.MemberConfi
 	r := <-exited
 	if c.AutoRemove {
 		// The daemon removes it by itself. This waits until it has, so that the
-		// name is free for whoever comes next; without a daemon it will later.
-		if err := d.RemoveMember(context.WithoutCancel(ctx), ref, true); err != nil && !errors.Is(err, sandbox.ErrNotFound) && !errors.Is(err, api.ErrUnavailable) {
+		// name is free for whoever comes next; without a daemon it will later. Not by
+		// force, which would cut off what is being collected of it.
+		if err := d.RemoveMember(context.WithoutCancel(ctx), ref, false); err != nil && !errors.Is(err, sandbox.ErrNotFound) && !errors.Is(err, api.ErrUnavailable) {
 			return r.exit, errors.Join(r.err, err)
 		}
 	}

@@ -107,7 +107,8 @@ func (a *app) rmCommand() *cobra.Command {
 		Aliases: []string{"remove", "delete"},
 		Short:   "Remove members, or sandboxes with all their members",
 		Long: `Remove members, or sandboxes with all their members: end custody, and delete
-their writable layers, logs and records.`,
+their writable layers, logs and records. What is collected of a member that has
+exited is waited for; with -f for ten seconds, then its files are given up.`,
 		Example:           "  sandboxd rm web/redis\n  sandboxd rm -f web",
 		Args:              argsBetween(1, -1),
 		ValidArgsFunction: a.completeRefs(-1, true, true),
