@@ -151,7 +151,7 @@ func TestStoryLimits(t *testing.T) {
 				m = box.Members[0]
 			}
 			mounted := slices.ContainsFunc(m.Mounts, func(m mounted) bool {
-				return m.Destination == "/data" && m.Source == vol && m.Type == "bind" && slices.Contains(m.Options, "ro")
+				return m.Destination == "/data" && m.Source == vol && m.Type == "bind" && slices.Contains(m.Options, "rro")
 			})
 			if m.Limits.Memory != 64<<20 || m.Limits.NanoCPUs != 500_000_000 || m.Limits.Pids != 20 || !slices.Contains(m.Env, "A=b") || !mounted {
 				t.Errorf("%s shows of %s: %+v", who, ref, m)
