@@ -53,6 +53,30 @@ func (p *Pause) Namespaces() map[namespace.Kind]*os.File {
 	return m
 }
 
+// Duplicates returns [Pause.Namespaces] for one whom Close does not wait for: the
+// files belong to the caller, also those that come with an error. It is
+// [os.ErrClosed] after Close.
+func (p *Pause) Duplicates() (map[namespace.Kind]*os.File, error) {
+	m := make(map[namespace.Kind]*os.File, len(p.ns))
+	for _, n := range p.ns {
+		rc, err := n.file.SyscallConn()
+		if err != nil {
+			return m, err
+		}
+		var fd int
+		// Control keeps the file open meanwhile: its number alone may be another's by then.
+		cerr := rc.Control(func(nr uintptr) { fd, err = unix.FcntlInt(nr, unix.F_DUPFD_CLOEXEC, 0) })
+		if cerr != nil {
+			return m, os.ErrClosed
+		}
+		if err != nil {
+			return m, os.NewSyscallError("fcntl F_DUPFD_CLOEXEC", err)
+		}
+		m[n.kind] = os.NewFile(uintptr(fd), n.file.Name())
+	}
+	return m, nil
+}
+
 // Namespace returns one of [Pause.Namespaces], or nil.
 func (p *Pause) Namespace(k namespace.Kind) *os.File {
 	for _, n := range p.ns {

@@ -522,6 +522,37 @@ func TestCgroup(t *testing.T) {
 	kill(t, second)
 }
 
+// Whoever makes a member has the namespaces also when the pause is replaced meanwhile,
+// and never what else has got the numbers of its files by then.
+func TestDuplicates(t *testing.T) {
+	testenv.Root(t)
+	p := openPauser(t)
+	first := start(t, p, &Spec{Kinds: defaultKinds})
+	second, err := p.Adopt(t.Context(), first.ID(), defaultKinds)
+	if err != nil {
+		t.Fatal(err)
+	}
+	files, err := second.Duplicates()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := second.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for k, ino := range first.Inodes() {
+		var st unix.Stat_t
+		if err := unix.Fstat(int(files[k].Fd()), &st); err != nil || st.Ino != ino {
+			t.Errorf("%s after Close: inode %d, want %d, %v", k, st.Ino, ino, err)
+		}
+	}
+	for _, f := range files {
+		f.Close()
+	}
+	if files, err := second.Duplicates(); !errors.Is(err, os.ErrClosed) || len(files) > 0 {
+		t.Errorf("Duplicates after Close = %v, %v", files, err)
+	}
+}
+
 func TestCloseLeavesItRunning(t *testing.T) {
 	testenv.Root(t)
 	p := openPauser(t)

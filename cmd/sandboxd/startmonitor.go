@@ -119,9 +119,20 @@ func (n *node) compilerInput(r *sandbox.Record, m *sandbox.MemberRecord, sibling
 		in.Cgroups[0].Dir = ""
 	}
 
-	held := map[namespace.Kind]*os.File{}
-	if p := n.pause(r.ID); p != nil {
-		held = p.Namespaces()
+	var held map[namespace.Kind]*os.File
+	for p := n.pause(r.ID); p != nil; {
+		held, err = p.Duplicates()
+		for _, f := range held {
+			opened = append(opened, f)
+		}
+		if err == nil {
+			break
+		}
+		last := p
+		if p = n.pause(r.ID); p == last || !errors.Is(err, os.ErrClosed) { // else it was just replaced
+			return nil, closeAll, fmt.Errorf("the sandbox's namespaces: %w", err)
+		}
+		held = nil
 	}
 	sibling := func(src namespace.Source) (*sandbox.MemberRecord, error) {
 		for _, s := range siblings {
