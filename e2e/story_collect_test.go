@@ -154,7 +154,9 @@ func TestStoryCollect(t *testing.T) {
 		t.Errorf("postmortem of one that is gone: %+v", p)
 	}
 	r.ok("run", "web", "--rootfs", r.rootfs, "--name", "goes", "--rm", "-d", "--", "sh", "-c", "exit 8")
-	r.eventually("goes is gone again", func() bool { return r.postmortem("web/goes").Manifest.Exit.Code == 8 })
+	r.eventually("goes is gone again", func() bool {
+		return r.cli("inspect", "web/goes").code != 0 && r.postmortem("web/goes").Manifest.Exit.Code == 8
+	})
 	if p := r.postmortem("web/goes-1"); p.Manifest.Exit.Code != 9 {
 		t.Errorf("postmortem of the one before: %+v", p)
 	}
