@@ -3,6 +3,7 @@ package builtin
 import (
 	"encoding/binary"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/google/nftables"
@@ -24,27 +25,38 @@ func (t *table) elsewhere() (found []hostport.Published, err error) {
 		if err != nil {
 			return err
 		}
-		for _, other := range tables {
-			if other.Name == t.inet.Name || !strings.HasPrefix(other.Name, tableName("")) {
-				continue
+		tables = slices.DeleteFunc(tables, func(other *nftables.Table) bool {
+			return other.Name == t.inet.Name || !strings.HasPrefix(other.Name, tableName(""))
+		})
+		if len(tables) == 0 {
+			return nil
+		}
+		return t.conns.whole(c, func() error {
+			found, err = t.publishedIn(c, tables)
+			return err
+		})
+	})
+	return found, err
+}
+
+// publishedIn returns the ports that are published by tables of installations.
+func (t *table) publishedIn(c *nftables.Conn, tables []*nftables.Table) (found []hostport.Published, err error) {
+	for _, other := range tables {
+		for _, s := range []*nftables.Set{t.any4, t.any6, t.addr4, t.addr6} {
+			theirs := reference(s)
+			theirs.Table = other
+			vals, err := c.GetSetElements(theirs)
+			if err != nil && !gone(err) {
+				return nil, err
 			}
-			for _, s := range []*nftables.Set{t.any4, t.any6, t.addr4, t.addr6} {
-				theirs := reference(s)
-				theirs.Table = other
-				vals, err := c.GetSetElements(theirs)
-				if err != nil && !gone(err) {
-					return err
-				}
-				for _, v := range vals {
-					if p, ok := publishedBy(s.Name, v.Key); ok {
-						found = append(found, hostport.Published{Port: p, By: owner(v.Comment, other.Name)})
-					}
+			for _, v := range vals {
+				if p, ok := publishedBy(s.Name, v.Key); ok {
+					found = append(found, hostport.Published{Port: p, By: owner(v.Comment, other.Name)})
 				}
 			}
 		}
-		return nil
-	})
-	return found, err
+	}
+	return found, nil
 }
 
 // publishedBy reads a key of the map of that name, the opposite of elementsOf.

@@ -851,6 +851,61 @@ func TestPortElsewhereAtOnce(t *testing.T) {
 	eventually(t, func() error { return settled(ds[0]) })
 }
 
+// TestPortElsewhereWhole: what another installation publishes all the time is found
+// also while it publishes other ports, and stops to.
+func TestPortElsewhereWhole(t *testing.T) {
+	testenv.Root(t)
+	d1, d2 := newDriver(t), beside(t)
+	attach(t, d2, idB, &network.Request{}) // its table
+	const n = 1500
+	published := func(first, n int) (vals []element) {
+		for i := range n {
+			vals = append(vals, element{Key: portKey(network.Port{HostPort: uint16(first + i), Protocol: network.TCP}), Val: target(netip.MustParseAddr("10.98.0.1"), 80), Comment: idB})
+		}
+		return vals
+	}
+	change := func(fn func(c *nftables.Conn) error) {
+		if err := d2.nft.conns.use(fn); err != nil {
+			t.Error(err)
+		}
+	}
+	stays, goes := published(10000, n), published(20000, 40)
+	change(func(c *nftables.Conn) error { return addTo(c, d2.nft.any4, stays) })
+	var wg sync.WaitGroup
+	end := make(chan struct{})
+	wg.Go(func() {
+		for {
+			select {
+			case <-end:
+				return
+			default:
+			}
+			change(func(c *nftables.Conn) error { return addTo(c, d2.nft.any4, goes) })
+			for _, e := range goes {
+				change(func(c *nftables.Conn) error { return c.SetDeleteElements(d2.nft.any4, []element{e}) })
+			}
+			time.Sleep(20 * time.Millisecond) // a port is not published without end
+		}
+	})
+	for range 50 {
+		found, err := d1.nft.elsewhere()
+		if err != nil {
+			t.Fatal(err)
+		}
+		seen := map[uint16]bool{}
+		for _, p := range found {
+			seen[p.Port.HostPort] = true
+		}
+		for i := range n {
+			if !seen[uint16(10000+i)] {
+				t.Errorf("port %d is not found", 10000+i)
+			}
+		}
+	}
+	close(end)
+	wg.Wait()
+}
+
 // settled takes d's host part down if it is not needed.
 func settled(d *Driver) error {
 	var idle time.Time

@@ -1,10 +1,13 @@
 package builtin
 
 import (
+	"encoding/binary"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/google/nftables"
 	"github.com/mdlayher/netlink"
@@ -16,7 +19,13 @@ import (
 // period.
 type nftPool struct {
 	connPool[*nftables.Conn]
-	ports sync.Map // by connection: its netlink port, a uint32, by which the kernel says who has changed something
+	socks sync.Map // by connection: its nftSock
+}
+
+// nftSock is the socket of a connection.
+type nftSock struct {
+	conn *netlink.Conn
+	port uint32 // of netlink, by which the kernel says who has changed something
 }
 
 func newNftPool() *nftPool {
@@ -27,7 +36,7 @@ func newNftPool() *nftPool {
 
 // has reports whether a netlink port is that of one of the connections.
 func (p *nftPool) has(port uint32) (found bool) {
-	p.ports.Range(func(_, v any) bool { found = v == port; return !found })
+	p.socks.Range(func(_, v any) bool { found = v.(nftSock).port == port; return !found })
 	return found
 }
 
@@ -81,17 +90,18 @@ func once(err error) error {
 }
 
 func (p *nftPool) dialNft() (*nftables.Conn, error) {
-	var port uint32
+	var sock nftSock
 	c, err := nftables.New(nftables.AsLasting(), nftables.WithSockOptions(func(c *netlink.Conn) error {
+		sock.conn = c
 		raw, err := c.SyscallConn()
 		if err == nil {
-			cerr := raw.Control(func(fd uintptr) { port, err = portOf(int(fd)) })
+			cerr := raw.Control(func(fd uintptr) { sock.port, err = portOf(int(fd)) })
 			err = errors.Join(err, cerr)
 		}
 		return errors.Join(err, c.SetWriteBuffer(nftBuffer))
 	}))
 	if err == nil {
-		p.ports.Store(c, port)
+		p.socks.Store(c, sock)
 	}
 	return c, err
 }
@@ -110,8 +120,67 @@ func portOf(fd int) (uint32, error) {
 }
 
 func (p *nftPool) hangUp(c *nftables.Conn) error {
-	p.ports.Delete(c)
+	p.socks.Delete(c)
 	return c.CloseLasting()
+}
+
+// wholeTries is how often whole looks: far more often than it takes while sandboxes
+// come and go.
+const wholeTries = 50
+
+// whole runs look, which lists elements by c, again if somebody has changed nftables
+// meanwhile: the kernel lists in parts and counts what it has listed, so that it passes
+// one over for each that is removed in between. What is changed all the time is listed as
+// well as it can be.
+func (p *nftPool) whole(c *nftables.Conn, look func() error) error {
+	for i := range wholeTries {
+		before, err := p.generation(c)
+		if err != nil {
+			return err
+		}
+		if err := look(); err != nil {
+			return err
+		}
+		after, err := p.generation(c)
+		if err != nil || after == before {
+			return err
+		}
+		time.Sleep(min(time.Duration(i), 10) * time.Millisecond)
+	}
+	return nil
+}
+
+// nfgenmsg is the size of what a message begins with (struct nfgenmsg,
+// linux/netfilter/nfnetlink.h).
+const nfgenmsg = 4
+
+// generation is a number that each change of nftables in this network namespace makes
+// another.
+func (p *nftPool) generation(c *nftables.Conn) (gen uint32, err error) {
+	v, _ := p.socks.Load(c)
+	answer, err := v.(nftSock).conn.Execute(netlink.Message{
+		Header: netlink.Header{Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETGEN, Flags: netlink.Request},
+		Data:   make([]byte, nfgenmsg),
+	})
+	if err != nil {
+		return 0, fmt.Errorf("read the generation of nftables: %w", err)
+	}
+	for _, m := range answer {
+		if len(m.Data) < nfgenmsg {
+			continue
+		}
+		attrs, err := netlink.NewAttributeDecoder(m.Data[nfgenmsg:])
+		if err != nil {
+			return 0, err
+		}
+		attrs.ByteOrder = binary.BigEndian
+		for attrs.Next() {
+			if attrs.Type() == unix.NFTA_GEN_ID {
+				return attrs.Uint32(), attrs.Err()
+			}
+		}
+	}
+	return 0, errors.New("nftables has no generation")
 }
 
 // elementsPerMessage keeps a message below 64 KiB, the most that an attribute
