@@ -31,6 +31,10 @@ type Root struct {
 	// either way Path is never written to. Without it, Path itself is the root.
 	Overlay  bool
 	ReadOnly bool
+	// Points says that rw/upper of the data directory has the mount points that Path
+	// lacks ([MakeMountPoints]): with ReadOnly it goes above Path, as a layer that
+	// nothing is written to either.
+	Points bool
 }
 
 // CgroupHierarchy is one hierarchy as a mount of type "cgroup" shows it.

@@ -613,6 +613,75 @@ func TestMountDestinationCannotEscape(t *testing.T) {
 	}
 }
 
+// A read-only root is not written to, and has the mount points that it lacks.
+func TestMissingMountPoints(t *testing.T) {
+	testenv.Root(t)
+	in := realInput(t, "sh", "-c", `for d in /no/where /new /run/x; do echo $d >$d/f && cat $d/f; done
+cat /etc/conf; stat -c "%n %a %u" / /run /etc /no
+(echo x >/no/f || echo x >/etc/f || echo x >/bin/f || mount -o remount,rw /) 2>/dev/null || echo read-only
+ls /abs/deep 2>/dev/null || echo none`)
+	in.Root.ReadOnly = true
+	root := in.Root.Path
+	outside := t.TempDir()
+	conf := filepath.Join(t.TempDir(), "conf")
+	err := errors.Join(
+		os.WriteFile(conf, []byte("configured\n"), 0o644),
+		os.Remove(filepath.Join(root, "sys")), // which the cgroup mounts need too
+		os.Mkdir(filepath.Join(root, "run"), 0o700), os.Chown(filepath.Join(root, "run"), 7, 7), os.Chmod(filepath.Join(root, "run"), 0o1775|os.ModeSticky),
+		os.Mkdir(filepath.Join(root, "var"), 0o755), os.Symlink("/../../run", filepath.Join(root, "var/run")),
+		os.Symlink(outside, filepath.Join(root, "abs")),
+	)
+	if err != nil {
+		t.Fatal(err)
+	}
+	in.Spec.Mounts = append(in.Spec.Mounts,
+		specs.Mount{Destination: "/no/where", Type: "tmpfs"},
+		specs.Mount{Destination: "/new", Source: t.TempDir(), Options: []string{"rbind"}},
+		specs.Mount{Destination: "/var/run/x", Type: "tmpfs"},
+		specs.Mount{Destination: "/etc/conf", Source: conf, Options: []string{"bind"}},
+	)
+	tree := func() string {
+		var names []string
+		for _, dir := range []string{root, outside} {
+			if err := filepath.WalkDir(dir, func(name string, _ os.DirEntry, err error) error { names = append(names, name); return err }); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return strings.Join(names, "\n")
+	}
+	before := tree()
+	if in.Root.Points, err = MakeMountPoints(root, filepath.Join(in.DataDir, "rw/upper"), in.Spec.Mounts); err != nil || !in.Root.Points {
+		t.Fatalf("MakeMountPoints = %t, %v", in.Root.Points, err)
+	}
+	want := "/no/where\n/new\n/run/x\nconfigured\n/ 755 0\n/run 1775 7\n/etc 755 0\n/no 755 0\nread-only\nnone\n"
+	if got := mustRun(t, in); got != want {
+		t.Errorf("output\n%s\nwant\n%s", got, want)
+	}
+	if after := tree(); after != before {
+		t.Errorf("the root was written to:\n%s\nand before:\n%s", after, before)
+	}
+	// A link that leads nowhere is not followed: the mount fails, as before.
+	in.Spec.Mounts = append(in.Spec.Mounts, specs.Mount{Destination: "/abs/deep", Type: "tmpfs"})
+	if _, err := MakeMountPoints(root, filepath.Join(in.DataDir, "rw/upper"), in.Spec.Mounts); err != nil {
+		t.Error(err)
+	}
+	if _, err := run(t, in); err == nil || !strings.HasPrefix(err.Error(), "make mount point /abs/deep: ") {
+		t.Errorf("run = %v", err)
+	}
+	if after := tree(); after != before {
+		t.Errorf("something was written to:\n%s\nand before:\n%s", after, before)
+	}
+	// Nothing is made where nothing is missing.
+	in = realInput(t, "true")
+	layer := filepath.Join(in.DataDir, "rw/upper")
+	if made, err := MakeMountPoints(in.Root.Path, layer, in.Spec.Mounts); made || err != nil {
+		t.Errorf("MakeMountPoints = %t, %v", made, err)
+	}
+	if es, err := os.ReadDir(layer); len(es) > 0 || err != nil {
+		t.Errorf("the layer has %v, %v", es, err)
+	}
+}
+
 func TestFailuresNameTheThing(t *testing.T) {
 	testenv.Root(t)
 	tests := []struct {

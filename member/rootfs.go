@@ -97,7 +97,7 @@ func (c *compiler) attachRoot() {
 	}
 	tree := c.rootTree
 	p.Call("change to "+c.DataDir, unix.SYS_CHDIR, p.String(c.DataDir))
-	if !r.Overlay || r.ReadOnly {
+	if !r.Overlay || r.ReadOnly && !r.Points {
 		// An overlay of one layer alone is refused by the kernel; the layer
 		// does as well.
 		if r.Overlay {
@@ -111,8 +111,11 @@ func (c *compiler) attachRoot() {
 			c.idmap("idmap the writable layer", rw, 0)
 			c.moveMount("attach the writable layer", rw, launch.Int(unix.AT_FDCWD), "rw")
 		}
-		ov := c.newMount("mount overlay on /", "overlay", "overlay",
-			[]string{"lowerdir=lower", "upperdir=rw/upper", "workdir=rw/work"}, 0)
+		layers, attr := []string{"lowerdir=lower", "upperdir=rw/upper", "workdir=rw/work"}, uint64(0)
+		if r.ReadOnly {
+			layers, attr = []string{"lowerdir=rw/upper:lower"}, unix.MOUNT_ATTR_RDONLY
+		}
+		ov := c.newMount("mount overlay on /", "overlay", "overlay", layers, attr)
 		c.moveMount("attach the overlay", ov, launch.Int(unix.AT_FDCWD), at)
 	}
 }

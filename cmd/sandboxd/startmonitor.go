@@ -172,6 +172,11 @@ func (n *node) compilerInput(r *sandbox.Record, m *sandbox.MemberRecord, sibling
 	}
 	if m.Namespaces[namespace.Mnt].From == namespace.Private {
 		in.Root = &member.Root{Path: spec.Root.Path, Overlay: m.Config.Bundle == "", ReadOnly: spec.Root.Readonly}
+		if root := in.Root; root.Overlay && root.ReadOnly {
+			if root.Points, err = member.MakeMountPoints(root.Path, filepath.Join(in.DataDir, layerDir), spec.Mounts); err != nil {
+				return nil, closeAll, err
+			}
+		}
 		if in.Files, err = n.hosted.update(r, m, siblings); err != nil {
 			return nil, closeAll, fmt.Errorf("names for the member: %w", err)
 		}
