@@ -193,6 +193,38 @@ func TestStoryTerminal(t *testing.T) {
 	}
 }
 
+// Whoever only looks at a member does not end it by leaving.
+func TestStoryAttachSignals(t *testing.T) {
+	s := newStory(t)
+	s.startMember("up", `trap 'echo got term; exit 3' TERM; while :; do echo tick; sleep 0.05; done`)
+	for _, tt := range []struct {
+		flag string
+		sig  syscall.Signal
+	}{{"--no-stdin", syscall.SIGTERM}, {"--no-stdin", syscall.SIGINT}, {"--sig-proxy=false", syscall.SIGTERM}, {"", syscall.SIGTERM}} {
+		cmd := s.command("attach", "web/up")
+		if tt.flag != "" {
+			cmd = s.command("attach", tt.flag, "web/up")
+		}
+		var out lockedBuffer
+		cmd.Stdout, cmd.Stderr = &out, &out
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		timer := time.AfterFunc(20*time.Second, func() { cmd.Process.Kill() })
+		s.eventually("attached", func() bool { return strings.Contains(out.String(), "tick") })
+		cmd.Process.Signal(tt.sig)
+		cmd.Wait()
+		timer.Stop()
+		ws := cmd.ProcessState.Sys().(syscall.WaitStatus)
+		if tt.flag != "" && (ws.Signal() != tt.sig || s.inspect("up").State != "Running") {
+			t.Fatalf("attach %s, %s: %v; the member is %s", tt.flag, tt.sig, cmd.ProcessState, s.inspect("up").State)
+		}
+		if tt.flag == "" && (ws.ExitStatus() != 3 || !strings.Contains(out.String(), "got term")) {
+			t.Errorf("attach, %s: %v, %q", tt.sig, cmd.ProcessState, out.String())
+		}
+	}
+}
+
 // In a sandbox with a user namespace a terminal is the member's own as it is in
 // others: it can be opened by its name, and changed, by root there.
 func TestStoryTerminalInUserNamespace(t *testing.T) {

@@ -20,8 +20,8 @@ func (a *app) runCommand() *cobra.Command {
 exit with its exit code, or 128+N if signal N ended it.
 
 The output comes from the member's monitor and not through the daemon: it goes
-on while the daemon is restarted. With -t, ctrl-p ctrl-q leaves the member
-running.`,
+on while the daemon is restarted. With -t (and only then), ctrl-p ctrl-q leaves
+the member running.`,
 		Example: `  sandboxd run web --rootfs /srv/redis --name redis -d -- redis-server
   sandboxd run web --rootfs /srv/alpine -i -t --rm -- sh
   sandboxd run web --bundle /srv/bundle --ns pid=member:redis -v /data:/data:ro`,
@@ -87,7 +87,7 @@ func (a *app) runAttached(ctx context.Context, ref string, c sandbox.MemberConfi
 		if behind != nil {
 			defer behind.close()
 		}
-		return a.session(ctx, ref, t.dir, t.member.Init, t.member.Monitor, tty, c.Stdin, behind, func() error {
+		return a.session(ctx, ref, t.dir, t.member.Init, t.member.Monitor, tty, c.Stdin, true, behind, func() error {
 			started = true
 			// Asked for before it starts: with --rm it may be gone by the time
 			// that its end is known here.
@@ -150,11 +150,14 @@ func (a *app) discard(ctx context.Context, ref string, err error) error {
 
 func (a *app) attachCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use:   "attach [--no-stdin] SANDBOX/MEMBER",
+		Use:   "attach [--no-stdin | --sig-proxy=false] SANDBOX/MEMBER",
 		Short: "Show a running member's output from now on, and write to its stdin",
 		Long: `Show a running member's output from now on, and copy stdin to its own if it was
-created with -i; the end of the input closes it. With a terminal, ctrl-p ctrl-q
-leaves the member running.
+created with -i; the end of the input closes it.
+
+Of a member with a terminal (-t), ctrl-p ctrl-q leaves it running. To one without,
+signals are passed on: ctrl-c here, and closing the terminal, end most programs
+there. They end only attach with --sig-proxy=false or --no-stdin.
 
 It exits with the member's exit code. Works without the daemon, from the state
 directory.`,
@@ -162,7 +165,8 @@ directory.`,
 		Args:              argsBetween(1, 1),
 		ValidArgsFunction: a.completeIn(sandbox.MemberRunning),
 	}
-	noStdin := cmd.Flags().Bool("no-stdin", false, "only show output")
+	noStdin := cmd.Flags().Bool("no-stdin", false, "only show output: neither input nor signals are passed on")
+	proxy := cmd.Flags().Bool("sig-proxy", true, "pass signals on to the member")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if err := wantMember(cmd, args[0]); err != nil {
 			return err
@@ -183,7 +187,7 @@ directory.`,
 		if behind != nil {
 			defer behind.close()
 		}
-		err = a.session(cmd.Context(), args[0], t.dir, t.member.Init, t.member.Monitor, c.TTY, c.Stdin && !*noStdin, behind, nil)
+		err = a.session(cmd.Context(), args[0], t.dir, t.member.Init, t.member.Monitor, c.TTY, c.Stdin && !*noStdin, *proxy && !*noStdin, behind, nil)
 		if errors.Is(err, errDetached) {
 			return nil
 		}

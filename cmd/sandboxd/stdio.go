@@ -269,8 +269,8 @@ func (s *attached) output(ctx context.Context) (complete bool, err error) {
 // session attaches this process to the member in dir until that has exited or
 // the user leaves ([errDetached]). start, if not nil, is called once everything
 // is connected; the member is not running yet then. behind, if not nil, shows what
-// the connection does not bring.
-func (a *app) session(ctx context.Context, ref, dir string, init, monitor procid.ID, tty, stdin bool, behind *catchUp, start func() error) error {
+// the connection does not bring. Without proxy, a signal ends this process only.
+func (a *app) session(ctx context.Context, ref, dir string, init, monitor procid.ID, tty, stdin, proxy bool, behind *catchUp, start func() error) error {
 	att, err := member.Attach(dir)
 	if err != nil {
 		return fmt.Errorf("%s: %w", ref, err)
@@ -281,23 +281,27 @@ func (a *app) session(ctx context.Context, ref, dir string, init, monitor procid
 	}
 	s := &attached{att: att, out: a.out, err: a.err, gone: make(chan error, 1), behind: behind}
 
-	signals, stop := forward()
-	defer stop()
+	raw := tty && stdin // ctrl-c and the like are bytes of the input
+	var signals <-chan unix.Signal
+	if proxy || raw { // else they do what they do by default
+		var stop func()
+		signals, stop = forward()
+		defer stop()
+	}
 	var sizes <-chan unix.Winsize
 	var master *os.File
-	raw := false
 	if tty {
 		if master, err = member.Master(monitor); err != nil {
 			return err
 		}
 		defer master.Close()
-		if stdin {
+		if raw {
 			t, err := openTerminal(a.in)
 			if err != nil {
 				return err
 			}
 			defer t.restore()
-			sizes, raw = t.sizes, true
+			sizes = t.sizes
 			select {
 			case ws := <-sizes:
 				setWinsize(master, ws)
@@ -338,7 +342,7 @@ func (a *app) session(ctx context.Context, ref, dir string, init, monitor procid
 		case ws := <-sizes:
 			setWinsize(master, ws)
 		case sig := <-signals:
-			if raw { // it comes from outside: keys are bytes in raw mode
+			if raw { // it comes from outside, and the terminal has to be given back
 				return exitCode(exitSignal + int(sig))
 			}
 			if err := init.Signal(sig); err != nil && !errors.Is(err, procid.ErrGone) {
