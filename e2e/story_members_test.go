@@ -312,7 +312,14 @@ func TestStoryStopAndKill(t *testing.T) {
 	if _, stderr, code := s.do("", "rm", "web/d"); code != 125 || !strings.Contains(stderr, "web/d") {
 		t.Errorf("rm of one that runs: exit code %d, %s", code, stderr)
 	}
-	s.ok("rm", "-f", "web/d", "web/c")
+	// A typo for web/d: nothing is done.
+	for _, verb := range []string{"stop", "rm"} {
+		_, stderr, code := s.do("", verb, "web", "d")
+		if v := s.inspect("d"); code != 125 || !strings.Contains(stderr, `nothing was done: no sandbox "d"`) || v.State != "Running" {
+			t.Errorf("%s web d: exit code %d, %s, d is %s", verb, code, stderr, v.State)
+		}
+	}
+	s.ok("rm", "-f", "web/d", "web/c", "web/nothing")
 	s.ok("rm", "web/a", "web/b")
 	s.expect("what is left", s.names(), "")
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -80,7 +81,8 @@ func (a *app) stopCommand() *cobra.Command {
 		Use:   "stop [--time 10s] SANDBOX[/MEMBER]…",
 		Short: "Stop a member, or a sandbox with all its members",
 		Long: `Stop a member: send its stop signal and, if it has not exited in time, SIGKILL.
-Of a sandbox, stop every member; none can be added then.
+Of a sandbox, stop every member, for good: none can be added or started then.
+If one of several names is of nothing that there is, none is stopped.
 
 What members left behind stays reachable until rm. It is no error if they have
 stopped already.`,
@@ -91,7 +93,7 @@ stopped already.`,
 	timeout := sandbox.DefaultStopTimeout
 	cmd.Flags().VarP(&value[time.Duration]{p: &timeout, typ: "duration", parse: parseTimeout}, "time", "t", "how long to wait before SIGKILL, such as 500ms; a bare number is of seconds (default 10s)")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		return a.eachRef(args, func(ref string) error {
+		return a.eachRef(cmd.Context(), args, false, func(ref string) error {
 			if isMember(ref) {
 				return a.conn.StopMember(cmd.Context(), ref, timeout)
 			}
@@ -108,14 +110,15 @@ func (a *app) rmCommand() *cobra.Command {
 		Short:   "Remove members, or sandboxes with all their members",
 		Long: `Remove members, or sandboxes with all their members: end custody, and delete
 their writable layers, logs and records. What is collected of a member that has
-exited is waited for; with -f for ten seconds, then its files are given up.`,
+exited is waited for; with -f for ten seconds, then its files are given up. If one
+of several names is of nothing that there is, without -f none is removed.`,
 		Example:           "  sandboxd rm web/redis\n  sandboxd rm -f web",
 		Args:              argsBetween(1, -1),
 		ValidArgsFunction: a.completeRefs(-1, true, true),
 	}
 	force := cmd.Flags().BoolP("force", "f", false, "kill what still runs; no error if there is nothing of that name")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		return a.eachRef(args, func(ref string) error {
+		return a.eachRef(cmd.Context(), args, *force, func(ref string) error {
 			var err error
 			if isMember(ref) {
 				err = a.conn.RemoveMember(cmd.Context(), ref, *force)
@@ -131,20 +134,38 @@ exited is waited for; with -f for ten seconds, then its files are given up.`,
 	return cmd
 }
 
-// eachRef connects, then calls fn for each reference. Those after one that
-// fails are still handled.
-func (a *app) eachRef(refs []string, fn func(ref string) error) error {
+// eachRef connects, then calls fn for each reference. If one of several is of nothing
+// that there is, which missing allows, it is called for none: "site nginx" was to be
+// "site/nginx". Those after one for which fn fails are still handled.
+func (a *app) eachRef(ctx context.Context, refs []string, missing bool, fn func(ref string) error) error {
 	if _, err := a.client(); err != nil {
 		return err
 	}
-	var failed int
+	if len(refs) > 1 && !missing {
+		err := a.each(refs, func(ref string) (err error) {
+			if isMember(ref) {
+				_, err = a.conn.InspectMember(ctx, ref)
+			} else {
+				_, err = a.conn.Inspect(ctx, ref)
+			}
+			return err
+		})
+		if err != nil {
+			return fmt.Errorf("nothing was done: %w", err)
+		}
+	}
+	return a.each(refs, fn)
+}
+
+// each calls fn for all references, and reports all errors but the last.
+func (a *app) each(refs []string, fn func(ref string) error) error {
 	var last error
 	for _, ref := range refs {
 		if err := fn(ref); err != nil {
-			if failed > 0 {
+			if last != nil {
 				a.report(last)
 			}
-			failed, last = failed+1, err
+			last = err
 		}
 	}
 	return last
