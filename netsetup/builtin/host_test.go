@@ -851,9 +851,9 @@ func TestPortElsewhereAtOnce(t *testing.T) {
 	eventually(t, func() error { return settled(ds[0]) })
 }
 
-// TestPortElsewhereWhole: what another installation publishes all the time is found
-// also while it publishes other ports, and stops to.
-func TestPortElsewhereWhole(t *testing.T) {
+// TestListsAreWhole: what an installation publishes all the time is found, by itself and
+// by another one, also while it publishes other ports, and stops to.
+func TestListsAreWhole(t *testing.T) {
 	testenv.Root(t)
 	d1, d2 := newDriver(t), beside(t)
 	attach(t, d2, idB, &network.Request{}) // its table
@@ -892,13 +892,21 @@ func TestPortElsewhereWhole(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		seen := map[uint16]bool{}
-		for _, p := range found {
-			seen[p.Port.HostPort] = true
+		own, err := d2.nft.owned()
+		if err != nil {
+			t.Fatal(err)
 		}
-		for i := range n {
-			if !seen[uint16(10000+i)] {
-				t.Errorf("port %d is not found", 10000+i)
+		theirs, ours := map[uint16]bool{}, map[uint16]bool{}
+		for _, p := range found {
+			theirs[p.Port.HostPort] = true
+		}
+		for _, e := range own[d2.nft.any4] {
+			p, _ := publishedBy("any4", e.Key)
+			ours[p.HostPort] = true
+		}
+		for p := uint16(10000); p < 10000+n; p++ {
+			if !theirs[p] || !ours[p] {
+				t.Errorf("port %d is found from elsewhere: %v, by whom it is of: %v", p, theirs[p], ours[p])
 			}
 		}
 	}

@@ -288,9 +288,11 @@ func (t *table) owned() (elements, error) {
 	e := make(elements)
 	for _, s := range append(t.inetSets(), t.bridgeSets()...) {
 		var vals []element
-		err := t.conns.use(func(c *nftables.Conn) (err error) {
-			vals, err = c.GetSetElements(reference(s))
-			return err
+		err := t.conns.use(func(c *nftables.Conn) error {
+			return t.conns.whole(c, func() (err error) {
+				vals, err = c.GetSetElements(reference(s))
+				return err
+			})
 		})
 		if err != nil {
 			if gone(err) {
