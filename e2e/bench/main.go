@@ -470,6 +470,7 @@ func (b *bench) report(peers map[string]string) {
 				ratios = append(ratios, ratio("bare exec", "runc exec", ""))
 			}
 			row("  bare: join, fork, execve of the same", b.median("bare exec"), ratios...)
+			row("  bare: the same alone, joining nothing", b.median("bare true"))
 		}
 		for _, p := range []string{"runc", "crun"} {
 			if peers[p] != "" {
