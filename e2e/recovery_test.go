@@ -411,7 +411,11 @@ func TestDaemonStopped(t *testing.T) {
 			t.Errorf("%v ended %s after its reader: %v", args, time.Since(begin), err)
 		}
 	}
+	r.run("web", "ends", "sleep 3; exit 4")
 	r.sig(r.d.cmd.Process.Pid, unix.SIGSTOP)
+	if res := r.cli("wait", "web/ends"); res.code != 4 || !strings.Contains(res.err, "has not answered for 2s") || strings.Count(res.err, "\n") != 1 {
+		t.Error(res)
+	}
 	for _, args := range [][]string{{"ls"}, {"ps"}, {"inspect", "web"}, {"inspect", "web/app"}, {"events"}} {
 		res := r.cli(args...)
 		if res.code != 0 || !strings.Contains(res.out, "web") || !strings.Contains(res.err, "has not answered for 2s") || strings.Count(res.err, "\n") != 1 {

@@ -91,11 +91,9 @@ func (a *app) events(ctx context.Context, q sandbox.EventQuery, show func(sandbo
 	if err != nil {
 		return err
 	}
-	ask, cancel := context.WithTimeout(ctx, answerTime)
-	defer cancel()
-	if err := c.Connect(ask); err != nil && ctx.Err() == nil {
+	if !a.answers(ctx, c) {
 		a.sayNoAnswer()
-		return a.eventsFromFiles(ctx, q, show, err)
+		return a.eventsFromFiles(ctx, q, show, api.ErrUnavailable)
 	}
 	for e, err := range c.Events(ctx, q) {
 		switch {

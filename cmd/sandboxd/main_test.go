@@ -257,6 +257,7 @@ func TestDaemonStopped(t *testing.T) {
 		{"inspect web", exitFailed, "", `no sandbox "web"`},
 		{"inspect web/m", exitFailed, "", `no sandbox "web"`},
 		{"events", 0, "", ""},
+		{"wait web/m", exitFailed, "", `no sandbox "web"`},
 	} {
 		t.Run(tt.args, func(t *testing.T) {
 			t.Parallel()

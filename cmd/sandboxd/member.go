@@ -209,10 +209,15 @@ func (a *app) wait(ctx context.Context, ref string) (sandbox.Exit, error) {
 	}
 	tick := time.NewTicker(pollInterval)
 	defer tick.Stop()
-	for {
-		e, err := c.Wait(ctx, ref)
-		if !errors.Is(err, api.ErrUnavailable) {
-			return e, err
+	for said := false; ; {
+		if a.answers(ctx, c) {
+			e, err := c.Wait(ctx, ref)
+			if !errors.Is(err, api.ErrUnavailable) {
+				return e, err
+			}
+		} else if !said {
+			a.sayNoAnswer()
+			said = true
 		}
 		d, err := a.dir()
 		if err != nil {

@@ -373,6 +373,14 @@ func (a *app) sayNoAnswer() {
 	fmt.Fprintf(a.err, "sandboxd: the daemon has not answered for %s: read from %s instead\n", answerTime, a.stateDir())
 }
 
+// answers reports whether a daemon takes the connection, or whether that is for the next
+// call to find out.
+func (a *app) answers(ctx context.Context, c *api.Client) bool {
+	ask, cancel := context.WithTimeout(ctx, answerTime)
+	defer cancel()
+	return c.Connect(ask) == nil || ctx.Err() != nil
+}
+
 // list returns all sandboxes: from the daemon, or if none answers from the
 // state directory. With all, and a daemon, those too of which only a network is left.
 func (a *app) list(ctx context.Context, all bool) ([]sandbox.Info, error) {
