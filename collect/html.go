@@ -39,6 +39,7 @@ func (r *Report) WriteHTML(w io.Writer) error {
 	putCounters(p, counterRows(m))
 	putWords(p, &m.Log)
 	putCollected(p, m)
+	putHooks(p, r.Hooks)
 	r.putHeld(p)
 	if len(m.Unknown) > 0 {
 		p.Put(`<section aria-labelledby="unknown"><h2 id="unknown">Not known</h2><ul>`)
@@ -121,7 +122,7 @@ func putWords(p *markup.Page, l *Log) {
 		}
 		p.Put(`</pre>`)
 	}
-	if text := missing(l); text != "" {
+	if text := l.Missing(); text != "" {
 		p.Put("<p>%s.</p>", text)
 	}
 	more := ""
@@ -163,8 +164,25 @@ func putCollected(p *markup.Page, m *Manifest) {
 	p.Put("</section>\n")
 }
 
+func putHooks(p *markup.Page, hooks []Hook) {
+	if len(hooks) == 0 {
+		return
+	}
+	p.Put(`<section aria-labelledby="hooks"><h2 id="hooks">Hooks</h2>
+<div class="wide"><table><thead><tr><th scope="col">Stage</th><th scope="col">Outcome</th><th scope="col">Note</th></tr></thead>
+<tbody>`)
+	for _, h := range hooks {
+		p.Put("<tr><th scope=\"row\">%s</th><td>%s</td><td>%s</td></tr>\n", h.Stage, h.State, Plain(h.note()))
+	}
+	p.Put("</tbody></table></div></section>\n")
+}
+
 func (r *Report) putHeld(p *markup.Page) {
-	p.Put("<section aria-labelledby=\"held\"><h2 id=\"held\">Still held</h2>\n<p>%s</p>\n", r.held())
+	heading := "Still held"
+	if r.running() {
+		heading = "Mounts"
+	}
+	p.Put("<section aria-labelledby=\"held\"><h2 id=\"held\">%s</h2>\n<p>%s</p>\n", heading, r.held())
 	if r.Custody.Held {
 		p.Put(`<div class="wide"><table><thead><tr><th scope="col">Mounted on</th><th scope="col">Type</th><th scope="col">Used</th></tr></thead>
 <tbody>`)

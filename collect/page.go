@@ -68,7 +68,7 @@ func (r *Report) WriteText(w io.Writer) error {
 			line("    %s %s  %s", l.Time.Format("15:04:05.000"), l.Stream, l.Text)
 		}
 	}
-	if text := missing(&m.Log); text != "" {
+	if text := m.Log.Missing(); text != "" {
 		line("    %s", text)
 	}
 	line("")
@@ -89,7 +89,18 @@ func (r *Report) WriteText(w io.Writer) error {
 		}
 	}
 	line("")
-	line("  STILL HELD  %s", r.held())
+	if len(r.Hooks) > 0 {
+		line("  HOOKS")
+		for _, h := range r.Hooks {
+			line("    %-9s  %-15s %s", h.State, h.Stage, h.note())
+		}
+		line("")
+	}
+	heading := "STILL HELD"
+	if r.running() {
+		heading = "MOUNTS    "
+	}
+	line("  %s  %s", heading, r.held())
 	if r.Custody.Held {
 		for _, mt := range shown(r.Custody.Mounts) {
 			line("    %-9s  %-24s %s", mt.Type, mt.Target, usage(mt))

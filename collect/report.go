@@ -19,6 +19,32 @@ type Report struct {
 	Verdict  string    `json:"verdict"` // one sentence: how it ended
 	Manifest *Manifest `json:"manifest"`
 	Custody  Custody   `json:"custody"`
+	Hooks    []Hook    `json:"hooks,omitempty"` // that have been run; not known once it has been removed
+}
+
+// Hook is what became of a hook of the member's: its latest attempt.
+type Hook struct {
+	Stage    string `json:"stage"`
+	Path     string `json:"path"`
+	State    string `json:"state"` // running, succeeded, retrying, failed
+	Attempts int    `json:"attempts"`
+	Error    string `json:"error,omitempty"`
+	Output   string `json:"output,omitempty"` // the last line of what it has printed
+}
+
+// note says in a line how it went.
+func (h Hook) note() string {
+	s := h.Path
+	if h.Attempts > 1 {
+		s += fmt.Sprintf(", %d attempts", h.Attempts)
+	}
+	if h.Error != "" {
+		s += ": " + h.Error
+	}
+	if h.Output != "" && !strings.Contains(h.Error, h.Output) {
+		s += ": " + h.Output
+	}
+	return s
 }
 
 // Custody says what can still be copied out of a member.
@@ -225,11 +251,16 @@ func lifetime(m *Manifest) string {
 	return duration(m.Exit.FinishedAt.Sub(m.StartedAt))
 }
 
+// running reports whether the member is held because it has not ended yet.
+func (r *Report) running() bool { return r.Custody.Held && r.Manifest.Exit == nil }
+
 // held says until when something can be copied out.
 func (r *Report) held() string {
 	switch {
 	case !r.Custody.Held:
 		return "nothing: " + cmp.Or(r.Custody.Why, "it is not held")
+	case r.running():
+		return "it has not ended"
 	case r.Custody.Until.IsZero():
 		return "until it is removed"
 	}
@@ -268,8 +299,8 @@ func usage(m Mount) string {
 	return ""
 }
 
-// missing says what is not in the log although it was written.
-func missing(l *Log) string {
+// Missing says in words what is not in the log although it was written; "" is nothing.
+func (l *Log) Missing() string {
 	switch l.Dropped {
 	case 0:
 		return ""

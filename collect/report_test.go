@@ -2,6 +2,7 @@ package collect
 
 import (
 	"bytes"
+	"errors"
 	"flag"
 	"os"
 	"regexp"
@@ -74,12 +75,17 @@ func example() *Report {
 		FilesMore: 4, Archive: &Archive{Bytes: 1234, Entries: 2}, Unknown: []string{"counters: it is a mystery"},
 		Samples: &Samples{Interval: "1s", UnixMs: []int64{0, 1000, 2000, 3000}, CPU: []int64{0, 500_000, 600_000, 600_000}, Memory: []int64{1 << 20, 30 << 20, 63 << 20, 10 << 20}},
 	}
-	return NewReport(m, Custody{Held: true, Until: at.Add(time.Hour), Mounts: []Mount{
+	r := NewReport(m, Custody{Held: true, Until: at.Add(time.Hour), Mounts: []Mount{
 		{Target: "/", Type: "overlay", From: "private", Used: 12 << 10}, {Target: "/t", Type: "tmpfs", From: "private", Used: 3 << 20, Size: 8 << 20, Memory: true},
 		{Target: "/dev/shm", Type: "tmpfs", From: "sandbox", Used: 1 << 20, Size: 64 << 20, Memory: true},
 		{Target: "/host", Type: "bind", From: "host"}, {Target: "/other", Type: "bind", From: "member:db"},
 		{Target: "/before", Type: "overlay", Used: 1, Size: 2},
 	}}, at.Add(time.Minute))
+	r.Hooks = []Hook{
+		{Stage: "prestart", Path: "/h/first", State: "succeeded", Attempts: 1, Output: "fine"},
+		{Stage: "poststop", Path: "/h/last\n", State: "failed", Attempts: 3, Error: "exit status 1", Output: "no \x1b[31m space"},
+	}
+	return r
 }
 
 func TestTextPage(t *testing.T) {
@@ -99,6 +105,21 @@ func TestTextPage(t *testing.T) {
 	}
 	if d := cmp.Diff(strings.Split(string(want), "\n"), strings.Split(b.String(), "\n")); d != "" {
 		t.Errorf("the page differs from %s (-want +got); see the change with -update and git diff:\n%s", golden, d)
+	}
+}
+
+// Of one that runs, nothing is said of what is to happen after its end.
+func TestPageOfRunning(t *testing.T) {
+	r := example()
+	r.Manifest.Exit, r.Manifest.State, r.Custody.Until = nil, "Running", time.Time{}
+	var text, page bytes.Buffer
+	if err := errors.Join(r.WriteText(&text), r.WriteHTML(&page)); err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range []string{text.String(), page.String()} {
+		if strings.Contains(strings.ToLower(s), "still held") || strings.Contains(s, "removed") || !strings.Contains(s, "it has not ended") {
+			t.Errorf("the page says:\n%s", s)
+		}
 	}
 }
 
@@ -163,7 +184,7 @@ func TestHTMLPage(t *testing.T) {
 			t.Errorf("aria-labelledby=%q names nothing", r)
 		}
 	}
-	if count["svg"] != 2 || count["line"] != 1 || count["section"] != 6 || count["h1"] != 1 || count["main"] != 1 || count["b"] != 0 {
+	if count["svg"] != 2 || count["line"] != 1 || count["section"] != 7 || count["h1"] != 1 || count["main"] != 1 || count["b"] != 0 {
 		t.Errorf("elements: %v", count)
 	}
 }

@@ -51,6 +51,10 @@ type postmortem struct {
 			UsedBytes int64
 		}
 	}
+	Hooks []struct {
+		Stage, Path, State, Error, Output string
+		Attempts                          int
+	}
 }
 
 func (r *rig) postmortem(ref string) postmortem {

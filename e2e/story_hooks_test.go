@@ -332,6 +332,10 @@ func TestUnrulyHooks(t *testing.T) {
 	if l := r.list()[0].Members[0].Hooks; len(l) != 4 || l[2].Output != "" {
 		t.Errorf("a list shows the output of hooks")
 	}
+	if p := r.postmortem("box/m").Hooks; len(p) != 4 || p[0].State != "failed" || p[0].Attempts != 2 || p[0].Output != "hanging" || p[0].Path != hangs ||
+		len(p[2].Output) > 1000 || !strings.HasSuffix(p[2].Output, "xend") {
+		t.Errorf("postmortem shows %+v", p)
+	}
 	b, err := os.ReadFile(pids)
 	if err != nil {
 		t.Fatal(err)

@@ -382,7 +382,11 @@ func TestStoryLogMaxSize(t *testing.T) {
 	if st.Size() > 4096 || st.Size() < 4000 || v.Exit.Code != 4 {
 		t.Errorf("a log of %d bytes, exit %+v; want less than 4 KiB and 4", st.Size(), v.Exit)
 	}
-	logged := strings.Count(s.ok("logs", "web/m"), "\n")
+	text, stderr, _ := s.do("", "logs", "web/m")
+	logged := strings.Count(text, "\n")
+	if !strings.Contains(stderr, fmt.Sprintf("web/m: %d lines are missing", 1000-logged)) || strings.Count(stderr, "\n") != 1 {
+		t.Errorf("logs does not say that %d lines are missing: %q", 1000-logged, stderr)
+	}
 	if v = s.inspect("m"); int(v.LogLinesDropped)+logged != 1000 {
 		t.Errorf("inspect says that %d lines are missing, and %d are there, of 1000", v.LogLinesDropped, logged)
 	}

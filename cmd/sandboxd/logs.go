@@ -2,10 +2,12 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"time"
 
 	"github.com/spf13/cobra"
 
+	"github.com/sandboxd/sandboxd/collect"
 	"github.com/sandboxd/sandboxd/internal/crilog"
 	"github.com/sandboxd/sandboxd/sandbox"
 )
@@ -15,7 +17,8 @@ func (a *app) logsCommand() *cobra.Command {
 		Use:   "logs [-f] [--tail N] [--timestamps] [--reopen] SANDBOX/MEMBER",
 		Short: "Show what a member has written",
 		Long: `Show what a member has written: its stdout on stdout, its stderr on stderr.
-Works without the daemon, from the state directory.
+Works without the daemon, from the state directory. If lines are missing, because
+the disk was full or --log-max-size was reached, it says so at the end.
 
 With --reopen nothing is shown: the member's monitor, told by the daemon, opens
 the log by its name anew, after somebody has renamed the file to rotate it.`,
@@ -77,9 +80,24 @@ the log by its name anew, after somebody has renamed the file to rotate it.`,
 				err = a.writeLog(l, *stamps)
 			}
 		}
+		if err == nil && ctx.Err() == nil {
+			a.sayMissing(d, args[0], m)
+		}
 		return readerGone(ctx, err)
 	}
 	return cmd
+}
+
+// sayMissing says on stderr how much of m's output is not in its log.
+func (a *app) sayMissing(d *sandbox.Dir, ref string, m sandbox.MemberInfo) {
+	now, err := d.Member(m.Sandbox + "/" + m.ID)
+	if err != nil {
+		return // it has just been removed
+	}
+	l := collect.Log{Dropped: int64(now.LogLinesDropped)}
+	if text := l.Missing(); text != "" {
+		fmt.Fprintf(a.err, "sandboxd: %s: %s\n", ref, text)
+	}
 }
 
 // writeLog writes one line of a log to the stream that it was written to.

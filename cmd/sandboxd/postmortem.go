@@ -42,8 +42,8 @@ func (a *app) postmortemCommand() *cobra.Command {
 		Use:   "postmortem [-o text|json|html] SANDBOX/MEMBER",
 		Short: "Tell what a member died of",
 		Long: `Tell what a member died of: how it ended and when, its counters against its
-limits, its last words, what was collected of it, and what can still be copied
-out and until when.
+limits, its last words, what was collected of it, what became of its hooks, and
+what can still be copied out and until when.
 
 Of one that has been removed, it tells what was collected at its exit; so it does
 of an earlier one, by the name of its collection, SANDBOX/MEMBER-N. Of one that
@@ -98,7 +98,7 @@ func (a *app) postmortem(ref, dir string) (*collect.Report, error) {
 		m, err := a.manifest(info.Collection, dir)
 		if err == nil && m.MemberID == info.ID {
 			mounts, _ := collect.Mounts(s) // without them, less is shown
-			return collect.NewReport(m, custodyOf(t.member, info, mounts), now), nil
+			return withHooks(collect.NewReport(m, custodyOf(t.member, info, mounts), now), info.Hooks), nil
 		}
 		// It has been removed, or made room for others: much is still there.
 	}
@@ -107,7 +107,19 @@ func (a *app) postmortem(ref, dir string) (*collect.Report, error) {
 		return nil, err
 	}
 	m := collect.Gather(host, s, now.Round(0).UTC())
-	return collect.NewReport(m, custodyOf(t.member, info, m.Mounts), now), nil
+	return withHooks(collect.NewReport(m, custodyOf(t.member, info, m.Mounts), now), info.Hooks), nil
+}
+
+// withHooks adds to a report what became of the member's hooks, which run after its
+// manifest has been made.
+func withHooks(r *collect.Report, runs []sandbox.HookRun) *collect.Report {
+	for _, h := range runs {
+		lines := strings.Split(strings.TrimSpace(h.Output), "\n")
+		r.Hooks = append(r.Hooks, collect.Hook{
+			Stage: string(h.Stage), Path: h.Path, State: string(h.State), Attempts: h.Attempt, Error: h.Error, Output: oneLine(lines[len(lines)-1]),
+		})
+	}
+	return r
 }
 
 // memberNow returns the records of a member and what they show.
