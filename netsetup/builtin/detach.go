@@ -212,9 +212,7 @@ func (d *Driver) removeLinks(ids []string) error {
 	for _, id := range ids { // a crash may have come before Detach got to it
 		errs = append(errs, d.cutOff(id))
 	}
-	links, err := netlink.LinkList()
-	for ; errors.Is(err, netlink.ErrDumpInterrupted); links, err = netlink.LinkList() {
-	}
+	links, err := allLinks()
 	if err != nil {
 		return err
 	}
@@ -228,6 +226,15 @@ func (d *Driver) removeLinks(ids []string) error {
 	r.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
 	r.AddData(nl.NewRtAttr(unix.IFLA_GROUP, nl.Uint32Attr(goingGroup(d.opts.Mark))))
 	return errors.Join(append(errs, d.socks.do(r))...)
+}
+
+func allLinks() ([]netlink.Link, error) {
+	for {
+		links, err := netlink.LinkList()
+		if !errors.Is(err, netlink.ErrDumpInterrupted) { // they changed meanwhile
+			return links, err
+		}
+	}
 }
 
 func (d *Driver) removeEach(ids []string) error {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -31,6 +32,11 @@ import (
 // set forward4 or forward6, whose rules keep it from passing on anything but the
 // traffic of sandboxes, and what it was before is in a file. Another installation
 // sees our set: it claims the device too, and who leaves last puts it back.
+//
+// A claim holds as long as nobody else makes a router of the host. Who does, as
+// CNI's plugins, Docker and libvirt, sets forwarding of all devices: then nothing
+// is claimed, and what was is let go as it is. When that is taken back, the kernel
+// resets every device, and they are claimed again.
 
 // hostFile records the sysctls that were changed, below the driver's root.
 const hostFile = "host.json"
@@ -64,19 +70,23 @@ func (d *Driver) readHostRecord() (hostRecord, error) {
 	return r, nil
 }
 
-// claim turns forwarding on where sandboxes need it. d.host is held.
+// claim turns forwarding on where sandboxes need it, and lets go what they do not
+// need any more, or what is not ours any more. d.host is held.
 func (d *Driver) claim() error {
 	record, err := d.readHostRecord()
 	if err != nil {
 		return err
 	}
-	want, err := d.wanted()
+	want, err := d.wanted(record)
 	if err != nil {
+		return err
+	}
+	if record, err = d.letGo(record, want); err != nil {
 		return err
 	}
 	var add []sysctl
 	for _, s := range want {
-		if slices.ContainsFunc(record.Sysctls, func(r sysctl) bool { return r.Name == s.Name }) {
+		if record.has(s.Name) {
 			continue
 		}
 		claimed, was, err := d.before(s)
@@ -104,6 +114,43 @@ func (d *Driver) claim() error {
 		}
 	}
 	return nil
+}
+
+func (r hostRecord) has(name string) bool {
+	return slices.ContainsFunc(r.Sysctls, func(s sysctl) bool { return s.Name == name })
+}
+
+// letGo puts back the claims on record that are not wanted, and returns what is left.
+func (d *Driver) letGo(record hostRecord, want []sysctl) (hostRecord, error) {
+	left := hostRecord{Version: record.Version}
+	var gone []sysctl
+	for _, s := range record.Sysctls {
+		if slices.ContainsFunc(want, func(w sysctl) bool { return w.Name == s.Name }) {
+			left.Sysctls = append(left.Sysctls, s)
+		} else {
+			gone = append(gone, s)
+		}
+	}
+	if len(gone) == 0 {
+		return record, nil
+	}
+	for _, s := range slices.Backward(gone) {
+		if err := d.putBack(s); err != nil {
+			return record, err
+		}
+		// Devices are in a set once, for whichever sysctl.
+		if slices.ContainsFunc(left.Sysctls, func(l sysctl) bool { return l.Device == s.Device && l.Six == s.Six }) {
+			continue
+		}
+		if err := d.nft.unclaim(s); err != nil {
+			return record, err
+		}
+	}
+	crash.Point("builtin claims let go")
+	if err := statefile.Write(d.root, hostFile, left); err != nil {
+		return record, fmt.Errorf("record sysctls: %w", err)
+	}
+	return left, nil
 }
 
 // claimValue is what a sysctl on record is set to.
@@ -164,9 +211,10 @@ func (d *Driver) unclaim() error {
 	return nil
 }
 
+// putBack gives a sysctl the value that it had, unless somebody else relies on ours.
 func (d *Driver) putBack(s sysctl) error {
-	others, err := d.nft.othersClaim(s)
-	if err != nil || others {
+	keep, err := d.others(s)
+	if err != nil || keep {
 		return err
 	}
 	if err := writeSysctl(s.Name, s.Was); err != nil {
@@ -175,35 +223,94 @@ func (d *Driver) putBack(s sysctl) error {
 		}
 		return err
 	}
-	// One that claimed it just now relies on it, and may have written before us.
-	others, err = d.nft.othersClaim(s)
-	if err == nil && others {
+	// One that came just now relies on it, and may have written before us.
+	keep, err = d.others(s)
+	if err == nil && keep {
 		err = writeSysctl(s.Name, claimValue(s))
 	}
 	return err
 }
 
+// others reports whether s is to stay as we have set it: for another installation, or
+// because somebody has set it for all devices.
+func (d *Driver) others(s sysctl) (bool, error) {
+	if set, err := setForAll(s.Name); err != nil || set {
+		return set, err
+	}
+	return d.nft.othersClaim(s)
+}
+
+// setForAll reports whether somebody has set forwarding of every device to 1. The
+// kernel then sets it for those that are there and those that come.
+func setForAll(name string) (bool, error) {
+	all := ""
+	switch {
+	case strings.HasPrefix(name, "net/ipv4/"):
+		all = "net/ipv4/conf/all/forwarding"
+	case strings.HasSuffix(name, "/force_forwarding"):
+		all = "net/ipv6/conf/all/force_forwarding"
+	default:
+		return false, nil
+	}
+	v, err := readSysctl(all)
+	return v == "1", err
+}
+
+// router reports whether somebody else makes a router of the host, so that there is
+// nothing for us to turn on, and nothing to confine.
+func (d *Driver) router(six bool, record hostRecord) (bool, error) {
+	if !six {
+		return setForAll("net/ipv4/")
+	}
+	if set, err := setForAll(forceForwarding(allDevices)); set || err != nil && !errors.Is(err, os.ErrNotExist) {
+		return set, err
+	}
+	all := sysctl{Name: forwarding6, Device: allDevices, Six: true}
+	v, err := readSysctl(all.Name)
+	if errors.Is(err, os.ErrNotExist) {
+		return false, nil // a host without IPv6
+	}
+	if err != nil || v != "1" || record.has(all.Name) {
+		return false, err
+	}
+	others, err := d.nft.othersClaim(all)
+	return !others, err
+}
+
+const forwarding6 = "net/ipv6/conf/all/forwarding"
+
+func forceForwarding(dev string) string { return "net/ipv6/conf/" + dev + "/force_forwarding" }
+
 // wanted returns the sysctls that matter beside the bridge's own, without
 // their values.
-func (d *Driver) wanted() ([]sysctl, error) {
+func (d *Driver) wanted(record hostRecord) ([]sysctl, error) {
 	var want []sysctl
-	four, err := d.uplinks(netlink.FAMILY_V4)
+	router, err := d.router(false, record)
 	if err != nil {
 		return nil, err
 	}
-	for _, dev := range four {
-		want = append(want, sysctl{Name: "net/ipv4/conf/" + dev + "/forwarding", Device: dev})
+	if !router {
+		four, err := d.uplinks(netlink.FAMILY_V4)
+		if err != nil {
+			return nil, err
+		}
+		for _, dev := range four {
+			want = append(want, sysctl{Name: "net/ipv4/conf/" + dev + "/forwarding", Device: dev})
+		}
 	}
 	if !d.opts.Subnet6.IsValid() {
 		return want, nil
+	}
+	if router, err = d.router(true, record); err != nil || router {
+		return want, err
 	}
 	six, err := d.uplinks(netlink.FAMILY_V6)
 	if err != nil {
 		return nil, err
 	}
-	if _, err := os.Stat("/proc/sys/net/ipv6/conf/all/force_forwarding"); err == nil {
+	if _, err := os.Stat("/proc/sys/" + forceForwarding(allDevices)); err == nil {
 		for _, dev := range six {
-			want = append(want, sysctl{Name: "net/ipv6/conf/" + dev + "/force_forwarding", Device: dev, Six: true})
+			want = append(want, sysctl{Name: forceForwarding(dev), Device: dev, Six: true})
 		}
 		return want, nil
 	}
@@ -212,10 +319,11 @@ func (d *Driver) wanted() ([]sysctl, error) {
 	for _, dev := range six {
 		want = append(want, sysctl{Name: "net/ipv6/conf/" + dev + "/accept_ra", Device: dev, Six: true})
 	}
-	return append(want, sysctl{Name: "net/ipv6/conf/all/forwarding", Device: allDevices, Six: true}), nil
+	return append(want, sysctl{Name: forwarding6, Device: allDevices, Six: true}), nil
 }
 
-// uplinks returns the devices, beside lo and the bridge, that routes lead through.
+// uplinks returns the devices by which traffic of sandboxes leaves the host: those,
+// beside lo and the bridge, that routes lead through to other hosts.
 func (d *Driver) uplinks(family int) ([]string, error) {
 	routes, err := mainRoutes(family)
 	if err != nil {
@@ -223,15 +331,13 @@ func (d *Driver) uplinks(family int) ([]string, error) {
 	}
 	var names []string
 	for _, r := range routes {
-		if dst := prefixOf(r.Dst).Addr(); dst.IsLinkLocalUnicast() || dst.IsMulticast() {
+		dst := prefixOf(r.Dst)
+		if dst.Addr().IsLinkLocalUnicast() || dst.Addr().IsMulticast() {
 			continue // every device has those, in IPv6
 		}
-		indexes := []int{r.LinkIndex}
-		for _, hop := range r.MultiPath {
-			indexes = append(indexes, hop.LinkIndex)
-		}
-		for _, i := range indexes {
-			link, err := netlink.LinkByIndex(i)
+		hops := append(r.MultiPath, &netlink.NexthopInfo{LinkIndex: r.LinkIndex, Gw: r.Gw, Via: r.Via})
+		for _, hop := range hops {
+			link, err := netlink.LinkByIndex(hop.LinkIndex)
 			if err != nil {
 				continue // no device, or gone
 			}
@@ -239,12 +345,37 @@ func (d *Driver) uplinks(family int) ([]string, error) {
 			if link.Attrs().MasterIndex != 0 { // a port of somebody's bridge, which is where packets come in
 				continue
 			}
-			if name != "lo" && name != d.opts.Bridge && !slices.Contains(names, name) {
-				names = append(names, name)
+			if name == "lo" || name == d.opts.Bridge || slices.Contains(names, name) {
+				continue
 			}
+			if hop.Gw == nil && hop.Via == nil && dst.Bits() > 0 {
+				guests, err := ofGuests(link, dst)
+				if err != nil {
+					return nil, err
+				}
+				if guests {
+					continue
+				}
+			}
+			names = append(names, name)
 		}
 	}
 	return names, nil
+}
+
+// ofGuests reports whether link, which is directly connected to dst, leads to containers
+// or virtual machines of this host only. Its forwarding is for who made it to set.
+func ofGuests(link netlink.Link, dst netip.Prefix) (bool, error) {
+	switch link.Type() {
+	case "veth":
+		return dst.IsSingleIP(), nil
+	case "bridge":
+		links, err := allLinks()
+		return !slices.ContainsFunc(links, func(l netlink.Link) bool {
+			return l.Attrs().MasterIndex == link.Attrs().Index && l.Type() != "veth" && l.Type() != "tuntap"
+		}), err
+	}
+	return false, nil
 }
 
 func mainRoutes(family int) ([]netlink.Route, error) {
@@ -276,6 +407,19 @@ func (t *table) claim(claims []sysctl) error {
 		return fmt.Errorf("claim forwarding devices: %w", err)
 	}
 	return nil
+}
+
+// unclaim removes the device of s from its set, if it is there.
+func (t *table) unclaim(s sysctl) error {
+	set := t.forward4
+	if s.Six {
+		set = t.forward6
+	}
+	err := t.removeElements(elements{set: {{Key: ifname(s.Device)}}})
+	if errors.Is(err, unix.ENOENT) {
+		return nil
+	}
+	return err
 }
 
 // othersClaim reports whether another installation has s in its sets.

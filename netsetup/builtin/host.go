@@ -216,10 +216,8 @@ func (d *Driver) makeBridge() error {
 			return err
 		}
 	}
-	for _, s := range d.bridgeSysctls() {
-		if err := writeSysctl(s[0], s[1]); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return err
-		}
+	if err := d.setBridgeSysctls(); err != nil {
+		return err
 	}
 	for _, subnet := range []netip.Prefix{d.opts.Subnet, d.opts.Subnet6} {
 		if !subnet.IsValid() {
@@ -265,6 +263,15 @@ func (d *Driver) routeLoopback6() error {
 func loopback6Works() bool {
 	v, err := readSysctl("net/bridge/bridge-nf-call-ip6tables")
 	return err != nil || v == "0" // an error means that there is no br_netfilter
+}
+
+func (d *Driver) setBridgeSysctls() error {
+	for _, s := range d.bridgeSysctls() {
+		if err := writeSysctl(s[0], s[1]); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
 }
 
 // bridgeSysctls are settings of the bridge itself, which go with it.

@@ -195,6 +195,35 @@ func TestRepair(t *testing.T) {
 	check()
 }
 
+// TestBridgeDown: a bridge that somebody sets down is set up again, and the log says so. With an
+// IPv6 subnet the address that the kernel takes away with it would tell as well.
+func TestBridgeDown(t *testing.T) {
+	testenv.Root(t)
+	log := &logBuffer{}
+	d := newDriver(t, func(o *Options) {
+		o.Subnet6 = netip.Prefix{}
+		o.Log = slog.New(slog.NewTextHandler(log, nil))
+	})
+	a, _, _ := attach(t, d, idA, &network.Request{})
+	serve(t, a, "tcp", ":80", "A")
+	bridge, err := netlink.LinkByName(d.opts.Bridge)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := netlink.LinkSetDown(bridge); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() error {
+		if got, err := fetch(nil, "tcp", "10.99.0.2:80", never); got != "A 10.99.0.1" {
+			return fmt.Errorf("fetch = %q, %v", got, err)
+		}
+		if !strings.Contains(log.String(), "bridge sbtest0 is down") {
+			return fmt.Errorf("log:\n%s", log)
+		}
+		return nil
+	})
+}
+
 // TestElements: elements of our sets that somebody else removes, one by one or a whole set of
 // them, are put back while the daemon runs. Those that we remove are not.
 func TestElements(t *testing.T) {

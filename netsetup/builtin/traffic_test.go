@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -345,6 +346,192 @@ func TestLateUplink(t *testing.T) {
 		t.Fatal(err)
 	}
 	netlink.LinkDel(link) // before the host is compared with what it was
+}
+
+// TestAnotherRouter: somebody makes bridges for guests of his own, and then a router of the
+// host, as CNI's bridge plugin does it: what he passes on is none of our business any
+// more, and stays on when we go. When he takes it back, we confine again.
+func TestAnotherRouter(t *testing.T) {
+	testenv.Root(t)
+	outside := newOutside(t, 2)
+	d := newDriver(t)
+	a, _, raw := attach(t, d, idA, &network.Request{Ports: webPort})
+	serve(t, a, "tcp", ":80", "A")
+	claimed := func(six bool) (devices []string) {
+		t.Helper()
+		d.host.RLock()
+		defer d.host.RUnlock()
+		r, err := d.readHostRecord()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, s := range r.Sysctls {
+			if s.Six == six {
+				devices = append(devices, s.Device)
+			}
+		}
+		return devices
+	}
+	set := func(name, value string) {
+		t.Helper()
+		if err := writeSysctl(name, value); err != nil {
+			t.Fatal(err)
+		}
+	}
+	inSet := func(s *nftables.Set) (names []string) {
+		t.Helper()
+		err := d.nft.conns.use(func(c *nftables.Conn) error {
+			vals, err := c.GetSetElements(reference(s))
+			for _, v := range vals {
+				names = append(names, unix.ByteSliceToString(v.Key))
+			}
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return names
+	}
+	guest := newGuest(t, "lan0", 201)
+	serve(t, guest, "tcp", ":90", "guest")
+	// Events come in order: when the second uplink is claimed, the bridge was looked at.
+	newOutside(t, 3)
+	eventually(t, func() error {
+		if names := inSet(d.nft.forward4); !slices.Contains(names, "up3") {
+			return fmt.Errorf("forward4 has %v", names)
+		}
+		return nil
+	})
+	for _, s := range []*nftables.Set{d.nft.forward4, d.nft.forward6} {
+		if names := inSet(s); slices.Contains(names, "lan0") {
+			t.Errorf("%s has %v: a bridge of somebody's guests", s.Name, names)
+		}
+	}
+	expect(t, "outside, before", outside, "tcp", "10.201.0.2:90", "")
+
+	set("net/ipv4/ip_forward", "1")
+	set("net/ipv6/conf/all/forwarding", "1")
+	eventually(t, func() error {
+		if four, six := inSet(d.nft.forward4), inSet(d.nft.forward6); len(four)+len(six) > 0 {
+			return fmt.Errorf("somebody else forwards, and our sets have %v, %v", four, six)
+		}
+		return nil
+	})
+	eventually(t, func() error {
+		if four, six := claimed(false), claimed(true); len(four)+len(six) > 0 {
+			return fmt.Errorf("somebody else forwards, and %v, %v are claimed", four, six)
+		}
+		return nil
+	})
+	expect(t, "outside", outside, "tcp", "10.201.0.2:90", "guest 192.0.2.2")
+	expect(t, "outside", outside, "tcp", "[fd00:201::2]:90", "guest 2001:db8:2::2")
+	expect(t, "outside", outside, "tcp", "192.0.2.1:8080", "A 192.0.2.2")
+	// A later route changes nothing.
+	newGuest(t, "lan1", 202)
+	expect(t, "outside, later", outside, "tcp", "10.201.0.2:90", "guest 192.0.2.2")
+
+	set("net/ipv4/ip_forward", "0")
+	set("net/ipv6/conf/all/forwarding", "0")
+	eventually(t, func() error {
+		got, err := fetch(outside, "tcp", "192.0.2.1:8080", never)
+		if err == nil && got != "A 192.0.2.2" {
+			err = fmt.Errorf("got %q", got)
+		}
+		return err
+	})
+	eventually(t, func() error {
+		if four, six := claimed(false), claimed(true); !slices.Contains(four, "up2") || !slices.Contains(six, "up2") {
+			return fmt.Errorf("nobody else forwards any more, and %v, %v are claimed", four, six)
+		}
+		return nil
+	})
+	expect(t, "outside, after", outside, "tcp", "10.201.0.2:90", "")
+
+	// We go in the moment in which he comes.
+	d.cancel()
+	d.done.Wait()
+	set("net/ipv4/ip_forward", "1")
+	if err := d.Detach(t.Context(), idA, raw, a); err != nil {
+		t.Fatal(err)
+	}
+	if err := settled(d); err != nil {
+		t.Fatal(err)
+	}
+	if v, err := readSysctl("net/ipv4/conf/up2/forwarding"); v != "1" {
+		t.Errorf("forwarding of up2 is %q, %v, after we went", v, err)
+	}
+	set("net/ipv4/ip_forward", "0")
+	for _, name := range []string{"portlan0", "lan0", "portlan1", "lan1", "up3"} { // before the host is compared with what it was
+		del(t, name)
+	}
+}
+
+// newGuest returns a namespace that is a port of a new bridge of the host's: a network
+// 10.<n>.0.0/24 and fd00:<n>::/64, in which the host has the address 1, and the guest 2.
+func newGuest(t *testing.T, bridge string, n int) *os.File {
+	t.Helper()
+	ns := newNS(t)
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = bridge
+	if err := netlink.LinkAdd(&netlink.Bridge{LinkAttrs: attrs}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		for _, name := range []string{"port" + bridge, bridge} {
+			if l, err := netlink.LinkByName(name); err == nil {
+				netlink.LinkDel(l)
+			}
+		}
+	})
+	br, err := netlink.LinkByName(bridge)
+	if err != nil {
+		t.Fatal(err)
+	}
+	attrs = netlink.NewLinkAttrs()
+	attrs.Name, attrs.MasterIndex = "port"+bridge, br.Attrs().Index
+	if err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "eth0", PeerNamespace: netlink.NsFd(ns.Fd())}); err != nil {
+		t.Fatal(err)
+	}
+	if err := setUp(attrs.Name); err != nil {
+		t.Fatal(err)
+	}
+	configure := func(dev string, host int) error {
+		link, err := netlink.LinkByName(dev)
+		if err != nil {
+			return err
+		}
+		if err := netlink.LinkSetUp(link); err != nil {
+			return err
+		}
+		for _, a := range []string{fmt.Sprintf("10.%d.0.%d/24", n, host), fmt.Sprintf("fd00:%d::%d/64", n, host)} {
+			addr, err := netlink.ParseAddr(a)
+			if err != nil {
+				return err
+			}
+			if addr.IP.To4() == nil {
+				addr.Flags = unix.IFA_F_NODAD
+			}
+			if err := netlink.AddrAdd(link, addr); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	inside(t, ns, func() error {
+		if err := configure("eth0", 2); err != nil {
+			return err
+		}
+		for _, gw := range []string{fmt.Sprintf("10.%d.0.1", n), fmt.Sprintf("fd00:%d::1", n)} {
+			if err := netlink.RouteAdd(&netlink.Route{Gw: net.ParseIP(gw)}); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err := configure(bridge, 1); err != nil {
+		t.Fatal(err)
+	}
+	return ns
 }
 
 func eventually(t *testing.T, f func() error) {

@@ -19,8 +19,8 @@ type event int
 
 const (
 	linkGone     event = iota // some link
-	bridgeGone                // or one of its addresses; or perhaps: events were lost
-	routeChanged              // a way out came, or an address
+	bridgeGone                // or down, or one of its addresses is gone; or perhaps: events were lost
+	routeChanged              // a way out came, an address, or forwarding of all devices was set
 	rulesGone                 // of our tables; or perhaps
 	elementsGone              // of sets of our tables; or perhaps
 )
@@ -40,13 +40,13 @@ func (d *Driver) watch(ctx context.Context) <-chan event {
 		case <-ctx.Done():
 		}
 	}
-	d.listen(ctx, unix.NETLINK_ROUTE, []uint32{unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE}, routeFilter(), func(m *netlink.Message) {
+	d.listen(ctx, unix.NETLINK_ROUTE, []uint32{unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV4_NETCONF, unix.RTNLGRP_IPV6_NETCONF}, routeFilter(), func(m *netlink.Message) {
 		switch {
 		case m == nil:
 			send(bridgeGone)
 			send(routeChanged)
-		case m.Header.Type == unix.RTM_DELLINK || m.Header.Type == unix.RTM_DELADDR:
-			// Both begin with 4 bytes and the link's number.
+		case m.Header.Type == unix.RTM_DELLINK || m.Header.Type == unix.RTM_DELADDR || m.Header.Type == unix.RTM_NEWLINK:
+			// All begin with 4 bytes and the link's number.
 			if len(m.Data) >= 8 && int(binary.NativeEndian.Uint32(m.Data[4:])) == d.bridgeIndex() {
 				send(bridgeGone)
 			} else if m.Header.Type == unix.RTM_DELLINK {
@@ -152,28 +152,52 @@ const (
 	offDstLen   = unix.SizeofNlMsghdr + 1 //
 	offScope    = unix.SizeofNlMsghdr + 3 // of a struct ifaddrmsg
 	offTable    = unix.SizeofNlMsghdr + 4 // of a struct rtmsg
+	offFlags    = unix.SizeofNlMsghdr + 8 // of a struct ifinfomsg
+	offChange   = unix.SizeofNlMsghdr + 12
+	offNetconf  = unix.SizeofNlMsghdr + 8 // the first attribute after a struct netconfmsg: which device
+	netconfAll  = 0xffffffff              // NETCONFA_IFINDEX_ALL
 	passMessage = 0x7fffffff
 )
 
-// routeFilter passes links that go, addresses that go and are valid beyond their
-// link, as sandboxes' links on the host have none, and new routes of the main table
-// that are IPv4 or a default route.
+// routeFilter passes links that go or are set down, addresses that go and are valid beyond
+// their link, as sandboxes' links on the host have none, new routes of the main table
+// that are IPv4 or a default route, and settings for all devices.
 func routeFilter() []bpf.Instruction {
+	is := func(t uint16, skip uint8) bpf.Instruction {
+		return bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: messageType(t), SkipTrue: skip}
+	}
+	pass, drop := bpf.RetConstant{Val: passMessage}, bpf.RetConstant{Val: 0}
+	up := binary.BigEndian.Uint32(binary.NativeEndian.AppendUint32(nil, unix.IFF_UP))
 	return []bpf.Instruction{
 		bpf.LoadAbsolute{Off: offType, Size: 2},
-		bpf.JumpIf{Cond: bpf.JumpEqual, Val: messageType(unix.RTM_DELLINK), SkipTrue: 10},
-		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: messageType(unix.RTM_DELADDR), SkipTrue: 2},
+		is(unix.RTM_DELLINK, 1),
+		pass,
+		is(unix.RTM_NEWLINK, 6),
+		bpf.LoadAbsolute{Off: offChange, Size: 4},
+		bpf.JumpIf{Cond: bpf.JumpBitsNotSet, Val: up, SkipTrue: 3},
+		bpf.LoadAbsolute{Off: offFlags, Size: 4},
+		bpf.JumpIf{Cond: bpf.JumpBitsSet, Val: up, SkipTrue: 1},
+		pass,
+		drop,
+		is(unix.RTM_DELADDR, 4),
 		bpf.LoadAbsolute{Off: offScope, Size: 1},
-		bpf.JumpIf{Cond: bpf.JumpEqual, Val: unix.RT_SCOPE_UNIVERSE, SkipTrue: 7, SkipFalse: 8},
-		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: messageType(unix.RTM_NEWROUTE), SkipTrue: 7},
+		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: unix.RT_SCOPE_UNIVERSE, SkipTrue: 1},
+		pass,
+		drop,
+		is(unix.RTM_NEWROUTE, 8),
 		bpf.LoadAbsolute{Off: offTable, Size: 1},
 		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: unix.RT_TABLE_MAIN, SkipTrue: 5},
 		bpf.LoadAbsolute{Off: offFamily, Size: 1},
 		bpf.JumpIf{Cond: bpf.JumpEqual, Val: unix.AF_INET, SkipTrue: 2},
 		bpf.LoadAbsolute{Off: offDstLen, Size: 1},
 		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: 0, SkipTrue: 1},
-		bpf.RetConstant{Val: passMessage},
-		bpf.RetConstant{Val: 0},
+		pass,
+		drop,
+		is(unix.RTM_NEWNETCONF, 3),
+		bpf.LoadAbsolute{Off: offNetconf, Size: 4},
+		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: netconfAll, SkipTrue: 1},
+		pass,
+		drop,
 	}
 }
 
@@ -211,7 +235,7 @@ func (d *Driver) handle(e event) error {
 		d.host.Lock()
 		defer d.host.Unlock()
 		if d.up {
-			return d.claim()
+			return errors.Join(d.setBridgeSysctls(), d.claim())
 		}
 	}
 	return nil
@@ -237,14 +261,23 @@ func (d *Driver) repair() error {
 	if err != nil {
 		return err
 	}
-	if d.up && whole && link != nil && link.Attrs().Index == d.bridge && d.verifyGateway() == nil {
+	var why error
+	switch {
+	case link == nil || link.Attrs().Index != d.bridge:
+		why = fmt.Errorf("bridge %s was removed", d.opts.Bridge)
+	case !whole:
+		why = fmt.Errorf("nftables table %s is gone or was changed", d.nft.inet.Name)
+	default:
+		why = d.verifyGateway()
+	}
+	if d.up && why == nil {
 		return nil
 	}
 	d.up = false
 	if err := d.prepareLocked(); err != nil {
 		return err
 	}
-	d.log.Warn("Host network was changed by somebody else and is repaired", "bridge", d.opts.Bridge)
+	d.log.Warn("Host network was changed by somebody else and is repaired", "bridge", d.opts.Bridge, "err", why)
 	return nil
 }
 
