@@ -78,8 +78,8 @@ func hookStages() []request.Stage {
 }
 
 // releaseReasons are why custody is released without a removal: its time is over,
-// --custody-max, --custody-max-tmpfs, or nobody had asked for it.
-var releaseReasons = []string{"ttl", "max", "tmpfs", "policy"}
+// --custody-max, --custody-max-tmpfs, nobody had asked for it, or its monitor was killed.
+var releaseReasons = []string{"ttl", "max", "tmpfs", "policy", "monitor"}
 
 // Drivers, what they do, and how that ends.
 var (
@@ -179,7 +179,7 @@ func newRecorder(reg prometheus.Registerer, now func() time.Time) *recorder {
 		collections: counters("collections_total",
 			"Attempts to collect what a member left. For error see the log, the space under the collection directory, and the manifest.", "outcome"),
 		releases: counters("custody_releases_total",
-			"Members whose root was let go before anybody removed them. For max and tmpfs raise --custody-max or --custody-max-tmpfs, or remove members sooner; ttl and policy are as somebody wanted it.", "reason"),
+			"Members whose root was let go before anybody removed them. For max and tmpfs raise --custody-max or --custody-max-tmpfs, or remove members sooner; ttl and policy are as somebody wanted it; monitor: somebody has killed it.", "reason"),
 		networks: counters("network_operations_total",
 			"Operations of network drivers that have ended. For error and timeout see the daemon's log, and for cni the plugins' own counts.",
 			"driver", "operation", "outcome"),

@@ -15,10 +15,11 @@ import (
 // Why custody was ended, in one word: what an [Observer] is told, and what the
 // reason in a [CustodyRelease] begins with.
 const (
-	releasedTTL    = "ttl"    // the member's own time is over
-	releasedMax    = "max"    // too many members were held on this host
-	releasedTmpfs  = "tmpfs"  // they held too much memory
-	releasedPolicy = "policy" // only what had to happen after the exit needed it
+	releasedTTL     = "ttl"     // the member's own time is over
+	releasedMax     = "max"     // too many members were held on this host
+	releasedTmpfs   = "tmpfs"   // they held too much memory
+	releasedPolicy  = "policy"  // only what had to happen after the exit needed it
+	releasedMonitor = "monitor" // somebody has killed it
 )
 
 // holds reports whether policy p keeps the root and namespaces of a member that
@@ -120,26 +121,32 @@ type heldMember struct {
 	tmpfs int64
 }
 
-// tendCustody ends the custody of those whose time is over and, the oldest first,
+// tendCustody puts on record that the custody of those has ended whose monitor was
+// killed, and ends that of those whose time is over and, the oldest first,
 // of as many as are too many. It returns after which time there may be more to do.
 func (m *Manager) tendCustody() time.Duration {
+	wait, now := custodyInterval, m.o.Now()
 	var all []heldMember
 	for _, b := range m.all() {
 		for _, mb := range b.list() {
 			r := mb.rec.Load()
-			if r.held() && !m.unsettled(mb) && m.o.alive(r.Monitor) {
-				h := heldMember{box: b, mb: mb, rec: r}
+			if !r.held() || m.unsettled(mb) {
+				continue
+			}
+			h := heldMember{box: b, mb: mb, rec: r}
+			if m.o.alive(r.Monitor) {
 				if m.o.CustodyMaxTmpfs > 0 {
 					h.tmpfs = m.node.HeldTmpfs(r, m.memberPath(mb))
 				}
 				all = append(all, h)
+			} else if !m.tryRelease(h, releasedMonitor, "it was killed") {
+				wait = busyInterval
 			}
 		}
 	}
 	slices.SortFunc(all, func(a, b heldMember) int {
 		return cmp.Or(a.rec.HeldSince.Compare(b.rec.HeldSince), cmp.Compare(a.rec.ID, b.rec.ID))
 	})
-	wait, now := custodyInterval, m.o.Now()
 	var bytes int64
 	rest := all[:0]
 	for _, h := range all {

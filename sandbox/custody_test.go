@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/sandboxd/sandboxd/internal/journal"
 	"github.com/sandboxd/sandboxd/internal/request"
 )
 
@@ -110,6 +111,38 @@ func TestCustodyHasAnEnd(t *testing.T) {
 	eventuallyHeld(t, m, "forever")
 	check(t, m.Remove(t.Context(), "web", false))
 	check(t, n.empty())
+}
+
+// Who kills the monitor of an exited member ends custody, and that is told of.
+func TestCustodyEndsWithTheMonitor(t *testing.T) {
+	n := newFakeNode()
+	m := openWithJournal(t, t.TempDir(), n)
+	must[Info](t)(m.Create(t.Context(), Config{Name: "web"}))
+	dies(t, m, n, member("kept"))
+	dies(t, m, n, member("killed"))
+	i := must[MemberInfo](t)(m.InspectMember("web/killed"))
+	n.with(func() { n.killMonitor(i.Sandbox + "/" + i.ID) })
+	soon(t, func() error {
+		m.custodyChanged()
+		i := must[MemberInfo](t)(m.InspectMember("web/killed"))
+		if r := i.Custody.Released; r == nil || r.Reason != "monitor: it was killed" || i.Custody.Held {
+			return fmt.Errorf("custody %+v, released %+v", i.Custody, r)
+		}
+		return nil
+	})
+	eventuallyHeld(t, m, "kept")
+	check(t, m.Remove(t.Context(), "web", false))
+	check(t, n.empty())
+	var told []string
+	for e, err := range m.Events(t.Context(), EventQuery{}) {
+		check(t, err)
+		if e.Type == journal.Custody && e.Attrs["action"] == "released" {
+			told = append(told, e.MemberName+" "+e.Reason)
+		}
+	}
+	if got := strings.Join(told, ", "); got != "killed monitor: it was killed, kept removed" {
+		t.Errorf("told of: %s", got)
+	}
 }
 
 func TestCustodyIsBounded(t *testing.T) {
