@@ -4,6 +4,7 @@ import (
 	"crypto/rand"
 	"encoding/hex"
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -129,5 +130,9 @@ func find[E entry](what, ref string, all []E, where string) (E, error) {
 	case what == "sandbox" && strings.Contains(ref, "/"):
 		return none, invalidf("%s names a member; a sandbox is needed", quote(ref))
 	}
-	return none, &kindError{fmt.Sprintf("no %s %s%s", what, quote(ref), where), ErrNotFound}
+	short := ""
+	if n := len(ref); n > 0 && n < minPrefixLen && slices.ContainsFunc(all, func(e E) bool { return strings.HasPrefix(e.id(), ref) }) {
+		short = fmt.Sprintf(" (of an id, at least %d characters are needed)", minPrefixLen)
+	}
+	return none, &kindError{fmt.Sprintf("no %s %s%s%s", what, quote(ref), where, short), ErrNotFound}
 }

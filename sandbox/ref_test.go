@@ -35,7 +35,7 @@ func TestFind(t *testing.T) {
 		{ref: "feed", want: "feed"},
 		{ref: "feed0", want: "0123456"},
 		{ref: "abc", want: "feed"},
-		{ref: "ab", err: ErrNotFound},
+		{ref: "ab", err: ErrNotFound, text: `"ab" (of an id, at least 3 characters are needed)`},
 		{ref: "012", err: ErrInvalid, text: "0123456789abcdef (web), 0123aaaaaaaaaaaa (db)"},
 		{ref: "ABC", err: ErrNotFound},
 		{ref: "", err: ErrNotFound},

@@ -13,20 +13,39 @@ import (
 	"github.com/sandboxd/sandboxd/internal/request"
 )
 
-// parseSize reads a number of bytes: digits, and one of b, k, m, g, t, in
-// either case, for powers of 1024.
+// parseSize reads a number of bytes: digits, and b or one of k, m, g, t, in either
+// case, for powers of 1024, which may be written as in 64m, 64mb, 64Mi or 64MiB and
+// may have decimals.
 func parseSize(s string) (int64, error) {
-	digits, shift := s, 0
-	if n := len(s); n > 0 {
-		if i := strings.IndexByte("bkmgt", s[n-1]|0x20); i >= 0 {
-			digits, shift = s[:n-1], 10*i
+	bad := fmt.Errorf("size %q is not a number of bytes such as 4096, 64m, 64MiB or 0.5g", s)
+	unit := strings.TrimLeft(s, "0123456789.")
+	whole, frac, decimals := strings.Cut(strings.TrimSuffix(s, unit), ".")
+	shift := 0
+	switch unit = strings.ToLower(unit); unit {
+	case "", "b":
+	default:
+		if shift = 10 * strings.IndexByte("bkmgt", unit[0]); shift <= 0 {
+			return 0, bad
+		}
+		switch unit[1:] {
+		case "", "b", "i", "ib":
+		default:
+			return 0, bad
 		}
 	}
-	n, err := strconv.ParseUint(digits, 10, 63)
+	n, err := strconv.ParseUint(whole, 10, 63)
 	if err != nil || n > math.MaxInt64>>shift {
-		return 0, fmt.Errorf("size %q is not a number of bytes such as 4096, 64m or 1g", s)
+		return 0, bad
 	}
-	return int64(n) << shift, nil
+	size := int64(n) << shift
+	if decimals {
+		f, err := strconv.ParseUint(frac, 10, 20) // six digits or so
+		if err != nil || shift == 0 || len(frac) > 6 {
+			return 0, bad
+		}
+		size += int64(float64(f) / math.Pow10(len(frac)) * float64(int64(1)<<shift))
+	}
+	return size, nil
 }
 
 // parseCPUs reads a number of CPUs such as 2 or 0.5, as billionths.
@@ -44,7 +63,11 @@ func parseCPUs(s string) (int64, error) {
 		}
 	}
 	if err != nil || w == 0 || strings.HasSuffix(s, ".") {
-		return 0, fmt.Errorf("number of CPUs %q is not a positive number such as 2 or 0.5", s)
+		hint := ""
+		if m, merr := strconv.ParseUint(strings.TrimSuffix(s, "m"), 10, 32); merr == nil && m > 0 && strings.HasSuffix(s, "m") {
+			hint = fmt.Sprintf("; %s is %g", s, float64(m)/1000) // as Kubernetes writes it
+		}
+		return 0, fmt.Errorf("number of CPUs %q is not a positive number such as 2 or 0.5%s", s, hint)
 	}
 	return int64(w) * 1e9, nil
 }

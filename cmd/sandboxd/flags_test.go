@@ -45,7 +45,11 @@ func TestParseSize(t *testing.T) {
 		{in: "64m", want: 64 << 20}, {in: "64M", want: 64 << 20}, {in: "1g", want: 1 << 30}, {in: "2T", want: 2 << 40},
 		{in: "9223372036854775807", want: 1<<63 - 1}, {in: "8388607t", want: 8388607 << 40},
 		{in: "", fails: true}, {in: "m", fails: true}, {in: "nonsense", fails: true}, {in: "-1", fails: true},
-		{in: "+1", fails: true}, {in: "1.5g", fails: true}, {in: "64mb", fails: true}, {in: "64 m", fails: true},
+		{in: "+1", fails: true}, {in: "64 m", fails: true},
+		{in: "64mb", want: 64 << 20}, {in: "64Mi", want: 64 << 20}, {in: "64MiB", want: 64 << 20}, {in: "0.5g", want: 512 << 20}, {in: "1.25k", want: 1280},
+		{in: "8388607.999999t", want: 8388607<<40 + 1099510528264},
+		{in: "1.5", fails: true}, {in: "1.5b", fails: true}, {in: "1.g", fails: true}, {in: ".5g", fails: true}, {in: "1.2.3g", fails: true},
+		{in: "0.1234567g", fails: true}, {in: "64mm", fails: true}, {in: "64bi", fails: true}, {in: "64bb", fails: true}, {in: "64ei", fails: true},
 		{in: "0x10", fails: true}, {in: "1_000", fails: true}, {in: "9223372036854775808", fails: true},
 		{in: "8388608t", fails: true}, {in: "1M\n", fails: true}, {in: "5\x02", fails: true},
 	})

@@ -51,7 +51,7 @@ the daemon is not needed.
 To look into a member that has exited use join.`,
 		Example: `  sandboxd exec web/redis -- redis-cli ping
   sandboxd exec -i -t -u 1000 -e TERM web/shell -- sh`,
-		Args:              argsBetween(2, -1),
+		Args:              nameAndCommand(2),
 		ValidArgsFunction: a.completeIn(sandbox.MemberRunning),
 	}
 	var o processFlags
@@ -137,7 +137,7 @@ then below /proc/PID/root.`,
   sandboxd join web/crashed -- ls -l /tmp
   sandboxd join --ns mnt=member:crashed,pid=member:redis web -i -t -- sh
   sandboxd join --rootfs /srv/debug web/redis -- gdb -p 1`,
-		Args:              argsBetween(2, -1),
+		Args:              nameAndCommand(2),
 		ValidArgsFunction: a.completeRefs(1, true, true),
 	}
 	var (

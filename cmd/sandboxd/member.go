@@ -115,7 +115,7 @@ func (a *app) addCommand() *cobra.Command {
 namespaces, mounts and cgroup are complete. start lets it go on.`,
 		Example: `  sandboxd add web --rootfs /srv/alpine --name job -- /bin/job
   sandboxd start web/job`,
-		Args:              argsBetween(1, -1),
+		Args:              nameAndCommand(1),
 		ValidArgsFunction: a.completeRefs(1, true, false),
 	}
 	config := a.memberFlags(cmd)

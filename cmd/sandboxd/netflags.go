@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"math"
 	"net/netip"
@@ -101,6 +102,9 @@ func parsePublish(s string) (network.Port, error) {
 		to   *uint16
 	}{{host, &p.HostPort}, {inside, &p.Port}} {
 		n, err := strconv.ParseUint(f.text, 10, 16)
+		if errors.Is(err, strconv.ErrRange) {
+			return network.Port{}, fmt.Errorf("port %q: %s is not between 0 and 65535", s, f.text)
+		}
 		if err != nil {
 			return bad()
 		}

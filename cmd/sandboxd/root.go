@@ -59,8 +59,8 @@ A sandbox holds namespaces. Members are containers that join any subset of them.
 What a member leaves behind (its root with every mount in it, its namespaces)
 stays reachable after it has exited, until you remove it.
 
-Refer to a sandbox by its name, its id, or a unique prefix of its id, and to a
-member as SANDBOX/MEMBER.
+Refer to a sandbox by its name, its id, or a unique prefix of its id of at least
+three characters, and to a member, in the same way, as SANDBOX/MEMBER.
 
 exec, join, cp, logs, attach, wait and all that looks (ls, ps, inspect, events,
 postmortem, collected) also work while no daemon runs.
@@ -302,6 +302,26 @@ func argsBetween(least, most int) cobra.PositionalArgs {
 			return usageError(cmd, "%s does not take the argument %q", cmd.Name(), args[most])
 		}
 		return nil
+	}
+}
+
+// nameAndCommand refuses calls with fewer than least arguments. Before a -- there must
+// be the name and nothing else: a word too much would silently become the command.
+func nameAndCommand(least int) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		switch dash := cmd.ArgsLenAtDash(); {
+		case dash == 0:
+			what := "sandbox"
+			if cmd.Name() == "exec" {
+				what = "member"
+			} else if cmd.Name() == "join" {
+				what = "sandbox or member"
+			}
+			return usageError(cmd, "the name of the %s is missing before --", what)
+		case dash > 1:
+			return usageError(cmd, "%q is too much between %q and --", args[1:dash], args[0])
+		}
+		return argsBetween(least, -1)(cmd, args)
 	}
 }
 

@@ -25,7 +25,7 @@ the member running.`,
 		Example: `  sandboxd run web --rootfs /srv/redis --name redis -d -- redis-server
   sandboxd run web --rootfs /srv/alpine -i -t --rm -- sh
   sandboxd run web --bundle /srv/bundle --ns pid=member:redis -v /data:/data:ro`,
-		Args:              argsBetween(1, -1),
+		Args:              nameAndCommand(1),
 		ValidArgsFunction: a.completeRefs(1, true, false),
 	}
 	detach := cmd.Flags().BoolP("detach", "d", false, "do not stay; print the member's id")

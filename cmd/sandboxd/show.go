@@ -16,7 +16,8 @@ func (a *app) lsCommand() *cobra.Command {
 		Short:   "List sandboxes",
 		Long: `List sandboxes. Works without the daemon, from the state directory.
 
-With -o json it writes an array of the objects that inspect shows.`,
+With -o json it writes an array of the objects that inspect shows, without what
+members were made with (limits, mounts, env) and what hooks have printed.`,
 		Example: "  sandboxd ls\n  sandboxd ls -o json | jq -r '.[].name'",
 		Args:    argsBetween(0, 0),
 	}
@@ -57,7 +58,8 @@ directory.
 CUSTODY says that the root of one that has exited is held, and for how long
 still if that has an end; TMPFS is what its file systems in memory hold.
 
-With -o json it writes an array of the objects that inspect shows of members.`,
+With -o json it writes an array of the objects that inspect shows of members,
+without what they were made with (limits, mounts, env) and what hooks have printed.`,
 		Example:           "  sandboxd ps\n  sandboxd ps web",
 		Args:              argsBetween(0, 1),
 		ValidArgsFunction: a.completeRefs(1, true, false),
