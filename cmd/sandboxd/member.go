@@ -51,7 +51,7 @@ func (a *app) memberFlags(cmd *cobra.Command) func(command []string) (sandbox.Me
 	f.StringVar(&c.StopSignal, "stop-signal", "", "`signal` that stop sends (default TERM)")
 	f.StringVar(&custody, "custody", "", "when root and namespaces stay held after exit: `always|failure|never` (default always)")
 	f.Var(&value[time.Duration]{p: &c.CustodyTTL, typ: "duration", parse: parseTTL}, "custody-ttl", "end custody this long after the exit, such as 1h (default 0: when it is removed)")
-	f.Var(&list[request.Collect]{p: &c.Collect, typ: "path[,on=always|failure|oom|signal][,max=64m]", parse: parseCollect}, "collect", "file, directory or glob of its root that is put into the collection directory once it has exited")
+	f.Var(&list[request.Collect]{p: &c.Collect, typ: "path[,on=always|failure|oom|signal][,max=64m]", parse: parseCollect}, "collect", "file, directory or glob of its root that is put into the collection directory once it has exited (default on=always, max=64m)")
 	f.StringArrayVar(&labels, "label", nil, "label, `KEY=VALUE`")
 	f.Var(&value[string]{p: &log, typ: "file", parse: parsePath}, "log", "log file (default under the daemon's root directory)")
 	f.Var(&value[int64]{p: &c.LogMax, typ: "size", parse: parseSize}, "log-max-size", "drop what would make the log longer, until it is reopened, such as 64m (default 0: no limit)")

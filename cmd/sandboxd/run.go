@@ -17,7 +17,8 @@ func (a *app) runCommand() *cobra.Command {
 		Use:   "run [OPTION]… SANDBOX (--rootfs DIR | --bundle DIR) [-- CMD ARG…]",
 		Short: "Create and start a member, and stay with it until it exits",
 		Long: `Create and start a member. Without -d, show its output, pass on signals, and
-exit with its exit code, or 128+N if signal N ended it.
+exit with its exit code, or 128+N if signal N ended it. One that cannot be started
+(its command cannot be executed, a prestart hook fails) is removed.
 
 The output comes from the member's monitor and not through the daemon: it goes
 on while the daemon is restarted. With -t (and only then), ctrl-p ctrl-q leaves
