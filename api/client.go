@@ -135,10 +135,11 @@ func (c *Client) Stop(ctx context.Context, ref string, timeout time.Duration) er
 	return c.err(err)
 }
 
-// Remove is [sandbox.Manager.Remove].
-func (c *Client) Remove(ctx context.Context, ref string, force bool) error {
-	_, err := c.rpc.RemoveSandbox(ctx, &pb.RemoveSandboxRequest{Sandbox: ref, Force: force})
-	return c.err(err)
+// Remove is [sandbox.Manager.Remove]. If the sandbox is gone and its network could not be
+// taken down yet, left says why.
+func (c *Client) Remove(ctx context.Context, ref string, force bool) (left string, err error) {
+	r, err := c.rpc.RemoveSandbox(ctx, &pb.RemoveSandboxRequest{Sandbox: ref, Force: force})
+	return r.GetNetworkLeft(), c.err(err)
 }
 
 // List is [sandbox.Manager.List].

@@ -500,7 +500,10 @@ func TestTombstone(t *testing.T) {
 		t.Errorf("network %+v", n)
 	}
 	r.failPlugins("DEL", true)
-	r.ok("rm", "box")
+	if res := r.cli("rm", "box"); res.code != 0 || strings.Count(res.err, "\n") != 1 || !strings.Contains(res.err, "box is removed; its network could not be taken down yet") ||
+		!strings.Contains(res.err, "will not") || !strings.Contains(res.err, "ls -a") {
+		t.Errorf("rm: %v", res)
+	}
 	if left := r.list(); len(left) > 0 {
 		t.Errorf("ls shows %+v", left)
 	}
@@ -515,11 +518,16 @@ func TestTombstone(t *testing.T) {
 	if i == nil || i.Name != "box" || i.State != "Removed" || i.Network.Tombstone == nil || i.Network.Tombstone.Attempts == 0 || !strings.Contains(i.Reason, "will not") {
 		t.Fatalf("ls -a shows %+v", i)
 	}
+	if out := r.ok("ls", "-a"); !strings.Contains(out, "REASON") || !strings.Contains(out, "will not") {
+		t.Errorf("ls -a shows\n%s", out)
+	}
 	if out := r.ok("gc", "--dry-run"); !strings.Contains(out, "tombstone") || !strings.Contains(out, i.ID) {
 		t.Errorf("gc --dry-run shows\n%s", out)
 	}
 	r.ok("create", "--net", "none", "box") // the name is free
-	r.ok("rm", "box")
+	if res := r.cli("rm", "box"); res.code != 0 || res.err != "" {
+		t.Errorf("rm of another one: %v", res)
+	}
 	r.kill() // it is on record
 	// A configuration that is gone since does not matter.
 	if err := os.Remove(filepath.Join(r.cniConf, "10-lan.conflist")); err != nil {

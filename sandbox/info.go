@@ -3,6 +3,7 @@ package sandbox
 import (
 	"time"
 
+	"github.com/sandboxd/sandboxd/internal/idrange"
 	"github.com/sandboxd/sandboxd/internal/namespace"
 	"github.com/sandboxd/sandboxd/internal/network"
 )
@@ -25,12 +26,18 @@ type Info struct {
 	Reason      string                           `json:"reason,omitempty"`
 	Hooks       []HookRun                        `json:"hooks,omitempty"` // those that have been run
 	Members     []MemberInfo                     `json:"members"`         // by the time of their creation
+	// What the sandbox was made with; absent in lists.
+	Sysctls map[string]string `json:"sysctls,omitempty"`
+	ShmSize int64             `json:"shmSize,omitempty"` // bytes
+	IDs     *idrange.Range    `json:"ids,omitempty"`     // of the host, to which those of its user namespace are mapped
 }
 
 // NetworkInfo is the network part of [Info].
 type NetworkInfo struct {
 	Mode     NetworkMode          `json:"mode"`
 	Networks []network.Attachment `json:"networks"` // that the sandbox is in
+	// Requested is what was asked for beside the mode; absent if nothing was, and in lists.
+	Requested *network.Request `json:"requested,omitempty"`
 	// Tombstone is there if the sandbox is gone and its network is not.
 	Tombstone *TombstoneInfo `json:"tombstone,omitempty"`
 }
@@ -115,8 +122,9 @@ type CustodyRelease struct {
 	Reason string    `json:"reason"`
 }
 
-// brief leaves out of i what hooks have printed: lists are long.
+// brief leaves out of i what hooks have printed and what it was made with: lists are long.
 func brief(i Info) Info {
+	i.Sysctls, i.ShmSize, i.IDs, i.Network.Requested = nil, 0, nil, nil
 	short := func(runs []HookRun) {
 		for n := range runs {
 			runs[n].Output = ""

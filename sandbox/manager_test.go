@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -77,6 +78,42 @@ func TestWholeLife(t *testing.T) {
 	}
 	if left, _ := os.ReadDir(filepath.Join(m.path, sandboxesDir)); len(left) != 0 {
 		t.Errorf("left in the state directory: %v", left)
+	}
+}
+
+// What a sandbox was made with is shown by inspect, by the daemon and without it, and not in lists.
+func TestInspectShowsRequest(t *testing.T) {
+	state := t.TempDir()
+	n := newFakeNode()
+	m := open(t, state, n)
+	net := network.Request{
+		DNS: network.DNS{Search: []string{"example.org"}}, Hosts: []network.Host{{Name: "db", IP: netip.MustParseAddr("192.0.2.9")}},
+		MAC: "02:00:00:00:00:01", Bandwidth: network.Bandwidth{Ingress: 8000},
+	}
+	must[Info](t)(m.Create(t.Context(), Config{
+		Name: "web", Network: network.ModeBuiltin, Net: net, Sysctls: map[string]string{"net.core.somaxconn": "99"}, ShmSize: 5 << 20,
+		Share: []namespace.Kind{namespace.Net, namespace.IPC, namespace.User},
+	}))
+	must[Info](t)(m.Create(t.Context(), Config{Name: "bare", Network: network.ModeNone}))
+	dir := must[*Dir](t)(OpenDir(state, n))
+	for name, info := range map[string]Info{"daemon": must[Info](t)(m.Inspect("web")), "directory": must[Info](t)(dir.Sandbox("web"))} {
+		q := info.Network.Requested
+		if q == nil || !slices.Equal(q.DNS.Search, net.DNS.Search) || !slices.Equal(q.Hosts, net.Hosts) || q.MAC != net.MAC || q.Bandwidth != net.Bandwidth {
+			t.Errorf("%s: the network asked for is %+v", name, q)
+		}
+		if info.Sysctls["net.core.somaxconn"] != "99" || info.ShmSize != 5<<20 || info.IDs == nil || info.IDs.Size == 0 {
+			t.Errorf("%s: sysctls %v, shm %d, ids %v", name, info.Sysctls, info.ShmSize, info.IDs)
+		}
+	}
+	if i := must[Info](t)(m.Inspect("bare")); i.Network.Requested != nil || len(i.Sysctls) > 0 || i.IDs != nil {
+		t.Errorf("nothing was asked for, and inspect shows %+v", i)
+	}
+	for name, infos := range map[string][]Info{"daemon": m.List(), "directory": must[[]Info](t)(dir.List())} {
+		for _, i := range infos {
+			if i.Network.Requested != nil || i.Sysctls != nil || i.ShmSize != 0 || i.IDs != nil {
+				t.Errorf("%s: a list has %+v", name, i)
+			}
+		}
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"os"
+	"reflect"
 	"slices"
 	"strings"
 	"time"
@@ -34,6 +35,10 @@ func (v view) sandbox(r *Record, ms []MemberInfo) Info {
 		Namespaces: map[namespace.Kind]NamespaceInfo{},
 		Labels:     notNil(r.Config.Labels), Annotations: notNil(r.Config.Annotations),
 		Cgroup: r.Cgroup, Reason: r.Reason, Members: ms,
+		Sysctls: r.Config.Sysctls, ShmSize: r.Config.ShmSize, IDs: r.IDs,
+	}
+	if q := r.Config.Net; !reflect.ValueOf(q).IsZero() {
+		i.Network.Requested = &q
 	}
 	if ms == nil {
 		i.Members = []MemberInfo{}

@@ -9,6 +9,7 @@ import (
 	"iter"
 	"log/slog"
 	"net"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -131,7 +132,18 @@ func (s *service) StopSandbox(ctx context.Context, r *pb.StopSandboxRequest) (*p
 }
 
 func (s *service) RemoveSandbox(ctx context.Context, r *pb.RemoveSandboxRequest) (*pb.RemoveSandboxResponse, error) {
-	return &pb.RemoveSandboxResponse{}, wire.ToStatus(s.m.Remove(ctx, r.GetSandbox(), r.GetForce()))
+	begin := time.Now()
+	if err := s.m.Remove(ctx, r.GetSandbox(), r.GetForce()); err != nil {
+		return nil, wire.ToStatus(err)
+	}
+	out := &pb.RemoveSandboxResponse{}
+	for _, i := range s.m.Tombstones() {
+		// An older one may be of another sandbox that had the name.
+		if (i.Name == r.GetSandbox() || strings.HasPrefix(i.ID, r.GetSandbox())) && !i.Network.Tombstone.Since.Before(begin) {
+			out.NetworkLeft = i.Reason
+		}
+	}
+	return out, nil
 }
 
 func (s *service) ListSandboxes(_ context.Context, r *pb.ListSandboxesRequest) (*pb.ListSandboxesResponse, error) {

@@ -39,6 +39,8 @@ type fake struct {
 	member sandbox.MemberInfo
 	exit   sandbox.Exit
 
+	tombstones []sandbox.Info
+
 	following chan struct{} // closed when events are followed
 
 	asked []any
@@ -58,7 +60,8 @@ func (f *fake) Remove(_ context.Context, ref string, force bool) error {
 	f.ask("remove", ref, force)
 	return f.err
 }
-func (f *fake) List() []sandbox.Info { return []sandbox.Info{f.info, f.info} }
+func (f *fake) Tombstones() []sandbox.Info { return f.tombstones }
+func (f *fake) List() []sandbox.Info       { return []sandbox.Info{f.info, f.info} }
 func (f *fake) Inspect(ref string) (sandbox.Info, error) {
 	f.ask("inspect", ref)
 	return f.info, f.err
@@ -261,6 +264,29 @@ func relay(l net.Listener, path string, there, back io.Writer) error {
 	return nil
 }
 
+// TestRemoveTells: who removes a sandbox learns that its network is still there, and not of
+// one that had the name before.
+func TestRemoveTells(t *testing.T) {
+	tomb := func(name string, since time.Time) sandbox.Info {
+		return sandbox.Info{ID: "0123456789abcdef", Name: name, Reason: "left of " + name, Network: sandbox.NetworkInfo{Tombstone: &sandbox.TombstoneInfo{Since: since}}}
+	}
+	old, later := time.Now().Add(-time.Minute), time.Now().Add(time.Minute)
+	for _, tt := range []struct {
+		name, ref, want string
+		tombstones      []sandbox.Info
+	}{
+		{"none", "web", "", nil},
+		{"by name", "web", "left of web", []sandbox.Info{tomb("db", later), tomb("web", later)}},
+		{"by id", "0123", "left of web", []sandbox.Info{tomb("web", later)}},
+		{"of another one", "web", "", []sandbox.Info{tomb("web", old), tomb("db", later)}},
+	} {
+		c, _ := start(t, &fake{tombstones: tt.tombstones})
+		if left, err := c.Remove(t.Context(), tt.ref, false); err != nil || left != tt.want {
+			t.Errorf("%s: left %q, %v, want %q", tt.name, left, err, tt.want)
+		}
+	}
+}
+
 func TestRoundTrip(t *testing.T) {
 	f := &fake{
 		info:   sandbox.Info{ID: "1", Name: "web", Members: []sandbox.MemberInfo{}},
@@ -283,7 +309,7 @@ func TestRoundTrip(t *testing.T) {
 		{func() (any, error) { return id(c.Create(ctx, cfg)) }, "1", []any{"create", cfg}},
 		{func() (any, error) { return none(c.Stop(ctx, "web", 3*time.Second)) }, nil, []any{"stop", "web", 3 * time.Second}},
 		{func() (any, error) { return none(c.Stop(ctx, "web", 0)) }, nil, []any{"stop", "web", time.Duration(0)}},
-		{func() (any, error) { return none(c.Remove(ctx, "web", true)) }, nil, []any{"remove", "web", true}},
+		{func() (any, error) { return c.Remove(ctx, "web", true) }, "", []any{"remove", "web", true}},
 		{func() (any, error) { return id(c.Inspect(ctx, "web")) }, "1", []any{"inspect", "web"}},
 		{func() (any, error) { return mid(c.Add(ctx, "web", mcfg)) }, "2", []any{"add", "web", mcfg}},
 		{func() (any, error) { return mid(c.Run(ctx, "web", mcfg)) }, "2", []any{"run", "web", mcfg}},

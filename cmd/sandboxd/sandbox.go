@@ -123,7 +123,10 @@ of several names is of nothing that there is, without -f none is removed.`,
 			if isMember(ref) {
 				err = a.conn.RemoveMember(cmd.Context(), ref, *force)
 			} else {
-				err = a.conn.Remove(cmd.Context(), ref, *force)
+				var left string
+				if left, err = a.conn.Remove(cmd.Context(), ref, *force); left != "" {
+					a.report(fmt.Errorf("%s is removed; %s; it is tried again (see ls -a)", ref, left))
+				}
 			}
 			if *force && errors.Is(err, sandbox.ErrNotFound) {
 				return nil

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"strconv"
 	"time"
 
@@ -40,8 +41,15 @@ members were made with (limits, mounts, env) and what hooks have printed.`,
 		}
 		now := time.Now()
 		rows := [][]string{{"ID", "NAME", "STATE", "AGE", "MEMBERS", "HOLDS", "NETWORK"}}
+		if *all {
+			rows[0] = append(rows[0], "REASON")
+		}
 		for _, i := range infos {
-			rows = append(rows, []string{i.ID, i.Name, i.State, age(now, i.CreatedAt), strconv.Itoa(len(i.Members)), holds(i), string(i.Network.Mode)})
+			row := []string{i.ID, i.Name, i.State, age(now, i.CreatedAt), strconv.Itoa(len(i.Members)), holds(i), string(i.Network.Mode)}
+			if *all {
+				row = append(row, cmp.Or(i.Reason, "-"))
+			}
+			rows = append(rows, row)
 		}
 		return writeTable(a.out, rows)
 	}

@@ -233,7 +233,7 @@ func (b *bench) ours(i int) error {
 	if err := b.measure("sandboxd rm member", func() error { return c.RemoveMember(ctx, ref, false) }); err != nil {
 		return err
 	}
-	return b.measure("sandboxd delete", func() error { return c.Remove(ctx, name, false) })
+	return b.measure("sandboxd delete", func() error { return removeSandbox(ctx, c, name) })
 }
 
 // peer measures the same steps of an OCI runtime, on the same bundle.
@@ -359,12 +359,21 @@ func (b *bench) startDaemon() error {
 // metrics is the socket of the daemon's metrics.
 func (b *bench) metrics() string { return filepath.Join(b.dir, "metrics") }
 
+// removeSandbox removes a sandbox, and its network as well.
+func removeSandbox(ctx context.Context, c *api.Client, ref string) error {
+	left, err := c.Remove(ctx, ref, true)
+	if err == nil && left != "" {
+		err = errors.New(left)
+	}
+	return err
+}
+
 // stopDaemon removes every sandbox, ends the daemon and removes its cgroup.
 func (b *bench) stopDaemon() error {
 	ctx := context.WithoutCancel(b.ctx)
 	infos, err := b.client.List(ctx)
 	for _, i := range infos {
-		err = errors.Join(err, b.client.Remove(ctx, i.ID, true))
+		err = errors.Join(err, removeSandbox(ctx, b.client, i.ID))
 	}
 	err = errors.Join(err, b.client.Close(), b.daemon.Process.Signal(unix.SIGTERM))
 	if werr := b.daemon.Wait(); werr != nil {
@@ -514,7 +523,7 @@ func (b *bench) standing(levels []int, rounds int) error {
 			}
 			create = append(create, time.Since(start))
 			start = time.Now()
-			if err := b.client.Remove(b.ctx, name, false); err != nil {
+			if err := removeSandbox(b.ctx, b.client, name); err != nil {
 				return err
 			}
 			remove = append(remove, time.Since(start))

@@ -150,7 +150,7 @@ func (b *bench) createWith(what string, i int, mode sandbox.NetworkMode, ports i
 	if err != nil {
 		return err
 	}
-	return b.measure(what+" delete", func() error { return b.client.Remove(b.ctx, c.Name, false) })
+	return b.measure(what+" delete", func() error { return removeSandbox(b.ctx, b.client, c.Name) })
 }
 
 // chainAlone is what any caller of the plugins has to wait for.
@@ -188,7 +188,7 @@ func (b *bench) many() error {
 			_, err := b.client.Create(b.ctx, sandbox.Config{Name: name, Network: mode})
 			return err
 		})
-		gone := each(func(name string) error { return b.client.Remove(b.ctx, name, false) })
+		gone := each(func(name string) error { return removeSandbox(b.ctx, b.client, name) })
 		if err := errors.Join(errs...); err != nil {
 			return err
 		}
@@ -222,7 +222,7 @@ func (b *bench) networksStanding(rounds int, levels []int) error {
 	}
 	fmt.Println("\nto reach: create with builtin at 500 ≤ 1.5 × at 1")
 	for i := range made {
-		if err := b.client.Remove(b.ctx, fmt.Sprintf("held-%d", i), false); err != nil {
+		if err := removeSandbox(b.ctx, b.client, fmt.Sprintf("held-%d", i)); err != nil {
 			return err
 		}
 	}

@@ -13,6 +13,7 @@ import (
 
 	pb "github.com/sandboxd/sandboxd/api/sandboxd/v1"
 	"github.com/sandboxd/sandboxd/internal/exit"
+	"github.com/sandboxd/sandboxd/internal/idrange"
 	"github.com/sandboxd/sandboxd/internal/namespace"
 	"github.com/sandboxd/sandboxd/internal/request"
 	"github.com/sandboxd/sandboxd/sandbox"
@@ -141,6 +142,13 @@ func FromInfo(i sandbox.Info) *pb.SandboxInfo {
 		Labels: i.Labels, Annotations: i.Annotations, Cgroup: i.Cgroup, Reason: i.Reason,
 		Networks: fromNetworks(i.Network.Networks), Tombstone: fromTombstone(i.Network.Tombstone),
 	}
+	out.Sysctls, out.ShmSize = i.Sysctls, i.ShmSize
+	if i.Network.Requested != nil {
+		out.NetworkRequested = fromNetworkRequest(*i.Network.Requested)
+	}
+	if i.IDs != nil {
+		out.Ids = &pb.IDRange{Start: i.IDs.Start, Size: i.IDs.Size}
+	}
 	out.Hooks = fromHookRuns(i.Hooks)
 	for _, m := range i.Members {
 		out.Members = append(out.Members, FromMemberInfo(m))
@@ -160,6 +168,15 @@ func ToInfo(m *pb.SandboxInfo) sandbox.Info {
 		Namespaces: toNamespaces(m.GetNamespaces()), Labels: orEmpty(m.GetLabels()),
 		Annotations: orEmpty(m.GetAnnotations()), Cgroup: m.GetCgroup(), Reason: m.GetReason(),
 		Members: make([]sandbox.MemberInfo, 0, len(m.GetMembers())),
+	}
+	i.Sysctls, i.ShmSize = m.GetSysctls(), m.GetShmSize()
+	if m.GetNetworkRequested() != nil {
+		if q, err := toNetworkRequest(m.GetNetworkRequested()); err == nil {
+			i.Network.Requested = &q
+		}
+	}
+	if r := m.GetIds(); r != nil {
+		i.IDs = &idrange.Range{Start: r.GetStart(), Size: r.GetSize()}
 	}
 	i.Hooks = toHookRuns(m.GetHooks())
 	for _, mm := range m.GetMembers() {

@@ -1202,25 +1202,30 @@ func (x *Tmpfs) GetSize() int64 {
 
 // SandboxInfo is what is known of a sandbox.
 type SandboxInfo struct {
-	state         protoimpl.MessageState    `protogen:"open.v1"`
-	Id            string                    `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Name          string                    `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
-	State         string                    `protobuf:"bytes,3,opt,name=state,proto3" json:"state,omitempty"` // Ready, NotReady, Stopped; Creating, Deleting, Unclean
-	CreatedAt     *timestamppb.Timestamp    `protobuf:"bytes,4,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
-	PausePid      int32                     `protobuf:"varint,5,opt,name=pause_pid,json=pausePid,proto3" json:"pause_pid,omitempty"` // 0 if there is none
-	Hostname      string                    `protobuf:"bytes,6,opt,name=hostname,proto3" json:"hostname,omitempty"`
-	NetworkMode   string                    `protobuf:"bytes,7,opt,name=network_mode,json=networkMode,proto3" json:"network_mode,omitempty"`
-	Namespaces    map[string]*NamespaceInfo `protobuf:"bytes,8,rep,name=namespaces,proto3" json:"namespaces,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // the kinds that the sandbox holds
-	Labels        map[string]string         `protobuf:"bytes,9,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	Annotations   map[string]string         `protobuf:"bytes,10,rep,name=annotations,proto3" json:"annotations,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	Cgroup        string                    `protobuf:"bytes,11,opt,name=cgroup,proto3" json:"cgroup,omitempty"` // relative to each hierarchy's mount point
-	Reason        string                    `protobuf:"bytes,12,opt,name=reason,proto3" json:"reason,omitempty"`
-	Members       []*MemberInfo             `protobuf:"bytes,13,rep,name=members,proto3" json:"members,omitempty"`
-	Hooks         []*HookRun                `protobuf:"bytes,40,rep,name=hooks,proto3" json:"hooks,omitempty"` // those that have been run
-	Networks      []*NetworkInfo            `protobuf:"bytes,14,rep,name=networks,proto3" json:"networks,omitempty"`
-	Tombstone     *Tombstone                `protobuf:"bytes,15,opt,name=tombstone,proto3" json:"tombstone,omitempty"` // the sandbox is gone and its network is not
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state       protoimpl.MessageState    `protogen:"open.v1"`
+	Id          string                    `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Name        string                    `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	State       string                    `protobuf:"bytes,3,opt,name=state,proto3" json:"state,omitempty"` // Ready, NotReady, Stopped; Creating, Deleting, Unclean
+	CreatedAt   *timestamppb.Timestamp    `protobuf:"bytes,4,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
+	PausePid    int32                     `protobuf:"varint,5,opt,name=pause_pid,json=pausePid,proto3" json:"pause_pid,omitempty"` // 0 if there is none
+	Hostname    string                    `protobuf:"bytes,6,opt,name=hostname,proto3" json:"hostname,omitempty"`
+	NetworkMode string                    `protobuf:"bytes,7,opt,name=network_mode,json=networkMode,proto3" json:"network_mode,omitempty"`
+	Namespaces  map[string]*NamespaceInfo `protobuf:"bytes,8,rep,name=namespaces,proto3" json:"namespaces,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // the kinds that the sandbox holds
+	Labels      map[string]string         `protobuf:"bytes,9,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Annotations map[string]string         `protobuf:"bytes,10,rep,name=annotations,proto3" json:"annotations,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Cgroup      string                    `protobuf:"bytes,11,opt,name=cgroup,proto3" json:"cgroup,omitempty"` // relative to each hierarchy's mount point
+	Reason      string                    `protobuf:"bytes,12,opt,name=reason,proto3" json:"reason,omitempty"`
+	Members     []*MemberInfo             `protobuf:"bytes,13,rep,name=members,proto3" json:"members,omitempty"`
+	Hooks       []*HookRun                `protobuf:"bytes,40,rep,name=hooks,proto3" json:"hooks,omitempty"` // those that have been run
+	Networks    []*NetworkInfo            `protobuf:"bytes,14,rep,name=networks,proto3" json:"networks,omitempty"`
+	Tombstone   *Tombstone                `protobuf:"bytes,15,opt,name=tombstone,proto3" json:"tombstone,omitempty"` // the sandbox is gone and its network is not
+	// What the sandbox was made with; absent in lists.
+	NetworkRequested *NetworkConfig    `protobuf:"bytes,16,opt,name=network_requested,json=networkRequested,proto3" json:"network_requested,omitempty"`
+	Sysctls          map[string]string `protobuf:"bytes,17,rep,name=sysctls,proto3" json:"sysctls,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	ShmSize          int64             `protobuf:"varint,18,opt,name=shm_size,json=shmSize,proto3" json:"shm_size,omitempty"` // bytes
+	Ids              *IDRange          `protobuf:"bytes,19,opt,name=ids,proto3" json:"ids,omitempty"`                         // absent: it has no user namespace
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *SandboxInfo) Reset() {
@@ -1365,6 +1370,88 @@ func (x *SandboxInfo) GetTombstone() *Tombstone {
 	return nil
 }
 
+func (x *SandboxInfo) GetNetworkRequested() *NetworkConfig {
+	if x != nil {
+		return x.NetworkRequested
+	}
+	return nil
+}
+
+func (x *SandboxInfo) GetSysctls() map[string]string {
+	if x != nil {
+		return x.Sysctls
+	}
+	return nil
+}
+
+func (x *SandboxInfo) GetShmSize() int64 {
+	if x != nil {
+		return x.ShmSize
+	}
+	return 0
+}
+
+func (x *SandboxInfo) GetIds() *IDRange {
+	if x != nil {
+		return x.Ids
+	}
+	return nil
+}
+
+// IDRange is a range of user and group ids of the host, to which those of a user
+// namespace from 0 on are mapped.
+type IDRange struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Start         uint32                 `protobuf:"varint,1,opt,name=start,proto3" json:"start,omitempty"`
+	Size          uint32                 `protobuf:"varint,2,opt,name=size,proto3" json:"size,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IDRange) Reset() {
+	*x = IDRange{}
+	mi := &file_sandboxd_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IDRange) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IDRange) ProtoMessage() {}
+
+func (x *IDRange) ProtoReflect() protoreflect.Message {
+	mi := &file_sandboxd_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IDRange.ProtoReflect.Descriptor instead.
+func (*IDRange) Descriptor() ([]byte, []int) {
+	return file_sandboxd_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *IDRange) GetStart() uint32 {
+	if x != nil {
+		return x.Start
+	}
+	return 0
+}
+
+func (x *IDRange) GetSize() uint32 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
 // NetworkInfo is one network that a sandbox is in.
 type NetworkInfo struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1383,7 +1470,7 @@ type NetworkInfo struct {
 
 func (x *NetworkInfo) Reset() {
 	*x = NetworkInfo{}
-	mi := &file_sandboxd_proto_msgTypes[14]
+	mi := &file_sandboxd_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1395,7 +1482,7 @@ func (x *NetworkInfo) String() string {
 func (*NetworkInfo) ProtoMessage() {}
 
 func (x *NetworkInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[14]
+	mi := &file_sandboxd_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1408,7 +1495,7 @@ func (x *NetworkInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkInfo.ProtoReflect.Descriptor instead.
 func (*NetworkInfo) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{14}
+	return file_sandboxd_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *NetworkInfo) GetName() string {
@@ -1485,7 +1572,7 @@ type Route struct {
 
 func (x *Route) Reset() {
 	*x = Route{}
-	mi := &file_sandboxd_proto_msgTypes[15]
+	mi := &file_sandboxd_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1497,7 +1584,7 @@ func (x *Route) String() string {
 func (*Route) ProtoMessage() {}
 
 func (x *Route) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[15]
+	mi := &file_sandboxd_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1510,7 +1597,7 @@ func (x *Route) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Route.ProtoReflect.Descriptor instead.
 func (*Route) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{15}
+	return file_sandboxd_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Route) GetDst() string {
@@ -1540,7 +1627,7 @@ type Tombstone struct {
 
 func (x *Tombstone) Reset() {
 	*x = Tombstone{}
-	mi := &file_sandboxd_proto_msgTypes[16]
+	mi := &file_sandboxd_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1552,7 +1639,7 @@ func (x *Tombstone) String() string {
 func (*Tombstone) ProtoMessage() {}
 
 func (x *Tombstone) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[16]
+	mi := &file_sandboxd_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1565,7 +1652,7 @@ func (x *Tombstone) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tombstone.ProtoReflect.Descriptor instead.
 func (*Tombstone) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{16}
+	return file_sandboxd_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Tombstone) GetSince() *timestamppb.Timestamp {
@@ -1608,7 +1695,7 @@ type NamespaceInfo struct {
 
 func (x *NamespaceInfo) Reset() {
 	*x = NamespaceInfo{}
-	mi := &file_sandboxd_proto_msgTypes[17]
+	mi := &file_sandboxd_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1620,7 +1707,7 @@ func (x *NamespaceInfo) String() string {
 func (*NamespaceInfo) ProtoMessage() {}
 
 func (x *NamespaceInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[17]
+	mi := &file_sandboxd_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1633,7 +1720,7 @@ func (x *NamespaceInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NamespaceInfo.ProtoReflect.Descriptor instead.
 func (*NamespaceInfo) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{17}
+	return file_sandboxd_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *NamespaceInfo) GetSource() string {
@@ -1690,7 +1777,7 @@ type MemberInfo struct {
 
 func (x *MemberInfo) Reset() {
 	*x = MemberInfo{}
-	mi := &file_sandboxd_proto_msgTypes[18]
+	mi := &file_sandboxd_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1702,7 +1789,7 @@ func (x *MemberInfo) String() string {
 func (*MemberInfo) ProtoMessage() {}
 
 func (x *MemberInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[18]
+	mi := &file_sandboxd_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1715,7 +1802,7 @@ func (x *MemberInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberInfo.ProtoReflect.Descriptor instead.
 func (*MemberInfo) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{18}
+	return file_sandboxd_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *MemberInfo) GetId() string {
@@ -1891,7 +1978,7 @@ type Limits struct {
 
 func (x *Limits) Reset() {
 	*x = Limits{}
-	mi := &file_sandboxd_proto_msgTypes[19]
+	mi := &file_sandboxd_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1903,7 +1990,7 @@ func (x *Limits) String() string {
 func (*Limits) ProtoMessage() {}
 
 func (x *Limits) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[19]
+	mi := &file_sandboxd_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1916,7 +2003,7 @@ func (x *Limits) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Limits.ProtoReflect.Descriptor instead.
 func (*Limits) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{19}
+	return file_sandboxd_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Limits) GetMemory() int64 {
@@ -1953,7 +2040,7 @@ type MountInfo struct {
 
 func (x *MountInfo) Reset() {
 	*x = MountInfo{}
-	mi := &file_sandboxd_proto_msgTypes[20]
+	mi := &file_sandboxd_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1965,7 +2052,7 @@ func (x *MountInfo) String() string {
 func (*MountInfo) ProtoMessage() {}
 
 func (x *MountInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[20]
+	mi := &file_sandboxd_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1978,7 +2065,7 @@ func (x *MountInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MountInfo.ProtoReflect.Descriptor instead.
 func (*MountInfo) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{20}
+	return file_sandboxd_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *MountInfo) GetDestination() string {
@@ -2024,7 +2111,7 @@ type CustodyInfo struct {
 
 func (x *CustodyInfo) Reset() {
 	*x = CustodyInfo{}
-	mi := &file_sandboxd_proto_msgTypes[21]
+	mi := &file_sandboxd_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2036,7 +2123,7 @@ func (x *CustodyInfo) String() string {
 func (*CustodyInfo) ProtoMessage() {}
 
 func (x *CustodyInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[21]
+	mi := &file_sandboxd_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2049,7 +2136,7 @@ func (x *CustodyInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CustodyInfo.ProtoReflect.Descriptor instead.
 func (*CustodyInfo) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{21}
+	return file_sandboxd_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *CustodyInfo) GetPolicy() string {
@@ -2105,7 +2192,7 @@ type CustodyRelease struct {
 
 func (x *CustodyRelease) Reset() {
 	*x = CustodyRelease{}
-	mi := &file_sandboxd_proto_msgTypes[22]
+	mi := &file_sandboxd_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2117,7 +2204,7 @@ func (x *CustodyRelease) String() string {
 func (*CustodyRelease) ProtoMessage() {}
 
 func (x *CustodyRelease) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[22]
+	mi := &file_sandboxd_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2130,7 +2217,7 @@ func (x *CustodyRelease) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CustodyRelease.ProtoReflect.Descriptor instead.
 func (*CustodyRelease) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{22}
+	return file_sandboxd_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *CustodyRelease) GetAt() *timestamppb.Timestamp {
@@ -2163,7 +2250,7 @@ type ExitRecord struct {
 
 func (x *ExitRecord) Reset() {
 	*x = ExitRecord{}
-	mi := &file_sandboxd_proto_msgTypes[23]
+	mi := &file_sandboxd_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2175,7 +2262,7 @@ func (x *ExitRecord) String() string {
 func (*ExitRecord) ProtoMessage() {}
 
 func (x *ExitRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[23]
+	mi := &file_sandboxd_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2188,7 +2275,7 @@ func (x *ExitRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExitRecord.ProtoReflect.Descriptor instead.
 func (*ExitRecord) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{23}
+	return file_sandboxd_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ExitRecord) GetKnown() bool {
@@ -2252,7 +2339,7 @@ type Rusage struct {
 
 func (x *Rusage) Reset() {
 	*x = Rusage{}
-	mi := &file_sandboxd_proto_msgTypes[24]
+	mi := &file_sandboxd_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2264,7 +2351,7 @@ func (x *Rusage) String() string {
 func (*Rusage) ProtoMessage() {}
 
 func (x *Rusage) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[24]
+	mi := &file_sandboxd_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2277,7 +2364,7 @@ func (x *Rusage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rusage.ProtoReflect.Descriptor instead.
 func (*Rusage) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{24}
+	return file_sandboxd_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Rusage) GetUserMicros() int64 {
@@ -2312,7 +2399,7 @@ type StartFailure struct {
 
 func (x *StartFailure) Reset() {
 	*x = StartFailure{}
-	mi := &file_sandboxd_proto_msgTypes[25]
+	mi := &file_sandboxd_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2324,7 +2411,7 @@ func (x *StartFailure) String() string {
 func (*StartFailure) ProtoMessage() {}
 
 func (x *StartFailure) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[25]
+	mi := &file_sandboxd_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2337,7 +2424,7 @@ func (x *StartFailure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartFailure.ProtoReflect.Descriptor instead.
 func (*StartFailure) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{25}
+	return file_sandboxd_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *StartFailure) GetText() string {
@@ -2363,7 +2450,7 @@ type CreateSandboxRequest struct {
 
 func (x *CreateSandboxRequest) Reset() {
 	*x = CreateSandboxRequest{}
-	mi := &file_sandboxd_proto_msgTypes[26]
+	mi := &file_sandboxd_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2375,7 +2462,7 @@ func (x *CreateSandboxRequest) String() string {
 func (*CreateSandboxRequest) ProtoMessage() {}
 
 func (x *CreateSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[26]
+	mi := &file_sandboxd_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2388,7 +2475,7 @@ func (x *CreateSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSandboxRequest.ProtoReflect.Descriptor instead.
 func (*CreateSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{26}
+	return file_sandboxd_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *CreateSandboxRequest) GetConfig() *SandboxConfig {
@@ -2407,7 +2494,7 @@ type CreateSandboxResponse struct {
 
 func (x *CreateSandboxResponse) Reset() {
 	*x = CreateSandboxResponse{}
-	mi := &file_sandboxd_proto_msgTypes[27]
+	mi := &file_sandboxd_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2419,7 +2506,7 @@ func (x *CreateSandboxResponse) String() string {
 func (*CreateSandboxResponse) ProtoMessage() {}
 
 func (x *CreateSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[27]
+	mi := &file_sandboxd_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2432,7 +2519,7 @@ func (x *CreateSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSandboxResponse.ProtoReflect.Descriptor instead.
 func (*CreateSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{27}
+	return file_sandboxd_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *CreateSandboxResponse) GetSandbox() *SandboxInfo {
@@ -2452,7 +2539,7 @@ type StopSandboxRequest struct {
 
 func (x *StopSandboxRequest) Reset() {
 	*x = StopSandboxRequest{}
-	mi := &file_sandboxd_proto_msgTypes[28]
+	mi := &file_sandboxd_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2464,7 +2551,7 @@ func (x *StopSandboxRequest) String() string {
 func (*StopSandboxRequest) ProtoMessage() {}
 
 func (x *StopSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[28]
+	mi := &file_sandboxd_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2477,7 +2564,7 @@ func (x *StopSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopSandboxRequest.ProtoReflect.Descriptor instead.
 func (*StopSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{28}
+	return file_sandboxd_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *StopSandboxRequest) GetSandbox() string {
@@ -2502,7 +2589,7 @@ type StopSandboxResponse struct {
 
 func (x *StopSandboxResponse) Reset() {
 	*x = StopSandboxResponse{}
-	mi := &file_sandboxd_proto_msgTypes[29]
+	mi := &file_sandboxd_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2514,7 +2601,7 @@ func (x *StopSandboxResponse) String() string {
 func (*StopSandboxResponse) ProtoMessage() {}
 
 func (x *StopSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[29]
+	mi := &file_sandboxd_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2527,7 +2614,7 @@ func (x *StopSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopSandboxResponse.ProtoReflect.Descriptor instead.
 func (*StopSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{29}
+	return file_sandboxd_proto_rawDescGZIP(), []int{30}
 }
 
 type RemoveSandboxRequest struct {
@@ -2540,7 +2627,7 @@ type RemoveSandboxRequest struct {
 
 func (x *RemoveSandboxRequest) Reset() {
 	*x = RemoveSandboxRequest{}
-	mi := &file_sandboxd_proto_msgTypes[30]
+	mi := &file_sandboxd_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2552,7 +2639,7 @@ func (x *RemoveSandboxRequest) String() string {
 func (*RemoveSandboxRequest) ProtoMessage() {}
 
 func (x *RemoveSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[30]
+	mi := &file_sandboxd_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2565,7 +2652,7 @@ func (x *RemoveSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveSandboxRequest.ProtoReflect.Descriptor instead.
 func (*RemoveSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{30}
+	return file_sandboxd_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *RemoveSandboxRequest) GetSandbox() string {
@@ -2584,13 +2671,14 @@ func (x *RemoveSandboxRequest) GetForce() bool {
 
 type RemoveSandboxResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
+	NetworkLeft   string                 `protobuf:"bytes,1,opt,name=network_left,json=networkLeft,proto3" json:"network_left,omitempty"` // why its network could not be taken down yet; empty: it is
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RemoveSandboxResponse) Reset() {
 	*x = RemoveSandboxResponse{}
-	mi := &file_sandboxd_proto_msgTypes[31]
+	mi := &file_sandboxd_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2602,7 +2690,7 @@ func (x *RemoveSandboxResponse) String() string {
 func (*RemoveSandboxResponse) ProtoMessage() {}
 
 func (x *RemoveSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[31]
+	mi := &file_sandboxd_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2615,7 +2703,14 @@ func (x *RemoveSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveSandboxResponse.ProtoReflect.Descriptor instead.
 func (*RemoveSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{31}
+	return file_sandboxd_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *RemoveSandboxResponse) GetNetworkLeft() string {
+	if x != nil {
+		return x.NetworkLeft
+	}
+	return ""
 }
 
 type ListSandboxesRequest struct {
@@ -2627,7 +2722,7 @@ type ListSandboxesRequest struct {
 
 func (x *ListSandboxesRequest) Reset() {
 	*x = ListSandboxesRequest{}
-	mi := &file_sandboxd_proto_msgTypes[32]
+	mi := &file_sandboxd_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2639,7 +2734,7 @@ func (x *ListSandboxesRequest) String() string {
 func (*ListSandboxesRequest) ProtoMessage() {}
 
 func (x *ListSandboxesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[32]
+	mi := &file_sandboxd_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2652,7 +2747,7 @@ func (x *ListSandboxesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSandboxesRequest.ProtoReflect.Descriptor instead.
 func (*ListSandboxesRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{32}
+	return file_sandboxd_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ListSandboxesRequest) GetAll() bool {
@@ -2671,7 +2766,7 @@ type ListSandboxesResponse struct {
 
 func (x *ListSandboxesResponse) Reset() {
 	*x = ListSandboxesResponse{}
-	mi := &file_sandboxd_proto_msgTypes[33]
+	mi := &file_sandboxd_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2683,7 +2778,7 @@ func (x *ListSandboxesResponse) String() string {
 func (*ListSandboxesResponse) ProtoMessage() {}
 
 func (x *ListSandboxesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[33]
+	mi := &file_sandboxd_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2696,7 +2791,7 @@ func (x *ListSandboxesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSandboxesResponse.ProtoReflect.Descriptor instead.
 func (*ListSandboxesResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{33}
+	return file_sandboxd_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ListSandboxesResponse) GetSandboxes() []*SandboxInfo {
@@ -2715,7 +2810,7 @@ type GetSandboxRequest struct {
 
 func (x *GetSandboxRequest) Reset() {
 	*x = GetSandboxRequest{}
-	mi := &file_sandboxd_proto_msgTypes[34]
+	mi := &file_sandboxd_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2727,7 +2822,7 @@ func (x *GetSandboxRequest) String() string {
 func (*GetSandboxRequest) ProtoMessage() {}
 
 func (x *GetSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[34]
+	mi := &file_sandboxd_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2740,7 +2835,7 @@ func (x *GetSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSandboxRequest.ProtoReflect.Descriptor instead.
 func (*GetSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{34}
+	return file_sandboxd_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *GetSandboxRequest) GetSandbox() string {
@@ -2759,7 +2854,7 @@ type GetSandboxResponse struct {
 
 func (x *GetSandboxResponse) Reset() {
 	*x = GetSandboxResponse{}
-	mi := &file_sandboxd_proto_msgTypes[35]
+	mi := &file_sandboxd_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2771,7 +2866,7 @@ func (x *GetSandboxResponse) String() string {
 func (*GetSandboxResponse) ProtoMessage() {}
 
 func (x *GetSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[35]
+	mi := &file_sandboxd_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2784,7 +2879,7 @@ func (x *GetSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSandboxResponse.ProtoReflect.Descriptor instead.
 func (*GetSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{35}
+	return file_sandboxd_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *GetSandboxResponse) GetSandbox() *SandboxInfo {
@@ -2803,7 +2898,7 @@ type CheckNetworkRequest struct {
 
 func (x *CheckNetworkRequest) Reset() {
 	*x = CheckNetworkRequest{}
-	mi := &file_sandboxd_proto_msgTypes[36]
+	mi := &file_sandboxd_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2815,7 +2910,7 @@ func (x *CheckNetworkRequest) String() string {
 func (*CheckNetworkRequest) ProtoMessage() {}
 
 func (x *CheckNetworkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[36]
+	mi := &file_sandboxd_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2828,7 +2923,7 @@ func (x *CheckNetworkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckNetworkRequest.ProtoReflect.Descriptor instead.
 func (*CheckNetworkRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{36}
+	return file_sandboxd_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *CheckNetworkRequest) GetSandbox() string {
@@ -2846,7 +2941,7 @@ type CheckNetworkResponse struct {
 
 func (x *CheckNetworkResponse) Reset() {
 	*x = CheckNetworkResponse{}
-	mi := &file_sandboxd_proto_msgTypes[37]
+	mi := &file_sandboxd_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2858,7 +2953,7 @@ func (x *CheckNetworkResponse) String() string {
 func (*CheckNetworkResponse) ProtoMessage() {}
 
 func (x *CheckNetworkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[37]
+	mi := &file_sandboxd_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2871,7 +2966,7 @@ func (x *CheckNetworkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckNetworkResponse.ProtoReflect.Descriptor instead.
 func (*CheckNetworkResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{37}
+	return file_sandboxd_proto_rawDescGZIP(), []int{38}
 }
 
 type AddMemberRequest struct {
@@ -2885,7 +2980,7 @@ type AddMemberRequest struct {
 
 func (x *AddMemberRequest) Reset() {
 	*x = AddMemberRequest{}
-	mi := &file_sandboxd_proto_msgTypes[38]
+	mi := &file_sandboxd_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2897,7 +2992,7 @@ func (x *AddMemberRequest) String() string {
 func (*AddMemberRequest) ProtoMessage() {}
 
 func (x *AddMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[38]
+	mi := &file_sandboxd_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2910,7 +3005,7 @@ func (x *AddMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddMemberRequest.ProtoReflect.Descriptor instead.
 func (*AddMemberRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{38}
+	return file_sandboxd_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *AddMemberRequest) GetSandbox() string {
@@ -2943,7 +3038,7 @@ type AddMemberResponse struct {
 
 func (x *AddMemberResponse) Reset() {
 	*x = AddMemberResponse{}
-	mi := &file_sandboxd_proto_msgTypes[39]
+	mi := &file_sandboxd_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2955,7 +3050,7 @@ func (x *AddMemberResponse) String() string {
 func (*AddMemberResponse) ProtoMessage() {}
 
 func (x *AddMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[39]
+	mi := &file_sandboxd_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2968,7 +3063,7 @@ func (x *AddMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddMemberResponse.ProtoReflect.Descriptor instead.
 func (*AddMemberResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{39}
+	return file_sandboxd_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *AddMemberResponse) GetMember() *MemberInfo {
@@ -2987,7 +3082,7 @@ type StartMemberRequest struct {
 
 func (x *StartMemberRequest) Reset() {
 	*x = StartMemberRequest{}
-	mi := &file_sandboxd_proto_msgTypes[40]
+	mi := &file_sandboxd_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2999,7 +3094,7 @@ func (x *StartMemberRequest) String() string {
 func (*StartMemberRequest) ProtoMessage() {}
 
 func (x *StartMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[40]
+	mi := &file_sandboxd_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3012,7 +3107,7 @@ func (x *StartMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartMemberRequest.ProtoReflect.Descriptor instead.
 func (*StartMemberRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{40}
+	return file_sandboxd_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *StartMemberRequest) GetMember() string {
@@ -3031,7 +3126,7 @@ type StartMemberResponse struct {
 
 func (x *StartMemberResponse) Reset() {
 	*x = StartMemberResponse{}
-	mi := &file_sandboxd_proto_msgTypes[41]
+	mi := &file_sandboxd_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3043,7 +3138,7 @@ func (x *StartMemberResponse) String() string {
 func (*StartMemberResponse) ProtoMessage() {}
 
 func (x *StartMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[41]
+	mi := &file_sandboxd_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3056,7 +3151,7 @@ func (x *StartMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartMemberResponse.ProtoReflect.Descriptor instead.
 func (*StartMemberResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{41}
+	return file_sandboxd_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *StartMemberResponse) GetMember() *MemberInfo {
@@ -3076,7 +3171,7 @@ type StopMemberRequest struct {
 
 func (x *StopMemberRequest) Reset() {
 	*x = StopMemberRequest{}
-	mi := &file_sandboxd_proto_msgTypes[42]
+	mi := &file_sandboxd_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3088,7 +3183,7 @@ func (x *StopMemberRequest) String() string {
 func (*StopMemberRequest) ProtoMessage() {}
 
 func (x *StopMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[42]
+	mi := &file_sandboxd_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3101,7 +3196,7 @@ func (x *StopMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopMemberRequest.ProtoReflect.Descriptor instead.
 func (*StopMemberRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{42}
+	return file_sandboxd_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *StopMemberRequest) GetMember() string {
@@ -3126,7 +3221,7 @@ type StopMemberResponse struct {
 
 func (x *StopMemberResponse) Reset() {
 	*x = StopMemberResponse{}
-	mi := &file_sandboxd_proto_msgTypes[43]
+	mi := &file_sandboxd_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3138,7 +3233,7 @@ func (x *StopMemberResponse) String() string {
 func (*StopMemberResponse) ProtoMessage() {}
 
 func (x *StopMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[43]
+	mi := &file_sandboxd_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3151,7 +3246,7 @@ func (x *StopMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopMemberResponse.ProtoReflect.Descriptor instead.
 func (*StopMemberResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{43}
+	return file_sandboxd_proto_rawDescGZIP(), []int{44}
 }
 
 type KillMemberRequest struct {
@@ -3164,7 +3259,7 @@ type KillMemberRequest struct {
 
 func (x *KillMemberRequest) Reset() {
 	*x = KillMemberRequest{}
-	mi := &file_sandboxd_proto_msgTypes[44]
+	mi := &file_sandboxd_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3176,7 +3271,7 @@ func (x *KillMemberRequest) String() string {
 func (*KillMemberRequest) ProtoMessage() {}
 
 func (x *KillMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[44]
+	mi := &file_sandboxd_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3189,7 +3284,7 @@ func (x *KillMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillMemberRequest.ProtoReflect.Descriptor instead.
 func (*KillMemberRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{44}
+	return file_sandboxd_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *KillMemberRequest) GetMember() string {
@@ -3214,7 +3309,7 @@ type KillMemberResponse struct {
 
 func (x *KillMemberResponse) Reset() {
 	*x = KillMemberResponse{}
-	mi := &file_sandboxd_proto_msgTypes[45]
+	mi := &file_sandboxd_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3226,7 +3321,7 @@ func (x *KillMemberResponse) String() string {
 func (*KillMemberResponse) ProtoMessage() {}
 
 func (x *KillMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[45]
+	mi := &file_sandboxd_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3239,7 +3334,7 @@ func (x *KillMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillMemberResponse.ProtoReflect.Descriptor instead.
 func (*KillMemberResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{45}
+	return file_sandboxd_proto_rawDescGZIP(), []int{46}
 }
 
 type RemoveMemberRequest struct {
@@ -3252,7 +3347,7 @@ type RemoveMemberRequest struct {
 
 func (x *RemoveMemberRequest) Reset() {
 	*x = RemoveMemberRequest{}
-	mi := &file_sandboxd_proto_msgTypes[46]
+	mi := &file_sandboxd_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3264,7 +3359,7 @@ func (x *RemoveMemberRequest) String() string {
 func (*RemoveMemberRequest) ProtoMessage() {}
 
 func (x *RemoveMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[46]
+	mi := &file_sandboxd_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3277,7 +3372,7 @@ func (x *RemoveMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveMemberRequest.ProtoReflect.Descriptor instead.
 func (*RemoveMemberRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{46}
+	return file_sandboxd_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *RemoveMemberRequest) GetMember() string {
@@ -3302,7 +3397,7 @@ type RemoveMemberResponse struct {
 
 func (x *RemoveMemberResponse) Reset() {
 	*x = RemoveMemberResponse{}
-	mi := &file_sandboxd_proto_msgTypes[47]
+	mi := &file_sandboxd_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3314,7 +3409,7 @@ func (x *RemoveMemberResponse) String() string {
 func (*RemoveMemberResponse) ProtoMessage() {}
 
 func (x *RemoveMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[47]
+	mi := &file_sandboxd_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3327,7 +3422,7 @@ func (x *RemoveMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveMemberResponse.ProtoReflect.Descriptor instead.
 func (*RemoveMemberResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{47}
+	return file_sandboxd_proto_rawDescGZIP(), []int{48}
 }
 
 type WaitMemberRequest struct {
@@ -3339,7 +3434,7 @@ type WaitMemberRequest struct {
 
 func (x *WaitMemberRequest) Reset() {
 	*x = WaitMemberRequest{}
-	mi := &file_sandboxd_proto_msgTypes[48]
+	mi := &file_sandboxd_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3351,7 +3446,7 @@ func (x *WaitMemberRequest) String() string {
 func (*WaitMemberRequest) ProtoMessage() {}
 
 func (x *WaitMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[48]
+	mi := &file_sandboxd_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3364,7 +3459,7 @@ func (x *WaitMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitMemberRequest.ProtoReflect.Descriptor instead.
 func (*WaitMemberRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{48}
+	return file_sandboxd_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *WaitMemberRequest) GetMember() string {
@@ -3383,7 +3478,7 @@ type WaitMemberResponse struct {
 
 func (x *WaitMemberResponse) Reset() {
 	*x = WaitMemberResponse{}
-	mi := &file_sandboxd_proto_msgTypes[49]
+	mi := &file_sandboxd_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3395,7 +3490,7 @@ func (x *WaitMemberResponse) String() string {
 func (*WaitMemberResponse) ProtoMessage() {}
 
 func (x *WaitMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[49]
+	mi := &file_sandboxd_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3408,7 +3503,7 @@ func (x *WaitMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitMemberResponse.ProtoReflect.Descriptor instead.
 func (*WaitMemberResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{49}
+	return file_sandboxd_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *WaitMemberResponse) GetExit() *ExitRecord {
@@ -3427,7 +3522,7 @@ type ReopenMemberLogRequest struct {
 
 func (x *ReopenMemberLogRequest) Reset() {
 	*x = ReopenMemberLogRequest{}
-	mi := &file_sandboxd_proto_msgTypes[50]
+	mi := &file_sandboxd_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3439,7 +3534,7 @@ func (x *ReopenMemberLogRequest) String() string {
 func (*ReopenMemberLogRequest) ProtoMessage() {}
 
 func (x *ReopenMemberLogRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[50]
+	mi := &file_sandboxd_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3452,7 +3547,7 @@ func (x *ReopenMemberLogRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReopenMemberLogRequest.ProtoReflect.Descriptor instead.
 func (*ReopenMemberLogRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{50}
+	return file_sandboxd_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *ReopenMemberLogRequest) GetMember() string {
@@ -3470,7 +3565,7 @@ type ReopenMemberLogResponse struct {
 
 func (x *ReopenMemberLogResponse) Reset() {
 	*x = ReopenMemberLogResponse{}
-	mi := &file_sandboxd_proto_msgTypes[51]
+	mi := &file_sandboxd_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3482,7 +3577,7 @@ func (x *ReopenMemberLogResponse) String() string {
 func (*ReopenMemberLogResponse) ProtoMessage() {}
 
 func (x *ReopenMemberLogResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[51]
+	mi := &file_sandboxd_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3495,7 +3590,7 @@ func (x *ReopenMemberLogResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReopenMemberLogResponse.ProtoReflect.Descriptor instead.
 func (*ReopenMemberLogResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{51}
+	return file_sandboxd_proto_rawDescGZIP(), []int{52}
 }
 
 type GetMemberRequest struct {
@@ -3507,7 +3602,7 @@ type GetMemberRequest struct {
 
 func (x *GetMemberRequest) Reset() {
 	*x = GetMemberRequest{}
-	mi := &file_sandboxd_proto_msgTypes[52]
+	mi := &file_sandboxd_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3519,7 +3614,7 @@ func (x *GetMemberRequest) String() string {
 func (*GetMemberRequest) ProtoMessage() {}
 
 func (x *GetMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[52]
+	mi := &file_sandboxd_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3532,7 +3627,7 @@ func (x *GetMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetMemberRequest.ProtoReflect.Descriptor instead.
 func (*GetMemberRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{52}
+	return file_sandboxd_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *GetMemberRequest) GetMember() string {
@@ -3551,7 +3646,7 @@ type GetMemberResponse struct {
 
 func (x *GetMemberResponse) Reset() {
 	*x = GetMemberResponse{}
-	mi := &file_sandboxd_proto_msgTypes[53]
+	mi := &file_sandboxd_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3563,7 +3658,7 @@ func (x *GetMemberResponse) String() string {
 func (*GetMemberResponse) ProtoMessage() {}
 
 func (x *GetMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[53]
+	mi := &file_sandboxd_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3576,7 +3671,7 @@ func (x *GetMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetMemberResponse.ProtoReflect.Descriptor instead.
 func (*GetMemberResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{53}
+	return file_sandboxd_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *GetMemberResponse) GetMember() *MemberInfo {
@@ -3600,7 +3695,7 @@ type ExecMemberRequest struct {
 
 func (x *ExecMemberRequest) Reset() {
 	*x = ExecMemberRequest{}
-	mi := &file_sandboxd_proto_msgTypes[54]
+	mi := &file_sandboxd_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3612,7 +3707,7 @@ func (x *ExecMemberRequest) String() string {
 func (*ExecMemberRequest) ProtoMessage() {}
 
 func (x *ExecMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[54]
+	mi := &file_sandboxd_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3625,7 +3720,7 @@ func (x *ExecMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecMemberRequest.ProtoReflect.Descriptor instead.
 func (*ExecMemberRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{54}
+	return file_sandboxd_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *ExecMemberRequest) GetMember() string {
@@ -3682,7 +3777,7 @@ type ExecMemberResponse struct {
 
 func (x *ExecMemberResponse) Reset() {
 	*x = ExecMemberResponse{}
-	mi := &file_sandboxd_proto_msgTypes[55]
+	mi := &file_sandboxd_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3694,7 +3789,7 @@ func (x *ExecMemberResponse) String() string {
 func (*ExecMemberResponse) ProtoMessage() {}
 
 func (x *ExecMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[55]
+	mi := &file_sandboxd_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3707,7 +3802,7 @@ func (x *ExecMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecMemberResponse.ProtoReflect.Descriptor instead.
 func (*ExecMemberResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{55}
+	return file_sandboxd_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *ExecMemberResponse) GetExitCode() int32 {
@@ -3751,7 +3846,7 @@ type ReadEventsRequest struct {
 
 func (x *ReadEventsRequest) Reset() {
 	*x = ReadEventsRequest{}
-	mi := &file_sandboxd_proto_msgTypes[56]
+	mi := &file_sandboxd_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3763,7 +3858,7 @@ func (x *ReadEventsRequest) String() string {
 func (*ReadEventsRequest) ProtoMessage() {}
 
 func (x *ReadEventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[56]
+	mi := &file_sandboxd_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3776,7 +3871,7 @@ func (x *ReadEventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadEventsRequest.ProtoReflect.Descriptor instead.
 func (*ReadEventsRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{56}
+	return file_sandboxd_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *ReadEventsRequest) GetAfter() uint64 {
@@ -3823,7 +3918,7 @@ type ReadEventsResponse struct {
 
 func (x *ReadEventsResponse) Reset() {
 	*x = ReadEventsResponse{}
-	mi := &file_sandboxd_proto_msgTypes[57]
+	mi := &file_sandboxd_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3835,7 +3930,7 @@ func (x *ReadEventsResponse) String() string {
 func (*ReadEventsResponse) ProtoMessage() {}
 
 func (x *ReadEventsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[57]
+	mi := &file_sandboxd_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3848,7 +3943,7 @@ func (x *ReadEventsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadEventsResponse.ProtoReflect.Descriptor instead.
 func (*ReadEventsResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{57}
+	return file_sandboxd_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *ReadEventsResponse) GetEvent() *Event {
@@ -3880,7 +3975,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_sandboxd_proto_msgTypes[58]
+	mi := &file_sandboxd_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3892,7 +3987,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[58]
+	mi := &file_sandboxd_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3905,7 +4000,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{58}
+	return file_sandboxd_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *Event) GetSeq() uint64 {
@@ -4011,7 +4106,7 @@ type EventGap struct {
 
 func (x *EventGap) Reset() {
 	*x = EventGap{}
-	mi := &file_sandboxd_proto_msgTypes[59]
+	mi := &file_sandboxd_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4023,7 +4118,7 @@ func (x *EventGap) String() string {
 func (*EventGap) ProtoMessage() {}
 
 func (x *EventGap) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[59]
+	mi := &file_sandboxd_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4036,7 +4131,7 @@ func (x *EventGap) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventGap.ProtoReflect.Descriptor instead.
 func (*EventGap) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{59}
+	return file_sandboxd_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *EventGap) GetAfter() uint64 {
@@ -4069,7 +4164,7 @@ type CollectGarbageRequest struct {
 
 func (x *CollectGarbageRequest) Reset() {
 	*x = CollectGarbageRequest{}
-	mi := &file_sandboxd_proto_msgTypes[60]
+	mi := &file_sandboxd_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4081,7 +4176,7 @@ func (x *CollectGarbageRequest) String() string {
 func (*CollectGarbageRequest) ProtoMessage() {}
 
 func (x *CollectGarbageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[60]
+	mi := &file_sandboxd_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4094,7 +4189,7 @@ func (x *CollectGarbageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CollectGarbageRequest.ProtoReflect.Descriptor instead.
 func (*CollectGarbageRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{60}
+	return file_sandboxd_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *CollectGarbageRequest) GetDryRun() bool {
@@ -4113,7 +4208,7 @@ type ForgetNetworkRequest struct {
 
 func (x *ForgetNetworkRequest) Reset() {
 	*x = ForgetNetworkRequest{}
-	mi := &file_sandboxd_proto_msgTypes[61]
+	mi := &file_sandboxd_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4125,7 +4220,7 @@ func (x *ForgetNetworkRequest) String() string {
 func (*ForgetNetworkRequest) ProtoMessage() {}
 
 func (x *ForgetNetworkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[61]
+	mi := &file_sandboxd_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4138,7 +4233,7 @@ func (x *ForgetNetworkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForgetNetworkRequest.ProtoReflect.Descriptor instead.
 func (*ForgetNetworkRequest) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{61}
+	return file_sandboxd_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *ForgetNetworkRequest) GetSandbox() string {
@@ -4156,7 +4251,7 @@ type ForgetNetworkResponse struct {
 
 func (x *ForgetNetworkResponse) Reset() {
 	*x = ForgetNetworkResponse{}
-	mi := &file_sandboxd_proto_msgTypes[62]
+	mi := &file_sandboxd_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4168,7 +4263,7 @@ func (x *ForgetNetworkResponse) String() string {
 func (*ForgetNetworkResponse) ProtoMessage() {}
 
 func (x *ForgetNetworkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[62]
+	mi := &file_sandboxd_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4181,7 +4276,7 @@ func (x *ForgetNetworkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForgetNetworkResponse.ProtoReflect.Descriptor instead.
 func (*ForgetNetworkResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{62}
+	return file_sandboxd_proto_rawDescGZIP(), []int{63}
 }
 
 type CollectGarbageResponse struct {
@@ -4194,7 +4289,7 @@ type CollectGarbageResponse struct {
 
 func (x *CollectGarbageResponse) Reset() {
 	*x = CollectGarbageResponse{}
-	mi := &file_sandboxd_proto_msgTypes[63]
+	mi := &file_sandboxd_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4206,7 +4301,7 @@ func (x *CollectGarbageResponse) String() string {
 func (*CollectGarbageResponse) ProtoMessage() {}
 
 func (x *CollectGarbageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[63]
+	mi := &file_sandboxd_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4219,7 +4314,7 @@ func (x *CollectGarbageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CollectGarbageResponse.ProtoReflect.Descriptor instead.
 func (*CollectGarbageResponse) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{63}
+	return file_sandboxd_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *CollectGarbageResponse) GetFindings() []*GarbageFinding {
@@ -4251,7 +4346,7 @@ type GarbageFinding struct {
 
 func (x *GarbageFinding) Reset() {
 	*x = GarbageFinding{}
-	mi := &file_sandboxd_proto_msgTypes[64]
+	mi := &file_sandboxd_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4263,7 +4358,7 @@ func (x *GarbageFinding) String() string {
 func (*GarbageFinding) ProtoMessage() {}
 
 func (x *GarbageFinding) ProtoReflect() protoreflect.Message {
-	mi := &file_sandboxd_proto_msgTypes[64]
+	mi := &file_sandboxd_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4276,7 +4371,7 @@ func (x *GarbageFinding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GarbageFinding.ProtoReflect.Descriptor instead.
 func (*GarbageFinding) Descriptor() ([]byte, []int) {
-	return file_sandboxd_proto_rawDescGZIP(), []int{64}
+	return file_sandboxd_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *GarbageFinding) GetKind() string {
@@ -4450,7 +4545,7 @@ const file_sandboxd_proto_rawDesc = "" +
 	"\tread_only\x18\x03 \x01(\bR\breadOnly\"3\n" +
 	"\x05Tmpfs\x12\x16\n" +
 	"\x06target\x18\x01 \x01(\tR\x06target\x12\x12\n" +
-	"\x04size\x18\x02 \x01(\x03R\x04size\"\x84\a\n" +
+	"\x04size\x18\x02 \x01(\x03R\x04size\"\x8d\t\n" +
 	"\vSandboxInfo\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x14\n" +
@@ -4471,7 +4566,11 @@ const file_sandboxd_proto_rawDesc = "" +
 	"\amembers\x18\r \x03(\v2\x17.sandboxd.v1.MemberInfoR\amembers\x12*\n" +
 	"\x05hooks\x18( \x03(\v2\x14.sandboxd.v1.HookRunR\x05hooks\x124\n" +
 	"\bnetworks\x18\x0e \x03(\v2\x18.sandboxd.v1.NetworkInfoR\bnetworks\x124\n" +
-	"\ttombstone\x18\x0f \x01(\v2\x16.sandboxd.v1.TombstoneR\ttombstone\x1aY\n" +
+	"\ttombstone\x18\x0f \x01(\v2\x16.sandboxd.v1.TombstoneR\ttombstone\x12G\n" +
+	"\x11network_requested\x18\x10 \x01(\v2\x1a.sandboxd.v1.NetworkConfigR\x10networkRequested\x12?\n" +
+	"\asysctls\x18\x11 \x03(\v2%.sandboxd.v1.SandboxInfo.SysctlsEntryR\asysctls\x12\x19\n" +
+	"\bshm_size\x18\x12 \x01(\x03R\ashmSize\x12&\n" +
+	"\x03ids\x18\x13 \x01(\v2\x14.sandboxd.v1.IDRangeR\x03ids\x1aY\n" +
 	"\x0fNamespacesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x120\n" +
 	"\x05value\x18\x02 \x01(\v2\x1a.sandboxd.v1.NamespaceInfoR\x05value:\x028\x01\x1a9\n" +
@@ -4480,7 +4579,13 @@ const file_sandboxd_proto_rawDesc = "" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a>\n" +
 	"\x10AnnotationsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x94\x02\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a:\n" +
+	"\fSysctlsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"3\n" +
+	"\aIDRange\x12\x14\n" +
+	"\x05start\x18\x01 \x01(\rR\x05start\x12\x12\n" +
+	"\x04size\x18\x02 \x01(\rR\x04size\"\x94\x02\n" +
 	"\vNetworkInfo\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
 	"\tinterface\x18\x02 \x01(\tR\tinterface\x12\x1c\n" +
@@ -4592,8 +4697,9 @@ const file_sandboxd_proto_rawDesc = "" +
 	"\x13StopSandboxResponse\"F\n" +
 	"\x14RemoveSandboxRequest\x12\x18\n" +
 	"\asandbox\x18\x01 \x01(\tR\asandbox\x12\x14\n" +
-	"\x05force\x18\x02 \x01(\bR\x05force\"\x17\n" +
-	"\x15RemoveSandboxResponse\"(\n" +
+	"\x05force\x18\x02 \x01(\bR\x05force\":\n" +
+	"\x15RemoveSandboxResponse\x12!\n" +
+	"\fnetwork_left\x18\x01 \x01(\tR\vnetworkLeft\"(\n" +
 	"\x14ListSandboxesRequest\x12\x10\n" +
 	"\x03all\x18\x01 \x01(\bR\x03all\"O\n" +
 	"\x15ListSandboxesResponse\x126\n" +
@@ -4736,7 +4842,7 @@ func file_sandboxd_proto_rawDescGZIP() []byte {
 	return file_sandboxd_proto_rawDescData
 }
 
-var file_sandboxd_proto_msgTypes = make([]protoimpl.MessageInfo, 76)
+var file_sandboxd_proto_msgTypes = make([]protoimpl.MessageInfo, 78)
 var file_sandboxd_proto_goTypes = []any{
 	(*SandboxConfig)(nil),           // 0: sandboxd.v1.SandboxConfig
 	(*NetworkConfig)(nil),           // 1: sandboxd.v1.NetworkConfig
@@ -4752,76 +4858,78 @@ var file_sandboxd_proto_goTypes = []any{
 	(*Volume)(nil),                  // 11: sandboxd.v1.Volume
 	(*Tmpfs)(nil),                   // 12: sandboxd.v1.Tmpfs
 	(*SandboxInfo)(nil),             // 13: sandboxd.v1.SandboxInfo
-	(*NetworkInfo)(nil),             // 14: sandboxd.v1.NetworkInfo
-	(*Route)(nil),                   // 15: sandboxd.v1.Route
-	(*Tombstone)(nil),               // 16: sandboxd.v1.Tombstone
-	(*NamespaceInfo)(nil),           // 17: sandboxd.v1.NamespaceInfo
-	(*MemberInfo)(nil),              // 18: sandboxd.v1.MemberInfo
-	(*Limits)(nil),                  // 19: sandboxd.v1.Limits
-	(*MountInfo)(nil),               // 20: sandboxd.v1.MountInfo
-	(*CustodyInfo)(nil),             // 21: sandboxd.v1.CustodyInfo
-	(*CustodyRelease)(nil),          // 22: sandboxd.v1.CustodyRelease
-	(*ExitRecord)(nil),              // 23: sandboxd.v1.ExitRecord
-	(*Rusage)(nil),                  // 24: sandboxd.v1.Rusage
-	(*StartFailure)(nil),            // 25: sandboxd.v1.StartFailure
-	(*CreateSandboxRequest)(nil),    // 26: sandboxd.v1.CreateSandboxRequest
-	(*CreateSandboxResponse)(nil),   // 27: sandboxd.v1.CreateSandboxResponse
-	(*StopSandboxRequest)(nil),      // 28: sandboxd.v1.StopSandboxRequest
-	(*StopSandboxResponse)(nil),     // 29: sandboxd.v1.StopSandboxResponse
-	(*RemoveSandboxRequest)(nil),    // 30: sandboxd.v1.RemoveSandboxRequest
-	(*RemoveSandboxResponse)(nil),   // 31: sandboxd.v1.RemoveSandboxResponse
-	(*ListSandboxesRequest)(nil),    // 32: sandboxd.v1.ListSandboxesRequest
-	(*ListSandboxesResponse)(nil),   // 33: sandboxd.v1.ListSandboxesResponse
-	(*GetSandboxRequest)(nil),       // 34: sandboxd.v1.GetSandboxRequest
-	(*GetSandboxResponse)(nil),      // 35: sandboxd.v1.GetSandboxResponse
-	(*CheckNetworkRequest)(nil),     // 36: sandboxd.v1.CheckNetworkRequest
-	(*CheckNetworkResponse)(nil),    // 37: sandboxd.v1.CheckNetworkResponse
-	(*AddMemberRequest)(nil),        // 38: sandboxd.v1.AddMemberRequest
-	(*AddMemberResponse)(nil),       // 39: sandboxd.v1.AddMemberResponse
-	(*StartMemberRequest)(nil),      // 40: sandboxd.v1.StartMemberRequest
-	(*StartMemberResponse)(nil),     // 41: sandboxd.v1.StartMemberResponse
-	(*StopMemberRequest)(nil),       // 42: sandboxd.v1.StopMemberRequest
-	(*StopMemberResponse)(nil),      // 43: sandboxd.v1.StopMemberResponse
-	(*KillMemberRequest)(nil),       // 44: sandboxd.v1.KillMemberRequest
-	(*KillMemberResponse)(nil),      // 45: sandboxd.v1.KillMemberResponse
-	(*RemoveMemberRequest)(nil),     // 46: sandboxd.v1.RemoveMemberRequest
-	(*RemoveMemberResponse)(nil),    // 47: sandboxd.v1.RemoveMemberResponse
-	(*WaitMemberRequest)(nil),       // 48: sandboxd.v1.WaitMemberRequest
-	(*WaitMemberResponse)(nil),      // 49: sandboxd.v1.WaitMemberResponse
-	(*ReopenMemberLogRequest)(nil),  // 50: sandboxd.v1.ReopenMemberLogRequest
-	(*ReopenMemberLogResponse)(nil), // 51: sandboxd.v1.ReopenMemberLogResponse
-	(*GetMemberRequest)(nil),        // 52: sandboxd.v1.GetMemberRequest
-	(*GetMemberResponse)(nil),       // 53: sandboxd.v1.GetMemberResponse
-	(*ExecMemberRequest)(nil),       // 54: sandboxd.v1.ExecMemberRequest
-	(*ExecMemberResponse)(nil),      // 55: sandboxd.v1.ExecMemberResponse
-	(*ReadEventsRequest)(nil),       // 56: sandboxd.v1.ReadEventsRequest
-	(*ReadEventsResponse)(nil),      // 57: sandboxd.v1.ReadEventsResponse
-	(*Event)(nil),                   // 58: sandboxd.v1.Event
-	(*EventGap)(nil),                // 59: sandboxd.v1.EventGap
-	(*CollectGarbageRequest)(nil),   // 60: sandboxd.v1.CollectGarbageRequest
-	(*ForgetNetworkRequest)(nil),    // 61: sandboxd.v1.ForgetNetworkRequest
-	(*ForgetNetworkResponse)(nil),   // 62: sandboxd.v1.ForgetNetworkResponse
-	(*CollectGarbageResponse)(nil),  // 63: sandboxd.v1.CollectGarbageResponse
-	(*GarbageFinding)(nil),          // 64: sandboxd.v1.GarbageFinding
-	nil,                             // 65: sandboxd.v1.SandboxConfig.SysctlsEntry
-	nil,                             // 66: sandboxd.v1.SandboxConfig.LabelsEntry
-	nil,                             // 67: sandboxd.v1.SandboxConfig.AnnotationsEntry
-	nil,                             // 68: sandboxd.v1.MemberConfig.NamespacesEntry
-	nil,                             // 69: sandboxd.v1.MemberConfig.LabelsEntry
-	nil,                             // 70: sandboxd.v1.SandboxInfo.NamespacesEntry
-	nil,                             // 71: sandboxd.v1.SandboxInfo.LabelsEntry
-	nil,                             // 72: sandboxd.v1.SandboxInfo.AnnotationsEntry
-	nil,                             // 73: sandboxd.v1.MemberInfo.NamespacesEntry
-	nil,                             // 74: sandboxd.v1.MemberInfo.LabelsEntry
-	nil,                             // 75: sandboxd.v1.Event.AttrsEntry
-	(*durationpb.Duration)(nil),     // 76: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),   // 77: google.protobuf.Timestamp
+	(*IDRange)(nil),                 // 14: sandboxd.v1.IDRange
+	(*NetworkInfo)(nil),             // 15: sandboxd.v1.NetworkInfo
+	(*Route)(nil),                   // 16: sandboxd.v1.Route
+	(*Tombstone)(nil),               // 17: sandboxd.v1.Tombstone
+	(*NamespaceInfo)(nil),           // 18: sandboxd.v1.NamespaceInfo
+	(*MemberInfo)(nil),              // 19: sandboxd.v1.MemberInfo
+	(*Limits)(nil),                  // 20: sandboxd.v1.Limits
+	(*MountInfo)(nil),               // 21: sandboxd.v1.MountInfo
+	(*CustodyInfo)(nil),             // 22: sandboxd.v1.CustodyInfo
+	(*CustodyRelease)(nil),          // 23: sandboxd.v1.CustodyRelease
+	(*ExitRecord)(nil),              // 24: sandboxd.v1.ExitRecord
+	(*Rusage)(nil),                  // 25: sandboxd.v1.Rusage
+	(*StartFailure)(nil),            // 26: sandboxd.v1.StartFailure
+	(*CreateSandboxRequest)(nil),    // 27: sandboxd.v1.CreateSandboxRequest
+	(*CreateSandboxResponse)(nil),   // 28: sandboxd.v1.CreateSandboxResponse
+	(*StopSandboxRequest)(nil),      // 29: sandboxd.v1.StopSandboxRequest
+	(*StopSandboxResponse)(nil),     // 30: sandboxd.v1.StopSandboxResponse
+	(*RemoveSandboxRequest)(nil),    // 31: sandboxd.v1.RemoveSandboxRequest
+	(*RemoveSandboxResponse)(nil),   // 32: sandboxd.v1.RemoveSandboxResponse
+	(*ListSandboxesRequest)(nil),    // 33: sandboxd.v1.ListSandboxesRequest
+	(*ListSandboxesResponse)(nil),   // 34: sandboxd.v1.ListSandboxesResponse
+	(*GetSandboxRequest)(nil),       // 35: sandboxd.v1.GetSandboxRequest
+	(*GetSandboxResponse)(nil),      // 36: sandboxd.v1.GetSandboxResponse
+	(*CheckNetworkRequest)(nil),     // 37: sandboxd.v1.CheckNetworkRequest
+	(*CheckNetworkResponse)(nil),    // 38: sandboxd.v1.CheckNetworkResponse
+	(*AddMemberRequest)(nil),        // 39: sandboxd.v1.AddMemberRequest
+	(*AddMemberResponse)(nil),       // 40: sandboxd.v1.AddMemberResponse
+	(*StartMemberRequest)(nil),      // 41: sandboxd.v1.StartMemberRequest
+	(*StartMemberResponse)(nil),     // 42: sandboxd.v1.StartMemberResponse
+	(*StopMemberRequest)(nil),       // 43: sandboxd.v1.StopMemberRequest
+	(*StopMemberResponse)(nil),      // 44: sandboxd.v1.StopMemberResponse
+	(*KillMemberRequest)(nil),       // 45: sandboxd.v1.KillMemberRequest
+	(*KillMemberResponse)(nil),      // 46: sandboxd.v1.KillMemberResponse
+	(*RemoveMemberRequest)(nil),     // 47: sandboxd.v1.RemoveMemberRequest
+	(*RemoveMemberResponse)(nil),    // 48: sandboxd.v1.RemoveMemberResponse
+	(*WaitMemberRequest)(nil),       // 49: sandboxd.v1.WaitMemberRequest
+	(*WaitMemberResponse)(nil),      // 50: sandboxd.v1.WaitMemberResponse
+	(*ReopenMemberLogRequest)(nil),  // 51: sandboxd.v1.ReopenMemberLogRequest
+	(*ReopenMemberLogResponse)(nil), // 52: sandboxd.v1.ReopenMemberLogResponse
+	(*GetMemberRequest)(nil),        // 53: sandboxd.v1.GetMemberRequest
+	(*GetMemberResponse)(nil),       // 54: sandboxd.v1.GetMemberResponse
+	(*ExecMemberRequest)(nil),       // 55: sandboxd.v1.ExecMemberRequest
+	(*ExecMemberResponse)(nil),      // 56: sandboxd.v1.ExecMemberResponse
+	(*ReadEventsRequest)(nil),       // 57: sandboxd.v1.ReadEventsRequest
+	(*ReadEventsResponse)(nil),      // 58: sandboxd.v1.ReadEventsResponse
+	(*Event)(nil),                   // 59: sandboxd.v1.Event
+	(*EventGap)(nil),                // 60: sandboxd.v1.EventGap
+	(*CollectGarbageRequest)(nil),   // 61: sandboxd.v1.CollectGarbageRequest
+	(*ForgetNetworkRequest)(nil),    // 62: sandboxd.v1.ForgetNetworkRequest
+	(*ForgetNetworkResponse)(nil),   // 63: sandboxd.v1.ForgetNetworkResponse
+	(*CollectGarbageResponse)(nil),  // 64: sandboxd.v1.CollectGarbageResponse
+	(*GarbageFinding)(nil),          // 65: sandboxd.v1.GarbageFinding
+	nil,                             // 66: sandboxd.v1.SandboxConfig.SysctlsEntry
+	nil,                             // 67: sandboxd.v1.SandboxConfig.LabelsEntry
+	nil,                             // 68: sandboxd.v1.SandboxConfig.AnnotationsEntry
+	nil,                             // 69: sandboxd.v1.MemberConfig.NamespacesEntry
+	nil,                             // 70: sandboxd.v1.MemberConfig.LabelsEntry
+	nil,                             // 71: sandboxd.v1.SandboxInfo.NamespacesEntry
+	nil,                             // 72: sandboxd.v1.SandboxInfo.LabelsEntry
+	nil,                             // 73: sandboxd.v1.SandboxInfo.AnnotationsEntry
+	nil,                             // 74: sandboxd.v1.SandboxInfo.SysctlsEntry
+	nil,                             // 75: sandboxd.v1.MemberInfo.NamespacesEntry
+	nil,                             // 76: sandboxd.v1.MemberInfo.LabelsEntry
+	nil,                             // 77: sandboxd.v1.Event.AttrsEntry
+	(*durationpb.Duration)(nil),     // 78: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),   // 79: google.protobuf.Timestamp
 }
 var file_sandboxd_proto_depIdxs = []int32{
 	6,  // 0: sandboxd.v1.SandboxConfig.share:type_name -> sandboxd.v1.NamespaceKinds
-	65, // 1: sandboxd.v1.SandboxConfig.sysctls:type_name -> sandboxd.v1.SandboxConfig.SysctlsEntry
-	66, // 2: sandboxd.v1.SandboxConfig.labels:type_name -> sandboxd.v1.SandboxConfig.LabelsEntry
-	67, // 3: sandboxd.v1.SandboxConfig.annotations:type_name -> sandboxd.v1.SandboxConfig.AnnotationsEntry
+	66, // 1: sandboxd.v1.SandboxConfig.sysctls:type_name -> sandboxd.v1.SandboxConfig.SysctlsEntry
+	67, // 2: sandboxd.v1.SandboxConfig.labels:type_name -> sandboxd.v1.SandboxConfig.LabelsEntry
+	68, // 3: sandboxd.v1.SandboxConfig.annotations:type_name -> sandboxd.v1.SandboxConfig.AnnotationsEntry
 	1,  // 4: sandboxd.v1.SandboxConfig.net:type_name -> sandboxd.v1.NetworkConfig
 	9,  // 5: sandboxd.v1.SandboxConfig.hooks:type_name -> sandboxd.v1.Hook
 	2,  // 6: sandboxd.v1.NetworkConfig.attach:type_name -> sandboxd.v1.NetworkName
@@ -4830,103 +4938,106 @@ var file_sandboxd_proto_depIdxs = []int32{
 	5,  // 9: sandboxd.v1.NetworkConfig.hosts:type_name -> sandboxd.v1.Host
 	11, // 10: sandboxd.v1.MemberConfig.volumes:type_name -> sandboxd.v1.Volume
 	12, // 11: sandboxd.v1.MemberConfig.tmpfs:type_name -> sandboxd.v1.Tmpfs
-	68, // 12: sandboxd.v1.MemberConfig.namespaces:type_name -> sandboxd.v1.MemberConfig.NamespacesEntry
-	69, // 13: sandboxd.v1.MemberConfig.labels:type_name -> sandboxd.v1.MemberConfig.LabelsEntry
+	69, // 12: sandboxd.v1.MemberConfig.namespaces:type_name -> sandboxd.v1.MemberConfig.NamespacesEntry
+	70, // 13: sandboxd.v1.MemberConfig.labels:type_name -> sandboxd.v1.MemberConfig.LabelsEntry
 	8,  // 14: sandboxd.v1.MemberConfig.collect:type_name -> sandboxd.v1.Collect
-	76, // 15: sandboxd.v1.MemberConfig.custody_ttl:type_name -> google.protobuf.Duration
+	78, // 15: sandboxd.v1.MemberConfig.custody_ttl:type_name -> google.protobuf.Duration
 	9,  // 16: sandboxd.v1.MemberConfig.hooks:type_name -> sandboxd.v1.Hook
-	76, // 17: sandboxd.v1.Hook.timeout:type_name -> google.protobuf.Duration
-	77, // 18: sandboxd.v1.HookRun.started_at:type_name -> google.protobuf.Timestamp
-	76, // 19: sandboxd.v1.HookRun.duration:type_name -> google.protobuf.Duration
-	77, // 20: sandboxd.v1.SandboxInfo.created_at:type_name -> google.protobuf.Timestamp
-	70, // 21: sandboxd.v1.SandboxInfo.namespaces:type_name -> sandboxd.v1.SandboxInfo.NamespacesEntry
-	71, // 22: sandboxd.v1.SandboxInfo.labels:type_name -> sandboxd.v1.SandboxInfo.LabelsEntry
-	72, // 23: sandboxd.v1.SandboxInfo.annotations:type_name -> sandboxd.v1.SandboxInfo.AnnotationsEntry
-	18, // 24: sandboxd.v1.SandboxInfo.members:type_name -> sandboxd.v1.MemberInfo
+	78, // 17: sandboxd.v1.Hook.timeout:type_name -> google.protobuf.Duration
+	79, // 18: sandboxd.v1.HookRun.started_at:type_name -> google.protobuf.Timestamp
+	78, // 19: sandboxd.v1.HookRun.duration:type_name -> google.protobuf.Duration
+	79, // 20: sandboxd.v1.SandboxInfo.created_at:type_name -> google.protobuf.Timestamp
+	71, // 21: sandboxd.v1.SandboxInfo.namespaces:type_name -> sandboxd.v1.SandboxInfo.NamespacesEntry
+	72, // 22: sandboxd.v1.SandboxInfo.labels:type_name -> sandboxd.v1.SandboxInfo.LabelsEntry
+	73, // 23: sandboxd.v1.SandboxInfo.annotations:type_name -> sandboxd.v1.SandboxInfo.AnnotationsEntry
+	19, // 24: sandboxd.v1.SandboxInfo.members:type_name -> sandboxd.v1.MemberInfo
 	10, // 25: sandboxd.v1.SandboxInfo.hooks:type_name -> sandboxd.v1.HookRun
-	14, // 26: sandboxd.v1.SandboxInfo.networks:type_name -> sandboxd.v1.NetworkInfo
-	16, // 27: sandboxd.v1.SandboxInfo.tombstone:type_name -> sandboxd.v1.Tombstone
-	15, // 28: sandboxd.v1.NetworkInfo.routes:type_name -> sandboxd.v1.Route
-	4,  // 29: sandboxd.v1.NetworkInfo.dns:type_name -> sandboxd.v1.DNS
-	3,  // 30: sandboxd.v1.NetworkInfo.ports:type_name -> sandboxd.v1.Port
-	77, // 31: sandboxd.v1.Tombstone.since:type_name -> google.protobuf.Timestamp
-	77, // 32: sandboxd.v1.Tombstone.next_try:type_name -> google.protobuf.Timestamp
-	77, // 33: sandboxd.v1.MemberInfo.created_at:type_name -> google.protobuf.Timestamp
-	77, // 34: sandboxd.v1.MemberInfo.started_at:type_name -> google.protobuf.Timestamp
-	73, // 35: sandboxd.v1.MemberInfo.namespaces:type_name -> sandboxd.v1.MemberInfo.NamespacesEntry
-	21, // 36: sandboxd.v1.MemberInfo.custody:type_name -> sandboxd.v1.CustodyInfo
-	74, // 37: sandboxd.v1.MemberInfo.labels:type_name -> sandboxd.v1.MemberInfo.LabelsEntry
-	23, // 38: sandboxd.v1.MemberInfo.exit:type_name -> sandboxd.v1.ExitRecord
-	10, // 39: sandboxd.v1.MemberInfo.hooks:type_name -> sandboxd.v1.HookRun
-	19, // 40: sandboxd.v1.MemberInfo.limits:type_name -> sandboxd.v1.Limits
-	20, // 41: sandboxd.v1.MemberInfo.mounts:type_name -> sandboxd.v1.MountInfo
-	77, // 42: sandboxd.v1.CustodyInfo.since:type_name -> google.protobuf.Timestamp
-	77, // 43: sandboxd.v1.CustodyInfo.until:type_name -> google.protobuf.Timestamp
-	22, // 44: sandboxd.v1.CustodyInfo.released:type_name -> sandboxd.v1.CustodyRelease
-	77, // 45: sandboxd.v1.CustodyRelease.at:type_name -> google.protobuf.Timestamp
-	77, // 46: sandboxd.v1.ExitRecord.finished_at:type_name -> google.protobuf.Timestamp
-	24, // 47: sandboxd.v1.ExitRecord.rusage:type_name -> sandboxd.v1.Rusage
-	0,  // 48: sandboxd.v1.CreateSandboxRequest.config:type_name -> sandboxd.v1.SandboxConfig
-	13, // 49: sandboxd.v1.CreateSandboxResponse.sandbox:type_name -> sandboxd.v1.SandboxInfo
-	76, // 50: sandboxd.v1.StopSandboxRequest.timeout:type_name -> google.protobuf.Duration
-	13, // 51: sandboxd.v1.ListSandboxesResponse.sandboxes:type_name -> sandboxd.v1.SandboxInfo
-	13, // 52: sandboxd.v1.GetSandboxResponse.sandbox:type_name -> sandboxd.v1.SandboxInfo
-	7,  // 53: sandboxd.v1.AddMemberRequest.config:type_name -> sandboxd.v1.MemberConfig
-	18, // 54: sandboxd.v1.AddMemberResponse.member:type_name -> sandboxd.v1.MemberInfo
-	18, // 55: sandboxd.v1.StartMemberResponse.member:type_name -> sandboxd.v1.MemberInfo
-	76, // 56: sandboxd.v1.StopMemberRequest.timeout:type_name -> google.protobuf.Duration
-	23, // 57: sandboxd.v1.WaitMemberResponse.exit:type_name -> sandboxd.v1.ExitRecord
-	18, // 58: sandboxd.v1.GetMemberResponse.member:type_name -> sandboxd.v1.MemberInfo
-	77, // 59: sandboxd.v1.ReadEventsRequest.since:type_name -> google.protobuf.Timestamp
-	58, // 60: sandboxd.v1.ReadEventsResponse.event:type_name -> sandboxd.v1.Event
-	77, // 61: sandboxd.v1.Event.time:type_name -> google.protobuf.Timestamp
-	23, // 62: sandboxd.v1.Event.exit:type_name -> sandboxd.v1.ExitRecord
-	75, // 63: sandboxd.v1.Event.attrs:type_name -> sandboxd.v1.Event.AttrsEntry
-	64, // 64: sandboxd.v1.CollectGarbageResponse.findings:type_name -> sandboxd.v1.GarbageFinding
-	77, // 65: sandboxd.v1.GarbageFinding.since:type_name -> google.protobuf.Timestamp
-	17, // 66: sandboxd.v1.SandboxInfo.NamespacesEntry.value:type_name -> sandboxd.v1.NamespaceInfo
-	17, // 67: sandboxd.v1.MemberInfo.NamespacesEntry.value:type_name -> sandboxd.v1.NamespaceInfo
-	26, // 68: sandboxd.v1.Sandboxd.CreateSandbox:input_type -> sandboxd.v1.CreateSandboxRequest
-	28, // 69: sandboxd.v1.Sandboxd.StopSandbox:input_type -> sandboxd.v1.StopSandboxRequest
-	30, // 70: sandboxd.v1.Sandboxd.RemoveSandbox:input_type -> sandboxd.v1.RemoveSandboxRequest
-	32, // 71: sandboxd.v1.Sandboxd.ListSandboxes:input_type -> sandboxd.v1.ListSandboxesRequest
-	34, // 72: sandboxd.v1.Sandboxd.GetSandbox:input_type -> sandboxd.v1.GetSandboxRequest
-	36, // 73: sandboxd.v1.Sandboxd.CheckNetwork:input_type -> sandboxd.v1.CheckNetworkRequest
-	38, // 74: sandboxd.v1.Sandboxd.AddMember:input_type -> sandboxd.v1.AddMemberRequest
-	40, // 75: sandboxd.v1.Sandboxd.StartMember:input_type -> sandboxd.v1.StartMemberRequest
-	42, // 76: sandboxd.v1.Sandboxd.StopMember:input_type -> sandboxd.v1.StopMemberRequest
-	44, // 77: sandboxd.v1.Sandboxd.KillMember:input_type -> sandboxd.v1.KillMemberRequest
-	46, // 78: sandboxd.v1.Sandboxd.RemoveMember:input_type -> sandboxd.v1.RemoveMemberRequest
-	48, // 79: sandboxd.v1.Sandboxd.WaitMember:input_type -> sandboxd.v1.WaitMemberRequest
-	50, // 80: sandboxd.v1.Sandboxd.ReopenMemberLog:input_type -> sandboxd.v1.ReopenMemberLogRequest
-	52, // 81: sandboxd.v1.Sandboxd.GetMember:input_type -> sandboxd.v1.GetMemberRequest
-	54, // 82: sandboxd.v1.Sandboxd.ExecMember:input_type -> sandboxd.v1.ExecMemberRequest
-	56, // 83: sandboxd.v1.Sandboxd.ReadEvents:input_type -> sandboxd.v1.ReadEventsRequest
-	60, // 84: sandboxd.v1.Sandboxd.CollectGarbage:input_type -> sandboxd.v1.CollectGarbageRequest
-	61, // 85: sandboxd.v1.Sandboxd.ForgetNetwork:input_type -> sandboxd.v1.ForgetNetworkRequest
-	27, // 86: sandboxd.v1.Sandboxd.CreateSandbox:output_type -> sandboxd.v1.CreateSandboxResponse
-	29, // 87: sandboxd.v1.Sandboxd.StopSandbox:output_type -> sandboxd.v1.StopSandboxResponse
-	31, // 88: sandboxd.v1.Sandboxd.RemoveSandbox:output_type -> sandboxd.v1.RemoveSandboxResponse
-	33, // 89: sandboxd.v1.Sandboxd.ListSandboxes:output_type -> sandboxd.v1.ListSandboxesResponse
-	35, // 90: sandboxd.v1.Sandboxd.GetSandbox:output_type -> sandboxd.v1.GetSandboxResponse
-	37, // 91: sandboxd.v1.Sandboxd.CheckNetwork:output_type -> sandboxd.v1.CheckNetworkResponse
-	39, // 92: sandboxd.v1.Sandboxd.AddMember:output_type -> sandboxd.v1.AddMemberResponse
-	41, // 93: sandboxd.v1.Sandboxd.StartMember:output_type -> sandboxd.v1.StartMemberResponse
-	43, // 94: sandboxd.v1.Sandboxd.StopMember:output_type -> sandboxd.v1.StopMemberResponse
-	45, // 95: sandboxd.v1.Sandboxd.KillMember:output_type -> sandboxd.v1.KillMemberResponse
-	47, // 96: sandboxd.v1.Sandboxd.RemoveMember:output_type -> sandboxd.v1.RemoveMemberResponse
-	49, // 97: sandboxd.v1.Sandboxd.WaitMember:output_type -> sandboxd.v1.WaitMemberResponse
-	51, // 98: sandboxd.v1.Sandboxd.ReopenMemberLog:output_type -> sandboxd.v1.ReopenMemberLogResponse
-	53, // 99: sandboxd.v1.Sandboxd.GetMember:output_type -> sandboxd.v1.GetMemberResponse
-	55, // 100: sandboxd.v1.Sandboxd.ExecMember:output_type -> sandboxd.v1.ExecMemberResponse
-	57, // 101: sandboxd.v1.Sandboxd.ReadEvents:output_type -> sandboxd.v1.ReadEventsResponse
-	63, // 102: sandboxd.v1.Sandboxd.CollectGarbage:output_type -> sandboxd.v1.CollectGarbageResponse
-	62, // 103: sandboxd.v1.Sandboxd.ForgetNetwork:output_type -> sandboxd.v1.ForgetNetworkResponse
-	86, // [86:104] is the sub-list for method output_type
-	68, // [68:86] is the sub-list for method input_type
-	68, // [68:68] is the sub-list for extension type_name
-	68, // [68:68] is the sub-list for extension extendee
-	0,  // [0:68] is the sub-list for field type_name
+	15, // 26: sandboxd.v1.SandboxInfo.networks:type_name -> sandboxd.v1.NetworkInfo
+	17, // 27: sandboxd.v1.SandboxInfo.tombstone:type_name -> sandboxd.v1.Tombstone
+	1,  // 28: sandboxd.v1.SandboxInfo.network_requested:type_name -> sandboxd.v1.NetworkConfig
+	74, // 29: sandboxd.v1.SandboxInfo.sysctls:type_name -> sandboxd.v1.SandboxInfo.SysctlsEntry
+	14, // 30: sandboxd.v1.SandboxInfo.ids:type_name -> sandboxd.v1.IDRange
+	16, // 31: sandboxd.v1.NetworkInfo.routes:type_name -> sandboxd.v1.Route
+	4,  // 32: sandboxd.v1.NetworkInfo.dns:type_name -> sandboxd.v1.DNS
+	3,  // 33: sandboxd.v1.NetworkInfo.ports:type_name -> sandboxd.v1.Port
+	79, // 34: sandboxd.v1.Tombstone.since:type_name -> google.protobuf.Timestamp
+	79, // 35: sandboxd.v1.Tombstone.next_try:type_name -> google.protobuf.Timestamp
+	79, // 36: sandboxd.v1.MemberInfo.created_at:type_name -> google.protobuf.Timestamp
+	79, // 37: sandboxd.v1.MemberInfo.started_at:type_name -> google.protobuf.Timestamp
+	75, // 38: sandboxd.v1.MemberInfo.namespaces:type_name -> sandboxd.v1.MemberInfo.NamespacesEntry
+	22, // 39: sandboxd.v1.MemberInfo.custody:type_name -> sandboxd.v1.CustodyInfo
+	76, // 40: sandboxd.v1.MemberInfo.labels:type_name -> sandboxd.v1.MemberInfo.LabelsEntry
+	24, // 41: sandboxd.v1.MemberInfo.exit:type_name -> sandboxd.v1.ExitRecord
+	10, // 42: sandboxd.v1.MemberInfo.hooks:type_name -> sandboxd.v1.HookRun
+	20, // 43: sandboxd.v1.MemberInfo.limits:type_name -> sandboxd.v1.Limits
+	21, // 44: sandboxd.v1.MemberInfo.mounts:type_name -> sandboxd.v1.MountInfo
+	79, // 45: sandboxd.v1.CustodyInfo.since:type_name -> google.protobuf.Timestamp
+	79, // 46: sandboxd.v1.CustodyInfo.until:type_name -> google.protobuf.Timestamp
+	23, // 47: sandboxd.v1.CustodyInfo.released:type_name -> sandboxd.v1.CustodyRelease
+	79, // 48: sandboxd.v1.CustodyRelease.at:type_name -> google.protobuf.Timestamp
+	79, // 49: sandboxd.v1.ExitRecord.finished_at:type_name -> google.protobuf.Timestamp
+	25, // 50: sandboxd.v1.ExitRecord.rusage:type_name -> sandboxd.v1.Rusage
+	0,  // 51: sandboxd.v1.CreateSandboxRequest.config:type_name -> sandboxd.v1.SandboxConfig
+	13, // 52: sandboxd.v1.CreateSandboxResponse.sandbox:type_name -> sandboxd.v1.SandboxInfo
+	78, // 53: sandboxd.v1.StopSandboxRequest.timeout:type_name -> google.protobuf.Duration
+	13, // 54: sandboxd.v1.ListSandboxesResponse.sandboxes:type_name -> sandboxd.v1.SandboxInfo
+	13, // 55: sandboxd.v1.GetSandboxResponse.sandbox:type_name -> sandboxd.v1.SandboxInfo
+	7,  // 56: sandboxd.v1.AddMemberRequest.config:type_name -> sandboxd.v1.MemberConfig
+	19, // 57: sandboxd.v1.AddMemberResponse.member:type_name -> sandboxd.v1.MemberInfo
+	19, // 58: sandboxd.v1.StartMemberResponse.member:type_name -> sandboxd.v1.MemberInfo
+	78, // 59: sandboxd.v1.StopMemberRequest.timeout:type_name -> google.protobuf.Duration
+	24, // 60: sandboxd.v1.WaitMemberResponse.exit:type_name -> sandboxd.v1.ExitRecord
+	19, // 61: sandboxd.v1.GetMemberResponse.member:type_name -> sandboxd.v1.MemberInfo
+	79, // 62: sandboxd.v1.ReadEventsRequest.since:type_name -> google.protobuf.Timestamp
+	59, // 63: sandboxd.v1.ReadEventsResponse.event:type_name -> sandboxd.v1.Event
+	79, // 64: sandboxd.v1.Event.time:type_name -> google.protobuf.Timestamp
+	24, // 65: sandboxd.v1.Event.exit:type_name -> sandboxd.v1.ExitRecord
+	77, // 66: sandboxd.v1.Event.attrs:type_name -> sandboxd.v1.Event.AttrsEntry
+	65, // 67: sandboxd.v1.CollectGarbageResponse.findings:type_name -> sandboxd.v1.GarbageFinding
+	79, // 68: sandboxd.v1.GarbageFinding.since:type_name -> google.protobuf.Timestamp
+	18, // 69: sandboxd.v1.SandboxInfo.NamespacesEntry.value:type_name -> sandboxd.v1.NamespaceInfo
+	18, // 70: sandboxd.v1.MemberInfo.NamespacesEntry.value:type_name -> sandboxd.v1.NamespaceInfo
+	27, // 71: sandboxd.v1.Sandboxd.CreateSandbox:input_type -> sandboxd.v1.CreateSandboxRequest
+	29, // 72: sandboxd.v1.Sandboxd.StopSandbox:input_type -> sandboxd.v1.StopSandboxRequest
+	31, // 73: sandboxd.v1.Sandboxd.RemoveSandbox:input_type -> sandboxd.v1.RemoveSandboxRequest
+	33, // 74: sandboxd.v1.Sandboxd.ListSandboxes:input_type -> sandboxd.v1.ListSandboxesRequest
+	35, // 75: sandboxd.v1.Sandboxd.GetSandbox:input_type -> sandboxd.v1.GetSandboxRequest
+	37, // 76: sandboxd.v1.Sandboxd.CheckNetwork:input_type -> sandboxd.v1.CheckNetworkRequest
+	39, // 77: sandboxd.v1.Sandboxd.AddMember:input_type -> sandboxd.v1.AddMemberRequest
+	41, // 78: sandboxd.v1.Sandboxd.StartMember:input_type -> sandboxd.v1.StartMemberRequest
+	43, // 79: sandboxd.v1.Sandboxd.StopMember:input_type -> sandboxd.v1.StopMemberRequest
+	45, // 80: sandboxd.v1.Sandboxd.KillMember:input_type -> sandboxd.v1.KillMemberRequest
+	47, // 81: sandboxd.v1.Sandboxd.RemoveMember:input_type -> sandboxd.v1.RemoveMemberRequest
+	49, // 82: sandboxd.v1.Sandboxd.WaitMember:input_type -> sandboxd.v1.WaitMemberRequest
+	51, // 83: sandboxd.v1.Sandboxd.ReopenMemberLog:input_type -> sandboxd.v1.ReopenMemberLogRequest
+	53, // 84: sandboxd.v1.Sandboxd.GetMember:input_type -> sandboxd.v1.GetMemberRequest
+	55, // 85: sandboxd.v1.Sandboxd.ExecMember:input_type -> sandboxd.v1.ExecMemberRequest
+	57, // 86: sandboxd.v1.Sandboxd.ReadEvents:input_type -> sandboxd.v1.ReadEventsRequest
+	61, // 87: sandboxd.v1.Sandboxd.CollectGarbage:input_type -> sandboxd.v1.CollectGarbageRequest
+	62, // 88: sandboxd.v1.Sandboxd.ForgetNetwork:input_type -> sandboxd.v1.ForgetNetworkRequest
+	28, // 89: sandboxd.v1.Sandboxd.CreateSandbox:output_type -> sandboxd.v1.CreateSandboxResponse
+	30, // 90: sandboxd.v1.Sandboxd.StopSandbox:output_type -> sandboxd.v1.StopSandboxResponse
+	32, // 91: sandboxd.v1.Sandboxd.RemoveSandbox:output_type -> sandboxd.v1.RemoveSandboxResponse
+	34, // 92: sandboxd.v1.Sandboxd.ListSandboxes:output_type -> sandboxd.v1.ListSandboxesResponse
+	36, // 93: sandboxd.v1.Sandboxd.GetSandbox:output_type -> sandboxd.v1.GetSandboxResponse
+	38, // 94: sandboxd.v1.Sandboxd.CheckNetwork:output_type -> sandboxd.v1.CheckNetworkResponse
+	40, // 95: sandboxd.v1.Sandboxd.AddMember:output_type -> sandboxd.v1.AddMemberResponse
+	42, // 96: sandboxd.v1.Sandboxd.StartMember:output_type -> sandboxd.v1.StartMemberResponse
+	44, // 97: sandboxd.v1.Sandboxd.StopMember:output_type -> sandboxd.v1.StopMemberResponse
+	46, // 98: sandboxd.v1.Sandboxd.KillMember:output_type -> sandboxd.v1.KillMemberResponse
+	48, // 99: sandboxd.v1.Sandboxd.RemoveMember:output_type -> sandboxd.v1.RemoveMemberResponse
+	50, // 100: sandboxd.v1.Sandboxd.WaitMember:output_type -> sandboxd.v1.WaitMemberResponse
+	52, // 101: sandboxd.v1.Sandboxd.ReopenMemberLog:output_type -> sandboxd.v1.ReopenMemberLogResponse
+	54, // 102: sandboxd.v1.Sandboxd.GetMember:output_type -> sandboxd.v1.GetMemberResponse
+	56, // 103: sandboxd.v1.Sandboxd.ExecMember:output_type -> sandboxd.v1.ExecMemberResponse
+	58, // 104: sandboxd.v1.Sandboxd.ReadEvents:output_type -> sandboxd.v1.ReadEventsResponse
+	64, // 105: sandboxd.v1.Sandboxd.CollectGarbage:output_type -> sandboxd.v1.CollectGarbageResponse
+	63, // 106: sandboxd.v1.Sandboxd.ForgetNetwork:output_type -> sandboxd.v1.ForgetNetworkResponse
+	89, // [89:107] is the sub-list for method output_type
+	71, // [71:89] is the sub-list for method input_type
+	71, // [71:71] is the sub-list for extension type_name
+	71, // [71:71] is the sub-list for extension extendee
+	0,  // [0:71] is the sub-list for field type_name
 }
 
 func init() { file_sandboxd_proto_init() }
@@ -4934,14 +5045,14 @@ func file_sandboxd_proto_init() {
 	if File_sandboxd_proto != nil {
 		return
 	}
-	file_sandboxd_proto_msgTypes[56].OneofWrappers = []any{}
+	file_sandboxd_proto_msgTypes[57].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_sandboxd_proto_rawDesc), len(file_sandboxd_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   76,
+			NumMessages:   78,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
