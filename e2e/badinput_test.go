@@ -520,7 +520,7 @@ func TestBadInput(t *testing.T) {
 
 		// Copies.
 		{"cp within the host", []string{"cp", "/etc/passwd", "/tmp/x"}, 0, []string{"SANDBOX/MEMBER:PATH"}},
-		{"cp from member to member", []string{"cp", "web/up:/etc", "web/dead:/"}, 0, []string{"SANDBOX/MEMBER:PATH"}},
+		{"cp from member to member", []string{"cp", "web/up:/etc", "web/dead:/"}, 0, []string{"both in members"}},
 		{"cp of a missing file", []string{"cp", "web/up:/nosuch", t.TempDir()}, 0, []string{"sandboxd: web/up: open /nosuch: no such file"}},
 		{"cp of no file", []string{"cp", "web/up:", t.TempDir()}, 0, []string{"empty"}},
 		{"cp of a missing file of the host", []string{"cp", "/no/such", "web/up:/tmp"}, 0, []string{"sandboxd: open /no/such: no such file"}},

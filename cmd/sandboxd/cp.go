@@ -40,7 +40,7 @@ Links in the member lead nowhere outside of it. Works without the daemon.`,
 		fromRef, from, out := splitCopy(args[0])
 		toRef, to, in := splitCopy(args[1])
 		if in && out {
-			return usageError(cmd, "%q and %q are both in members: copy by way of the host, or cp %s - | cp - %s", args[0], args[1], args[0], args[1])
+			return usageError(cmd, "%q and %q are both in members: copy by way of the host, or sandboxd cp %s - | sandboxd cp - %s", args[0], args[1], args[0], args[1])
 		}
 		if !in && !out {
 			return usageError(cmd, "one of %q and %q must be SANDBOX/MEMBER:PATH", args[0], args[1])
