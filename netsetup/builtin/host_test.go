@@ -471,6 +471,24 @@ func TestQueues(t *testing.T) {
 	inside(t, ns, func() error { return check("eth0") })
 }
 
+// TestPortHasNoAddress: the host's end of a pair is a port, and nothing of the host answers there.
+func TestPortHasNoAddress(t *testing.T) {
+	testenv.Root(t)
+	d := newDriver(t)
+	attach(t, d, idA, &network.Request{})
+	inside(t, nil, func() error {
+		link, err := netlink.LinkByName(hostName(idA))
+		if err != nil {
+			return err
+		}
+		addrs, err := netlink.AddrList(link, netlink.FAMILY_ALL)
+		if err == nil && len(addrs) > 0 {
+			err = fmt.Errorf("%s has %v", hostName(idA), addrs)
+		}
+		return err
+	})
+}
+
 func TestVerify(t *testing.T) {
 	testenv.Root(t)
 	d := newDriver(t)

@@ -19,8 +19,12 @@ const (
 	brportMode     = 4 // IFLA_BRPORT_MODE, linux/if_link.h: hairpin
 	brportLearning = 8 // IFLA_BRPORT_LEARNING
 	infoSlaveKind  = 4 // IFLA_INFO_SLAVE_KIND
-	infoSlaveData  = 5 // IFLA_INFO_SLAVE_DATA
-	upFlag         = unix.IFF_UP
+
+	inet6AddrGenMode = 8 // IFLA_INET6_ADDR_GEN_MODE
+	addrGenModeNone  = 1 // IN6_ADDR_GEN_MODE_NONE
+
+	infoSlaveData = 5 // IFLA_INFO_SLAVE_DATA
+	upFlag        = unix.IFF_UP
 )
 
 // connect makes a veth pair with one end in ns as eth0 and the other one in the
@@ -146,7 +150,7 @@ func (d *Driver) newPort(id string, p *plan) []request {
 	r.AddData(nl.NewRtAttr(unix.IFLA_IFALIAS, []byte(alias(d.opts.Mark, id))))
 	r.AddData(nl.NewRtAttr(unix.IFLA_MASTER, nl.Uint32Attr(uint32(d.bridge))))
 	r.AddData(nl.NewRtAttr(unix.IFLA_GROUP, nl.Uint32Attr(portGroup(d.opts.Mark))))
-	reqs := []request{r}
+	reqs := []request{withoutAddress(id), r}
 	if len(p.Ports) > 0 {
 		reqs = append(reqs, setPort("set hairpin mode", id, brportMode, 1))
 	}
@@ -154,6 +158,19 @@ func (d *Driver) newPort(id string, p *plan) []request {
 		reqs = append(reqs, setPort("switch learning off", id, brportLearning, 0))
 	}
 	return reqs
+}
+
+// withoutAddress keeps a port from giving itself a link-local IPv6 address once it is
+// up: a port needs none, and each is looked up, announced and put into the host's
+// routing table, with the lock of all networks held. A host without IPv6 has none to give.
+func withoutAddress(id string) request {
+	r := newRequest("keep IPv6 addresses from link", unix.RTM_NEWLINK, 0, unix.EAFNOSUPPORT)
+	r.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
+	r.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(hostName(id))))
+	families := nl.NewRtAttr(unix.IFLA_AF_SPEC|unix.NLA_F_NESTED, nil)
+	families.AddRtAttr(unix.AF_INET6|unix.NLA_F_NESTED, nil).AddRtAttr(inet6AddrGenMode, nl.Uint8Attr(addrGenModeNone))
+	r.AddData(families)
+	return r
 }
 
 // setPort asks for an attribute of a port to be set. The kernel takes those only
