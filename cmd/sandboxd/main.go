@@ -108,13 +108,12 @@ func asExit(code int) error {
 // failed is at the beginning and why at the end, so it is the middle that goes.
 func oneLine(s string) string {
 	const head, tail = 600, 300
-	s = strings.ReplaceAll(strings.TrimSpace(s), "\n", "; ") // what several errors are joined by
 	s = strings.Map(func(r rune) rune {
 		if !unicode.IsPrint(r) {
 			return ' '
 		}
 		return r
-	}, s)
+	}, strings.TrimSpace(s))
 	if len(s) <= head+tail {
 		return s
 	}

@@ -3,7 +3,6 @@ package main
 import (
 	"bytes"
 	"encoding/json"
-	"errors"
 	"strings"
 	"testing"
 
@@ -43,13 +42,5 @@ func TestCommandOfSeveralLines(t *testing.T) {
 	}
 	if got, want := command([]string{"a\nb"}, 3), `a\…`; got != want {
 		t.Errorf("%q, want %q", got, want)
-	}
-}
-
-// Several errors that are joined are told apart in one line.
-func TestOneLine(t *testing.T) {
-	err := errors.Join(errors.New("bridge sandboxd0 is down"), errors.New("the default route is lost"))
-	if got, want := oneLine(err.Error()+"\n"), "bridge sandboxd0 is down; the default route is lost"; got != want {
-		t.Errorf("oneLine = %q, want %q", got, want)
 	}
 }

@@ -55,7 +55,7 @@ func (d *Driver) Detach(_ context.Context, id string, raw json.RawMessage, _ *os
 	crash.Point("builtin detach nft after")
 	errs = append(errs, d.cutOff(id))
 	crash.Point("builtin detach link after")
-	if err := errors.Join(errs...); err != nil {
+	if err := once(errors.Join(errs...)); err != nil {
 		return err
 	}
 	if err := d.leases.release(id, time.Now()); err != nil {

@@ -599,6 +599,17 @@ func TestVerifyGateway(t *testing.T) {
 	if err := d.Verify(t.Context(), idA, raw, ns); err == nil || !strings.Contains(err.Error(), "bridge sbtest0 is down") {
 		t.Errorf("Verify = %v", err)
 	}
+	// Several findings are told apart in one line.
+	inside(t, ns, func() error {
+		eth0, err := netlink.LinkByName(ifName)
+		if err != nil {
+			return err
+		}
+		return netlink.LinkSetDown(eth0)
+	})
+	if err := d.Verify(t.Context(), idA, raw, ns); err == nil || err.Error() != "bridge sbtest0 is down; interface eth0 in the sandbox is down" {
+		t.Errorf("Verify = %v", err)
+	}
 	if err := netlink.LinkSetUp(bridge); err != nil { // without the IPv6 address
 		t.Fatal(err)
 	}

@@ -74,7 +74,8 @@ type onceError struct {
 func (e *onceError) Error() string { return e.text }
 func (e *onceError) Unwrap() error { return e.err }
 
-// once makes err say once what it says of each message of a transaction.
+// once makes err say in one line what it says in several, as of each message of a
+// transaction, and nothing twice.
 func once(err error) error {
 	if err == nil {
 		return nil

@@ -34,7 +34,7 @@ func (d *Driver) Verify(_ context.Context, id string, raw json.RawMessage, ns *o
 	if ns != nil {
 		errs = append(errs, d.verifyInside(l, ns))
 	}
-	return errors.Join(errs...)
+	return once(errors.Join(errs...))
 }
 
 // verifyHost looks at the bridge and at the host's end of the pair.

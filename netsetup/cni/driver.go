@@ -393,7 +393,10 @@ func (d *Driver) Verify(ctx context.Context, id string, plan json.RawMessage, ns
 			errs = append(errs, fmt.Errorf("network %s: %w", a.Network, err))
 		}
 	}
-	return errors.Join(errs...)
+	if len(errs) == 0 {
+		return nil
+	}
+	return joined(errs)
 }
 
 func (d *Driver) verify(ctx context.Context, id string, a attachment, ns *os.File) error {
