@@ -420,3 +420,44 @@ func TestStoryLogsWithStoppedDaemon(t *testing.T) {
 		t.Errorf("%d lines are logged", n)
 	}
 }
+
+// Files of the caller that are not pipes stay the caller's: a process in the member that
+// had one as a descriptor could open it anew, and write to what was opened to be read.
+func TestStoryCallersFiles(t *testing.T) {
+	s := newStory(t)
+	s.startMember("m", "sleep 1000")
+	dir := t.TempDir()
+	for _, args := range [][]string{{"exec", "-i", "web/m", "--"}, {"join", "-i", "web/m", "--"}} {
+		in, out := filepath.Join(dir, args[0]+".in"), filepath.Join(dir, args[0]+".out")
+		for _, name := range []string{in, out} {
+			if err := os.WriteFile(name, []byte("before\n"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		cmd := s.command(append(args, "sh", "-c", "cat; echo after; for n in 0 1 2; do echo mine >/proc/self/fd/$n; done; ls -l /proc/self/fd/ >&2; exit 3")...)
+		var err error
+		if cmd.Stdin, err = os.Open(in); err != nil {
+			t.Fatal(err)
+		}
+		o, err := os.OpenFile(out, os.O_WRONLY|os.O_APPEND, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var stderr bytes.Buffer
+		cmd.Stdout, cmd.Stderr = o, &stderr
+		cmd.Run()
+		o.Close()
+		if code := cmd.ProcessState.ExitCode(); code != 3 {
+			t.Errorf("%v: exit code %d, %s", args, code, &stderr)
+		}
+		if b, _ := os.ReadFile(in); string(b) != "before\n" {
+			t.Errorf("%v: what it read from is %q now", args, b)
+		}
+		if b, _ := os.ReadFile(out); !strings.HasPrefix(string(b), "before\nbefore\nafter\n") {
+			t.Errorf("%v: what it wrote to is %q now", args, b)
+		}
+		if strings.Contains(stderr.String(), dir) {
+			t.Errorf("%v: it had a file of the caller's: %s", args, &stderr)
+		}
+	}
+}

@@ -4,11 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/spf13/cobra"
@@ -641,9 +643,21 @@ func (a *app) runJoined(ctx context.Context, j *joiner, o *processFlags, args []
 	}
 	signals, stop := forward()
 	defer stop()
-	c := &member.Command{Program: prog, Dir: a.stateDir(), Argv: j.argv(), Stdout: a.out, Stderr: a.err, TTY: o.tty, Signals: signals}
+	stdin, stdout, stderr := a.in, a.out, a.err
+	if !j.onHost() && !o.tty {
+		if !canLend(stdin) {
+			stdin = struct{ io.Reader }{stdin}
+		}
+		if !canLend(stdout) {
+			stdout = struct{ io.Writer }{stdout}
+		}
+		if !canLend(stderr) {
+			stderr = struct{ io.Writer }{stderr}
+		}
+	}
+	c := &member.Command{Program: prog, Dir: a.stateDir(), Argv: j.argv(), Stdout: stdout, Stderr: stderr, TTY: o.tty, Signals: signals}
 	if o.stdin {
-		c.Stdin = a.in
+		c.Stdin = stdin
 		if o.tty {
 			t, err := openTerminal(a.in)
 			if err != nil {
@@ -658,6 +672,31 @@ func (a *app) runJoined(ctx context.Context, j *joiner, o *processFlags, args []
 		return &failure{code, err}
 	}
 	return asExit(code)
+}
+
+// onHost reports whether the process has the host's root, and so is the user's own.
+func (j *joiner) onHost() bool {
+	return j.spec.Root == nil && j.spec.RootDir == "" && j.spec.Namespaces[namespace.Mnt] == nil
+}
+
+// canLend reports whether f may be a descriptor of a process in a member, and so of every
+// process there that has the same user: whoever has a descriptor of a file can open the
+// file anew, for more than it was opened for (proc_pid_fd(5)); of a terminal too. What
+// cannot be lent is copied.
+func canLend(f any) bool {
+	file, ok := f.(*os.File)
+	if !ok {
+		return true // it is copied anyway
+	}
+	fi, err := file.Stat()
+	if err != nil {
+		return false
+	}
+	if fi.Mode()&(os.ModeNamedPipe|os.ModeSocket) != 0 {
+		return true
+	}
+	st, ok := fi.Sys().(*syscall.Stat_t)
+	return ok && fi.Mode()&os.ModeCharDevice != 0 && uint64(st.Rdev) == unix.Mkdev(1, 3) // /dev/null
 }
 
 // argv is the launcher's, with the mark that everything of a sandbox bears.
