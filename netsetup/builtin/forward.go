@@ -116,6 +116,22 @@ func (d *Driver) claim() error {
 	return nil
 }
 
+// warnOff logs devices that somebody who makes a router of the host has taken out: that is
+// for him to decide.
+func (d *Driver) warnOff() error {
+	router, err := setForAll("net/ipv4/")
+	if err != nil || !router {
+		return err
+	}
+	devs, err := d.uplinks(netlink.FAMILY_V4)
+	for _, dev := range devs {
+		if v, err := readSysctl("net/ipv4/conf/" + dev + "/forwarding"); err == nil && v == "0" {
+			d.log.Warn("Sandboxes get no answers by a device whose forwarding is off while ip_forward is set", "device", dev)
+		}
+	}
+	return err
+}
+
 func (r hostRecord) has(name string) bool {
 	return slices.ContainsFunc(r.Sysctls, func(s sysctl) bool { return s.Name == name })
 }

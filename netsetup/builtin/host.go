@@ -57,7 +57,7 @@ func (d *Driver) prepareLocked() error {
 	if err := d.makeTable(); err != nil {
 		return err
 	}
-	if err := d.claim(); err != nil {
+	if err := errors.Join(d.claim(), d.warnOff()); err != nil {
 		return err
 	}
 	crash.Point("builtin prepare claimed")
