@@ -226,8 +226,9 @@ func (m *Manager) Add(ctx context.Context, sandboxRef string, c MemberConfig) (M
 	return m.memberInfo(b, mb), nil
 }
 
-// Run is Add and Start in one. If the start fails, the member is removed again:
-// its command has not run, and whoever asked for it wants its name back.
+// Run is Add and Start in one. If the start fails, the member is removed again, since
+// whoever asked for it wants its name back; but not if its command has run all the same,
+// as with a poststart hook that failed: then there is something to look at.
 func (m *Manager) Run(ctx context.Context, sandboxRef string, c MemberConfig) (MemberInfo, error) {
 	b, mb, err := m.addMember(ctx, sandboxRef, c, MemberRunning)
 	if err != nil {
@@ -243,13 +244,16 @@ func (m *Manager) Run(ctx context.Context, sandboxRef string, c MemberConfig) (M
 		defer m.operation("start", &err)()
 		return m.startMember(ctx, b, mb)
 	}()
-	if err != nil {
+	if err == nil {
+		return m.memberInfo(b, mb), nil
+	}
+	r := mb.rec.Load()
+	if ran := (r.State == MemberRunning || r.State.over()) && r.StartError == ""; !ran {
 		if rerr := m.removeMember(context.WithoutCancel(ctx), b, mb, ref); rerr != nil {
 			err = errors.Join(err, rerr)
 		}
-		return MemberInfo{}, err
 	}
-	return m.memberInfo(b, mb), nil
+	return MemberInfo{}, err
 }
 
 // addMember is Add. The member that it returns has its op lock held, and is in

@@ -224,6 +224,26 @@ func TestHookEndsDaemons(t *testing.T) {
 	}
 }
 
+// One that is run is gone if a hook fails before its command has run, and is there if it has.
+func TestHookOfARunFails(t *testing.T) {
+	for stage, kept := range map[request.Stage]bool{request.Prestart: false, request.StartContainer: false, request.Poststart: true} {
+		n := newFakeNode()
+		m := open(t, t.TempDir(), n)
+		ctx := t.Context()
+		n.faults["hook "+string(stage)] = fails
+		must[Info](t)(m.Create(ctx, Config{Name: "web"}))
+		c := member("app")
+		c.Hooks = []request.Hook{{Stage: stage, Path: "/hook"}}
+		if _, err := m.Run(ctx, "web", c); err == nil {
+			t.Errorf("%s: it runs", stage)
+		}
+		i, err := m.InspectMember("web/app")
+		if kept && (err != nil || i.State != MemberExited.String()) || !kept && !errors.Is(err, ErrNotFound) {
+			t.Errorf("%s: %s, %v", stage, i.State, err)
+		}
+	}
+}
+
 // What it means that a hook of a stage fails.
 func TestHookFails(t *testing.T) {
 	for _, tt := range []struct {
