@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/sandboxd/sandboxd/api"
 	"github.com/sandboxd/sandboxd/member"
@@ -47,12 +49,14 @@ the member running.`,
 			}
 			return err
 		}
-		m, err := d.Add(cmd.Context(), args[0], c)
+		// From before there is a member: one that a signal kept from its start would be left.
+		signals, stop := forward()
+		defer stop()
+		ref, err := a.addOrDiscard(cmd.Context(), d, args[0], c, signals, stop)
 		if err != nil {
 			return err
 		}
-		ref := m.Sandbox + "/" + m.ID
-		e, err := a.runAttached(cmd.Context(), ref, c)
+		e, err := a.runAttached(cmd.Context(), ref, c, signals, stop)
 		if errors.Is(err, errDetached) {
 			return nil
 		}
@@ -64,10 +68,44 @@ the member running.`,
 	return cmd
 }
 
-// runAttached starts the member ref, which has been created, stays with it, and
-// returns its exit record. If it cannot even be attached to, it is removed: the
-// caller has nothing of it.
-func (a *app) runAttached(ctx context.Context, ref string, c sandbox.MemberConfig) (sandbox.Exit, error) {
+// addPatience is how long a signal waits for a member to be made, so that it can be
+// removed by its id. What takes longer (a hook, say) is cut off, and the daemon
+// undoes it.
+const addPatience = time.Second
+
+// addOrDiscard adds a member and returns the reference to it. If a signal comes
+// first, there is no member, and the error is an [exitCode]. stop has another signal
+// end this process at once.
+func (a *app) addOrDiscard(ctx context.Context, d *api.Client, ref string, c sandbox.MemberConfig, signals <-chan unix.Signal, stop func()) (string, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	type result struct {
+		ref string
+		err error
+	}
+	added := make(chan result, 1)
+	go func() {
+		m, err := d.Add(ctx, ref, c)
+		added <- result{m.Sandbox + "/" + m.ID, err}
+	}()
+	select {
+	case r := <-added:
+		return r.ref, r.err
+	case sig := <-signals:
+		stop()
+		defer time.AfterFunc(addPatience, cancel).Stop()
+		r := <-added
+		if r.err == nil {
+			return "", a.discard(ctx, r.ref, exitCode(exitSignal+int(sig)))
+		}
+		return "", exitCode(exitSignal + int(sig))
+	}
+}
+
+// runAttached starts the member ref, which has been created, stays with it, passes
+// signals on to it, and returns its exit record. If it cannot even be attached to, or
+// a signal comes before it is started, it is removed: the caller has nothing of it.
+func (a *app) runAttached(ctx context.Context, ref string, c sandbox.MemberConfig, signals <-chan unix.Signal, stop func()) (sandbox.Exit, error) {
 	d, err := a.client()
 	if err != nil {
 		return sandbox.Exit{}, err
@@ -79,6 +117,7 @@ func (a *app) runAttached(ctx context.Context, ref string, c sandbox.MemberConfi
 	exited := make(chan result, 1)
 	started := false // its command has been executed, as far as is known
 	err = func() error {
+		defer stop()
 		t, err := a.target(ref)
 		if err != nil {
 			return err
@@ -88,7 +127,12 @@ func (a *app) runAttached(ctx context.Context, ref string, c sandbox.MemberConfi
 		if behind != nil {
 			defer behind.close()
 		}
-		return a.session(ctx, ref, t.dir, t.member.Init, t.member.Monitor, tty, c.Stdin, true, behind, func() error {
+		return a.session(ctx, ref, t.dir, t.member.Init, t.member.Monitor, tty, c.Stdin, signals, behind, func() error {
+			select {
+			case sig := <-signals:
+				return exitCode(exitSignal + int(sig))
+			default:
+			}
 			started = true
 			// Asked for before it starts: with --rm it may be gone by the time
 			// that its end is known here.
@@ -188,7 +232,14 @@ directory.`,
 		if behind != nil {
 			defer behind.close()
 		}
-		err = a.session(cmd.Context(), args[0], t.dir, t.member.Init, t.member.Monitor, c.TTY, c.Stdin && !*noStdin, *proxy && !*noStdin, behind, nil)
+		stdin := c.Stdin && !*noStdin
+		var signals <-chan unix.Signal
+		if *proxy && !*noStdin || c.TTY && stdin { // else they end this process only
+			var stop func()
+			signals, stop = forward()
+			defer stop()
+		}
+		err = a.session(cmd.Context(), args[0], t.dir, t.member.Init, t.member.Monitor, c.TTY, stdin, signals, behind, nil)
 		if errors.Is(err, errDetached) {
 			return nil
 		}

@@ -269,8 +269,8 @@ func (s *attached) output(ctx context.Context) (complete bool, err error) {
 // session attaches this process to the member in dir until that has exited or
 // the user leaves ([errDetached]). start, if not nil, is called once everything
 // is connected; the member is not running yet then. behind, if not nil, shows what
-// the connection does not bring. Without proxy, a signal ends this process only.
-func (a *app) session(ctx context.Context, ref, dir string, init, monitor procid.ID, tty, stdin, proxy bool, behind *catchUp, start func() error) error {
+// the connection does not bring. signals are passed on to the member.
+func (a *app) session(ctx context.Context, ref, dir string, init, monitor procid.ID, tty, stdin bool, signals <-chan unix.Signal, behind *catchUp, start func() error) error {
 	att, err := member.Attach(dir)
 	if err != nil {
 		return fmt.Errorf("%s: %w", ref, err)
@@ -282,12 +282,6 @@ func (a *app) session(ctx context.Context, ref, dir string, init, monitor procid
 	s := &attached{att: att, out: a.out, err: a.err, gone: make(chan error, 1), behind: behind}
 
 	raw := tty && stdin // ctrl-c and the like are bytes of the input
-	var signals <-chan unix.Signal
-	if proxy || raw { // else they do what they do by default
-		var stop func()
-		signals, stop = forward()
-		defer stop()
-	}
 	var sizes <-chan unix.Winsize
 	var master *os.File
 	if tty {
