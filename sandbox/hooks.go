@@ -353,6 +353,21 @@ func (m *Manager) endCutOff(ctx context.Context, s subject) {
 	}
 }
 
+// settlePoststart records of a member that has exited that a poststart hook of it
+// that was cut off has failed: nobody runs it again. Preconditions: mb.op is held.
+func (m *Manager) settlePoststart(s subject) {
+	for i, run := range s.runs() {
+		if run.Stage != request.Poststart || run.State != HookRunning && run.State != HookRetrying {
+			continue
+		}
+		run.State, run.Code, run.Error = HookFailed, -1, "the member had exited"
+		if err := m.noteRun(s, i, run, true); err != nil {
+			m.o.Log.Warn("Hook result not written", "path", s.dir(), "err", err)
+		}
+		m.hookDone(s, run)
+	}
+}
+
 // hookDone tells of a hook that has ended.
 func (m *Manager) hookDone(s subject, run HookRun) {
 	attrs := []any{"sandbox", s.b.id(), "stage", run.Stage, "hook", run.Path, "attempt", run.Attempt, "took", run.Duration}

@@ -244,6 +244,44 @@ func TestHookOfARunFails(t *testing.T) {
 	}
 }
 
+// A poststart hook that was cut off with the daemon has failed once the member has
+// exited, whether that was found by the next daemon or was on record already.
+func TestPoststartOfExited(t *testing.T) {
+	for _, recorded := range []bool{false, true} {
+		for _, state := range []HookState{HookRunning, HookRetrying} {
+			n := newFakeNode()
+			dir := t.TempDir()
+			m := open(t, dir, n)
+			ctx := t.Context()
+			must[Info](t)(m.Create(ctx, Config{Name: "web"}))
+			c := member("app")
+			c.Hooks = []request.Hook{{Stage: request.Poststart, Path: "/hook", Retries: 3}}
+			must[MemberInfo](t)(m.Add(ctx, "web", c))
+			must[MemberInfo](t)(m.Start(ctx, "web/app"))
+			b, mb, err := m.member("web/app")
+			check(t, err)
+			if recorded {
+				check(t, m.StopMember(ctx, "web/app", time.Minute))
+			}
+			check(t, m.noteRun(subject{b, mb}, 0, HookRun{Stage: request.Poststart, Path: "/hook", State: state, Attempt: 1}, false))
+			m.Close()
+			if !recorded {
+				n.with(func() { n.exitInit(key(mb.rec.Load()), Exit{Code: 3}) })
+			}
+			m = open(t, dir, n)
+			soon(t, func() error {
+				mi := must[MemberInfo](t)(m.InspectMember("web/app"))
+				if mi.State != "Exited" || mi.Hooks[0].State != HookFailed || mi.Hooks[0].Error != "the member had exited" || mi.Hooks[0].Attempt != 1 {
+					return fmt.Errorf("%s, recorded %t: %s, %+v", state, recorded, mi.State, mi.Hooks)
+				}
+				return nil
+			})
+			check(t, m.Remove(ctx, "web", true))
+			check(t, n.empty())
+		}
+	}
+}
+
 // What it means that a hook of a stage fails.
 func TestHookFails(t *testing.T) {
 	for _, tt := range []struct {

@@ -268,6 +268,9 @@ func (m *Manager) recoverMember(ctx context.Context, b *box, mb *memb) {
 	defer mb.op.release()
 	crash.Point("recover member before")
 	m.findRunning(mb)
+	if mb.rec.Load().State.over() {
+		m.settlePoststart(subject{b, mb})
+	}
 	switch s := mb.rec.Load().State; {
 	case mb.broken, s == MemberCreating, s == MemberDeleting, s == MemberUnclean:
 		if len(mb.rec.Load().Hooks) > 0 {

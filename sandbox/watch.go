@@ -103,7 +103,7 @@ func (m *Manager) settle(ctx context.Context, b *box, mb *memb) error {
 	}
 	if st.Exit != nil {
 		m.findMonitor(ctx, mb, dir)
-		m.finish(ctx, mb, st)
+		m.finish(ctx, b, mb, st)
 		return nil
 	}
 	mon, err := m.node.AdoptMonitor(ctx, r, dir)
@@ -111,7 +111,7 @@ func (m *Manager) settle(ctx context.Context, b *box, mb *memb) error {
 		mon, err = m.replaceMonitor(ctx, b, mb, dir)
 	}
 	if errors.Is(err, procid.ErrGone) {
-		return m.finishLost(ctx, mb, dir)
+		return m.finishLost(ctx, b, mb, dir)
 	}
 	if err != nil {
 		return err
@@ -175,19 +175,19 @@ func (m *Manager) replaceMonitor(ctx context.Context, b *box, mb *memb, dir stri
 // finishLost records the exit of an init that has gone with its monitor. The
 // node may have learned the status as init's new parent, or may do so in a
 // moment; else it is unknown. Preconditions: mb.op is held.
-func (m *Manager) finishLost(ctx context.Context, mb *memb, dir string) error {
+func (m *Manager) finishLost(ctx context.Context, b *box, mb *memb, dir string) error {
 	deadline := time.Now().Add(m.o.orphanWait)
 	for {
 		st, err := m.node.MonitorStatus(mb.rec.Load(), dir)
 		switch {
 		case err == nil && st.Exit != nil:
-			m.finish(ctx, mb, st)
+			m.finish(ctx, b, mb, st)
 			return nil
 		case time.Now().Before(deadline):
 		case err != nil:
 			return err // the exit record may be there and unreadable just now
 		default:
-			m.finish(ctx, mb, MonitorStatus{Exit: &Exit{Code: -1, Reason: "Unknown: monitor and init were killed while nobody else could learn the exit status"}})
+			m.finish(ctx, b, mb, MonitorStatus{Exit: &Exit{Code: -1, Reason: "Unknown: monitor and init were killed while nobody else could learn the exit status"}})
 			return nil
 		}
 		if !sleep(ctx, m.o.retryMin) {
@@ -197,7 +197,7 @@ func (m *Manager) finishLost(ctx context.Context, mb *memb, dir string) error {
 }
 
 // finish records the exit of init, which st has. Preconditions: mb.op is held.
-func (m *Manager) finish(ctx context.Context, mb *memb, st MonitorStatus) {
+func (m *Manager) finish(ctx context.Context, b *box, mb *memb, st MonitorStatus) {
 	e := *st.Exit
 	r := mb.rec.Load()
 	crash.Point("exit kill before")
@@ -214,6 +214,7 @@ func (m *Manager) finish(ctx context.Context, mb *memb, st MonitorStatus) {
 		}
 	})
 	crash.Point("exit record after")
+	m.settlePoststart(subject{b, mb})
 	mb.setMonitor(nil)
 	mb.setOver()
 	m.custodyChanged()
