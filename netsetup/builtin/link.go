@@ -141,10 +141,15 @@ func (d *Driver) newVeth(id string, mac net.HardwareAddr, ns *os.File) request {
 // br_netfilter is used: the frame's address is changed before it is routed, so that
 // it never is. From an isolated one the bridge learns no hardware addresses: it
 // would do so before any rule sees the frame.
+//
+// The host does no ARP there (IFF_NOARP): frames to one of the addresses that are for
+// the next bridge only (01-80-C2-00-00-0X, IEEE 802.1D) are the port's own, and with
+// LLDP's no rule of the bridge family sees them. ARP to the bridge is the bridge's.
 func (d *Driver) newPort(id string, p *plan) []request {
 	r := newRequest("add link to "+d.opts.Bridge, unix.RTM_NEWLINK, 0)
 	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
-	msg.Flags, msg.Change = unix.IFF_UP, unix.IFF_UP
+	msg.Flags = unix.IFF_UP | unix.IFF_NOARP
+	msg.Change = msg.Flags
 	r.AddData(msg)
 	r.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(hostName(id))))
 	r.AddData(nl.NewRtAttr(unix.IFLA_IFALIAS, []byte(alias(d.opts.Mark, id))))

@@ -378,6 +378,43 @@ func TestAroundTheBridge(t *testing.T) {
 	})
 }
 
+// TestARPToThePort: the host takes no ARP that a sandbox sends to the port itself, and not to the
+// bridge: it neither answers nor learns of anybody there.
+func TestARPToThePort(t *testing.T) {
+	testenv.Root(t)
+	d := newDriver(t)
+	p := newPeer(t, d, idB, &network.Request{Isolated: true})
+	port, err := netlink.LinkByName(hostName(idB))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ask := func(to net.HardwareAddr) {
+		t.Helper()
+		p.send(t, frame(to, p.mac, 0, unix.ETH_P_ARP, slices.Concat([]byte{0, 1, 8, 0, 6, 4, 0, 1},
+			p.mac, p.v4.AsSlice(), make([]byte, 6), gateway(testSubnet).AsSlice())))
+	}
+	known := func(link int) bool {
+		t.Helper()
+		ns, err := netlink.NeighList(link, netlink.FAMILY_V4)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return slices.ContainsFunc(ns, func(n netlink.Neigh) bool { return n.IP.Equal(p.v4.AsSlice()) && bytes.Equal(n.HardwareAddr, p.mac) })
+	}
+	eventually(t, func() error { // the frames are right, and the port is up
+		if ask(everybody); !known(d.bridge) {
+			return errors.New("the host does not learn of it by the bridge")
+		}
+		return nil
+	})
+	for _, to := range []net.HardwareAddr{lldp, reserved} {
+		ask(to)
+		if time.Sleep(never); known(port.Attrs().Index) {
+			t.Errorf("the host learns of it at the port, by a frame to %s", to)
+		}
+	}
+}
+
 // TestSameMAC: two sandboxes do not have one hardware address.
 func TestSameMAC(t *testing.T) {
 	testenv.Root(t)
