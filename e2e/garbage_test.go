@@ -261,6 +261,12 @@ func TestGarbage(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.Remove(filepath.Join(r.d.root, "states", "0123456789abcdef")) })
+	fifo := filepath.Join(r.d.root, "states", "deadbeefdeadbeef")
+	if err := unix.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.Remove(fifo) })
+	kept["what is no link to a state directory"] = there(fifo)
 	kept["directory of a sandbox of another state directory"] = there(dir(data, c))
 	for _, name := range []string{"sandboxd-pause-x", "sandboxd-pause-1.bak", "pause-1"} {
 		file := filepath.Join(r.d.root, name)
@@ -304,7 +310,7 @@ func TestGarbage(t *testing.T) {
 	}
 	want := func(action string) []string {
 		return []string{
-			"cgroup " + action, "cgroup " + action, "layer " + action, "layer " + action, "layer " + action,
+			"cgroup " + action, "cgroup " + action, "foreign kept", "layer " + action, "layer " + action, "layer " + action,
 			"monitor " + action, "mount " + action, "pause kept", "pause " + action, "temp " + action,
 		}
 	}
@@ -318,7 +324,7 @@ func TestGarbage(t *testing.T) {
 		t.Errorf("found %q, want %q", got, wanted)
 	}
 	look("after", true)
-	if got := actions(r.garbage()); !slices.Equal(got, []string{"pause kept"}) {
+	if got := actions(r.garbage()); !slices.Equal(got, []string{"foreign kept", "pause kept"}) {
 		t.Errorf("again: %q", got)
 	}
 	if n := len(r.events("--filter", "type=garbage")); n != len(wanted) {

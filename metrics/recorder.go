@@ -91,6 +91,7 @@ var (
 var garbageKinds = []garbage.Kind{
 	garbage.Record, garbage.Pause, garbage.Monitor, garbage.Cgroup, garbage.Layer, garbage.Mount, garbage.Link,
 	garbage.Nft, garbage.Lease, garbage.CNI, garbage.Tombstone, garbage.Temp, garbage.Collection,
+	garbage.Foreign,
 }
 
 // Upper bounds of histograms, in seconds.

@@ -247,9 +247,12 @@ func (c *collector) directories() error {
 			}
 		}
 	}
-	others, err := otherStates(c.Root, c.State)
+	others, foreign, err := otherStates(c.Root, c.State)
 	if err != nil {
 		return err
+	}
+	for _, path := range foreign {
+		c.note(garbage.Finding{Kind: garbage.Foreign, Name: path, Reason: "it is not a link to a state directory"}, nil)
 	}
 	live := c.live()
 	dead := ""

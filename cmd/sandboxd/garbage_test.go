@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/sandboxd/sandboxd/sandbox"
 )
 
@@ -41,9 +43,13 @@ func TestStatesOfARoot(t *testing.T) {
 			}
 		}
 	}
-	others, err := otherStates(root, one)
-	if err != nil || !slices.Equal(others, []string{two}) {
-		t.Fatalf("others %q, %v", others, err)
+	fifo := filepath.Join(root, statesDir, "deadbeefdeadbeef")
+	if err := unix.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	others, foreign, err := otherStates(root, one)
+	if err != nil || !slices.Equal(others, []string{two}) || !slices.Equal(foreign, []string{fifo}) {
+		t.Fatalf("others %q, foreign %q, %v", others, foreign, err)
 	}
 	const id = "0123456789abcdef"
 	if knownElsewhere(others, id) {

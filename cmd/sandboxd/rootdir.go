@@ -91,24 +91,28 @@ func enterState(root, state string) error {
 }
 
 // otherStates returns the state directories that the root directory has been
-// used with, except one.
-func otherStates(root, except string) ([]string, error) {
+// used with, except one, and the paths of what lies there and is no link.
+func otherStates(root, except string) (states, foreign []string, err error) {
 	dir := filepath.Join(root, statesDir)
 	ents, err := os.ReadDir(dir)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	var states []string
 	for _, e := range ents {
-		to, err := os.Readlink(filepath.Join(dir, e.Name()))
+		path := filepath.Join(dir, e.Name())
+		if e.Type() != fs.ModeSymlink {
+			foreign = append(foreign, path)
+			continue
+		}
+		to, err := os.Readlink(path)
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 		if to != except {
 			states = append(states, to)
 		}
 	}
-	return states, nil
+	return states, foreign, nil
 }
 
 // knownElsewhere reports whether one of the state directories has a sandbox with

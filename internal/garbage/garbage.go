@@ -23,6 +23,7 @@ const (
 	Tombstone  Kind = "tombstone"  // a network that could not be taken down yet
 	Temp       Kind = "temp"       // a temporary file
 	Collection Kind = "collection" // unfinished or past its time
+	Foreign    Kind = "foreign"    // what somebody else has put where only we put things; kept
 )
 
 // Finding is one thing that was found.
