@@ -444,3 +444,41 @@ func TestDaemonStopped(t *testing.T) {
 	r.sig(r.d.cmd.Process.Pid, unix.SIGCONT)
 	r.ok("rm", "-f", "web")
 }
+
+// A member whose terminal went with its monitor, and with the daemon that had it too,
+// gets a monitor all the same, and what it writes is lost. That is said once.
+func TestTerminalIsLost(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.mustServe()
+	r.ok("create", "box")
+	r.run("box", "m", `trap "" HUP; trap "exit 3" TERM; while :; do sleep 0.05; done`, "-t")
+	m := r.member("box/m")
+	r.catches(m.PID, unix.SIGTERM)
+	r.kill()
+	r.sig(m.MonitorPID, unix.SIGKILL)
+	r.gone(m.MonitorPID)
+	r.mustServe()
+	for range 2 { // and again, with a daemon
+		old := m.MonitorPID
+		r.eventually("it has another monitor", func() bool {
+			m = r.member("box/m")
+			return m.MonitorPID != old && pidRuns(m.MonitorPID)
+		})
+		if m.State != "Running" {
+			t.Fatalf("it is %s", m.State)
+		}
+		r.sig(m.MonitorPID, unix.SIGKILL)
+	}
+	r.sig(m.PID, unix.SIGTERM)
+	r.exited("box/m")
+	log := r.d.log.String()
+	if n := strings.Count(log, "Terminal is lost"); n != 1 {
+		t.Errorf("it is said %d times that the terminal is lost", n)
+	}
+	if strings.Contains(log, "without a monitor") {
+		t.Error("it was without a monitor")
+	}
+	r.ok("rm", "-f", "box")
+	r.sound()
+}

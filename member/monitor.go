@@ -101,7 +101,7 @@ type MonitorSpec struct {
 type AdoptSpec struct {
 	MonitorSpec
 	Init   procid.ID
-	Master *os.File // the terminal's master, if the member has a terminal; lent
+	Master *os.File // the terminal's master, if the member has a terminal; lent; nil if it is lost, and all output with it
 }
 
 // Start starts a monitor and returns when its init is created: all of its
@@ -184,10 +184,17 @@ func (m *Monitors) Adopt(ctx context.Context, spec AdoptSpec) (*Monitor, error) 
 	}
 	fs.own(monitorInit, pidfd)
 	if spec.TTY {
-		if spec.Master == nil {
-			return nil, fmt.Errorf("adopt init %v: the terminal's master is lost", spec.Init)
-		}
 		fs.child[monitorMaster] = spec.Master
+		if spec.Master == nil {
+			// It cannot be had again: the terminal has hung up. The end of a pipe
+			// that nobody writes to is as one of which nothing comes any more.
+			end, other, err := os.Pipe()
+			if err != nil {
+				return nil, fmt.Errorf("adopt init %v: %w", spec.Init, err)
+			}
+			other.Close()
+			fs.own(monitorMaster, end)
+		}
 	}
 	prefix, err := spec.config(configAdopt, spec.Init, 0)
 	if err != nil {

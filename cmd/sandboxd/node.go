@@ -603,6 +603,9 @@ func (n *node) ReplaceMonitor(ctx context.Context, r *sandbox.Record, m *sandbox
 	if err != nil {
 		return nil, err
 	}
+	if m.Config.TTY && master == nil {
+		n.Log.Warn("Terminal is lost, and what the member writes there: its monitor and a daemon were killed", "sandbox", m.Sandbox, "member", m.ID)
+	}
 	return n.watched(m, mon)
 }
 
