@@ -811,7 +811,7 @@ func TestBadDaemonFlags(t *testing.T) {
 		{"a state directory that is a file", []string{"--state", file}, 0, []string{file, "not a directory"}},
 		{"a root directory that is a file", []string{"--root", file}, 0, []string{file, "not a directory"}},
 		{"a collection directory that is a file", []string{"--collect-dir", file}, 0, []string{"--collect-dir", file, "not a directory"}},
-		{"collections of nonsense", []string{"--collect-max-total", "lots"}, 0, []string{`"lots"`, "1g"}},
+		{"collections of nonsense", []string{"--collect-max-total", "lots"}, 0, []string{`"lots"`, "64m"}},
 		{"collections kept for nonsense", []string{"--collect-keep", "-1h"}, 0, []string{`"-1h"`}},
 		{"samples without end", []string{"--sample-interval", "1ns"}, 0, []string{"1ns", "100ms"}},
 		{"garbage collection without end", []string{"--gc-interval", "1ms"}, 0, []string{"1ms", "1s"}},

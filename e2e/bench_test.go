@@ -35,6 +35,7 @@ func TestBenchCutOff(t *testing.T) {
 	}
 	r.Close()
 	cmd := exec.Command(bench, "--rounds", "1", "--standing", "1", "--net-standing", "1", "--runc", "", "--crun", "", "--sandboxd", daemon)
+	cmd.Dir = ".." // as `make bench` runs it
 	cmd.Stdout = w
 	out := new(strings.Builder)
 	cmd.Stderr = out
