@@ -54,7 +54,11 @@ func writeIn(dir int, name string, data []byte, sync bool) (op string, err error
 	tmp := name + TempSuffix
 	// Without O_EXCL: as writers do not overlap, a file that is there already
 	// was left by a crash.
-	fd, err := unix.Openat(dir, tmp, unix.O_WRONLY|unix.O_CREAT|unix.O_TRUNC|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+	var fd int
+	err = again(func() (err error) {
+		fd, err = unix.Openat(dir, tmp, unix.O_WRONLY|unix.O_CREAT|unix.O_TRUNC|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+		return err
+	})
 	if err != nil {
 		return "create", err
 	}
@@ -69,7 +73,7 @@ func writeIn(dir int, name string, data []byte, sync bool) (op string, err error
 	if !sync {
 		return "", nil
 	}
-	return "sync directory of", unix.Fsync(dir)
+	return "sync directory of", again(func() error { return unix.Fsync(dir) })
 }
 
 // fill writes data, with sync forces it to disk, and closes the file; it returns what it
@@ -82,7 +86,8 @@ func fill(fd int, data []byte, sync bool) (op string, err error) {
 		}
 	}()
 	for len(data) > 0 {
-		n, err := unix.Write(fd, data)
+		var n int
+		err := again(func() (err error) { n, err = unix.Write(fd, data); return err })
 		if err != nil {
 			return "write", err
 		}
@@ -91,7 +96,16 @@ func fill(fd int, data []byte, sync bool) (op string, err error) {
 	if !sync {
 		return "", nil
 	}
-	return "sync", unix.Fsync(fd)
+	return "sync", again(func() error { return unix.Fsync(fd) })
+}
+
+// again calls fn until no signal interrupts it (signal(7)), as package os does.
+func again(fn func() error) error {
+	for {
+		if err := fn(); err != unix.EINTR {
+			return err
+		}
+	}
 }
 
 // Read decodes the file name under dir into v. A field that v does not have and
