@@ -214,7 +214,7 @@ func TestMonitorWaitsForTheStart(t *testing.T) {
 }
 
 func TestMonitorRunsAtOnce(t *testing.T) {
-	m := newMonitored(t, "echo ran; sleep 100")
+	m := newMonitored(t, "echo ran; sleep 100; true") // a shell executes its last command in its place
 	m.spec.Run = true
 	m.create()
 	st, err := ReadStatus(m.spec.Dir)
