@@ -354,13 +354,13 @@ func TestStoryReadOnlyRootWithoutMountPoints(t *testing.T) {
 			}
 			data := t.TempDir()
 			s.write(filepath.Join(data, "f"), "content\n")
-			script := `cat /srv/data/f; touch /work/x && echo yes; [ -d /sys/class ] && [ -e /proc/1/status ] && echo mounted
+			script := `cat /srv/data/f; touch /scratch/x && echo yes; [ -d /sys/class ] && [ -e /proc/1/status ] && echo mounted
 				(touch /x || touch /srv/x) 2>/dev/null || echo no; stat -c "%u %a" / /srv; exec sleep 1000`
-			s.ok("run", "web", "--rootfs", s.rootfs, "--name", "m", "-d", "--read-only", "-v", data+":/srv/data", "--tmpfs", "/work", "--", "sh", "-c", script)
+			s.ok("run", "web", "--rootfs", s.rootfs, "--name", "m", "-d", "--read-only", "-v", data+":/srv/data", "--tmpfs", "/scratch", "--", "sh", "-c", script)
 			want := "content\nyes\nmounted\nno\n0 755\n0 755\n"
 			s.eventually("it has written "+want, func() bool { return s.ok("logs", "web/m") == want })
 			s.expect("exec", s.ok("exec", "web/m", "--", "cat", "/srv/data/f"), "content\n")
-			s.expect("ls", s.ok("exec", "web/m", "--", "ls", "/work"), "x\n")
+			s.expect("ls", s.ok("exec", "web/m", "--", "ls", "/scratch"), "x\n")
 			after, err := os.ReadDir(s.rootfs)
 			if err != nil || fmt.Sprint(after) != fmt.Sprint(before) {
 				t.Errorf("in the root there is %v, %v, and before there was %v", after, err, before)
