@@ -122,8 +122,7 @@ func (p *Pauser) Start(ctx context.Context, s *Spec) (*Pause, error) {
 	w.Close()
 	pause, err := p.newPause(pidfd)
 	if err != nil {
-		err = errors.Join(err, unix.PidfdSendSignal(int(pidfd.Fd()), unix.SIGKILL, nil, 0), waitPidfd(pidfd))
-		return nil, errors.Join(err, pidfd.Close())
+		return nil, errors.Join(err, abandon(pidfd))
 	}
 	err = pause.finish(ctx, s, pid, r)
 	if err != nil {
@@ -198,10 +197,15 @@ func (p *Pauser) createAhead(s *Spec, ready *os.File) (pid int, pidfd *os.File, 
 		return err
 	})
 	if err != nil && pidfd != nil { // the thread has not come back
-		err = errors.Join(err, unix.PidfdSendSignal(int(pidfd.Fd()), unix.SIGKILL, nil, 0), waitPidfd(pidfd), pidfd.Close())
+		err = errors.Join(err, abandon(pidfd))
 		pid, pidfd = 0, nil
 	}
 	return pid, pidfd, err
+}
+
+// abandon kills and reaps a process that was just started, and closes its pidfd.
+func abandon(pidfd *os.File) error {
+	return errors.Join(unix.PidfdSendSignal(int(pidfd.Fd()), unix.SIGKILL, nil, 0), waitPidfd(pidfd), pidfd.Close())
 }
 
 func (s *Spec) ready() error {

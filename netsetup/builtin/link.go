@@ -19,12 +19,11 @@ const (
 	brportMode     = 4 // IFLA_BRPORT_MODE, linux/if_link.h: hairpin
 	brportLearning = 8 // IFLA_BRPORT_LEARNING
 	infoSlaveKind  = 4 // IFLA_INFO_SLAVE_KIND
+	infoSlaveData  = 5 // IFLA_INFO_SLAVE_DATA
+	upFlag         = unix.IFF_UP
 
 	inet6AddrGenMode = 8 // IFLA_INET6_ADDR_GEN_MODE
 	addrGenModeNone  = 1 // IN6_ADDR_GEN_MODE_NONE
-
-	infoSlaveData = 5 // IFLA_INFO_SLAVE_DATA
-	upFlag        = unix.IFF_UP
 )
 
 // connect makes a veth pair with one end in ns as eth0 and the other one in the
