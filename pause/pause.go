@@ -54,23 +54,29 @@ func (p *Pause) Namespaces() map[namespace.Kind]*os.File {
 }
 
 // Duplicates returns [Pause.Namespaces] for one whom Close does not wait for: the
-// files belong to the caller, also those that come with an error. It is
-// [os.ErrClosed] after Close.
-func (p *Pause) Duplicates() (map[namespace.Kind]*os.File, error) {
+// files belong to the caller. It fails with [os.ErrClosed] after Close.
+func (p *Pause) Duplicates() (_ map[namespace.Kind]*os.File, err error) {
 	m := make(map[namespace.Kind]*os.File, len(p.ns))
+	defer func() {
+		if err != nil {
+			for _, f := range m {
+				f.Close()
+			}
+		}
+	}()
 	for _, n := range p.ns {
 		rc, err := n.file.SyscallConn()
 		if err != nil {
-			return m, err
+			return nil, err
 		}
 		var fd int
 		// Control keeps the file open meanwhile: its number alone may be another's by then.
 		cerr := rc.Control(func(nr uintptr) { fd, err = unix.FcntlInt(nr, unix.F_DUPFD_CLOEXEC, 0) })
 		if cerr != nil {
-			return m, os.ErrClosed
+			return nil, os.ErrClosed
 		}
 		if err != nil {
-			return m, os.NewSyscallError("fcntl F_DUPFD_CLOEXEC", err)
+			return nil, os.NewSyscallError("fcntl F_DUPFD_CLOEXEC", err)
 		}
 		m[n.kind] = os.NewFile(uintptr(fd), n.file.Name())
 	}

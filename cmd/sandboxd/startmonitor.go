@@ -16,6 +16,7 @@ import (
 	"github.com/sandboxd/sandboxd/internal/namespace"
 	"github.com/sandboxd/sandboxd/internal/procid"
 	"github.com/sandboxd/sandboxd/member"
+	"github.com/sandboxd/sandboxd/pause"
 	"github.com/sandboxd/sandboxd/sandbox"
 )
 
@@ -91,6 +92,23 @@ func startError(err error) error {
 	return &sandbox.StepError{Step: step.Step, Err: step.Errno}
 }
 
+// heldNamespaces returns files of a sandbox's namespaces that belong to the caller; none
+// if its pause is gone. The pause may be replaced meanwhile, and is asked anew then.
+func (n *node) heldNamespaces(id string) (map[namespace.Kind]*os.File, error) {
+	var last *pause.Pause
+	for {
+		p := n.pause(id)
+		if p == nil {
+			return nil, nil
+		}
+		files, err := p.Duplicates()
+		if p == last || !errors.Is(err, os.ErrClosed) {
+			return files, err
+		}
+		last = p
+	}
+}
+
 // compilerInput gathers what the member's launch program is made of. The
 // returned function closes the files that it opened; it is never nil.
 func (n *node) compilerInput(r *sandbox.Record, m *sandbox.MemberRecord, siblings []*sandbox.MemberRecord, spec *specs.Spec) (_ *member.Input, closeAll func(), err error) {
@@ -119,20 +137,12 @@ func (n *node) compilerInput(r *sandbox.Record, m *sandbox.MemberRecord, sibling
 		in.Cgroups[0].Dir = ""
 	}
 
-	var held map[namespace.Kind]*os.File
-	for p := n.pause(r.ID); p != nil; {
-		held, err = p.Duplicates()
-		for _, f := range held {
-			opened = append(opened, f)
-		}
-		if err == nil {
-			break
-		}
-		last := p
-		if p = n.pause(r.ID); p == last || !errors.Is(err, os.ErrClosed) { // else it was just replaced
-			return nil, closeAll, fmt.Errorf("the sandbox's namespaces: %w", err)
-		}
-		held = nil
+	held, err := n.heldNamespaces(r.ID)
+	if err != nil {
+		return nil, closeAll, fmt.Errorf("the sandbox's namespaces: %w", err)
+	}
+	for _, f := range held {
+		opened = append(opened, f)
 	}
 	sibling := func(src namespace.Source) (*sandbox.MemberRecord, error) {
 		for _, s := range siblings {
